@@ -1,0 +1,50 @@
+.DEFAULT_GOAL := help
+.PHONY: help picture test lint demo bench browser
+
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+LINTERS := .venv/.linters
+BENCH := .venv/.bench
+INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+CHROMIUM := for name in chromium chromium-browser google-chrome; do command -v $$name && break; done
+PICTURE := outputs/picture.png
+
+help:  ## say what there is to make
+	@awk -F ':.*##' '/^[a-z]+:.*##/ {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@test -x $(BIN)/python || { echo "making .venv/ and installing into it, once; this takes some minutes"; $(PYTHON) -m venv .venv; }
+	@$(INSTALL) --editable '.[test]'
+	@touch $@
+
+$(LINTERS): $(INSTALLED)
+	@$(INSTALL) --editable '.[dev]'
+	@touch $@
+
+$(BENCH): $(INSTALLED)
+	@$(INSTALL) --editable '.[bench]'
+	@touch $@
+
+picture: $(INSTALLED)  ## generate a picture on the embedded model, a negative grafted on
+	@$(BIN)/diffgraft generate "a red ball and a blue star , night" --negative "green" --steps 25 --seed 7 --out $(PICTURE) --overwrite
+
+test: $(INSTALLED) browser  ## run every test (makes .venv/ first; installs chromium when run as root)
+	@if test -n "$$($(CHROMIUM))"; then $(BIN)/python -m pytest; \
+	else echo "no chromium: the browser tests are left out; to run them too: sudo apt-get install -y chromium"; \
+	  $(BIN)/python -m pytest -m "not browser"; fi
+
+browser:
+	@if test -z "$$($(CHROMIUM))" && test "$$(id -u)" = 0 && command -v apt-get >/dev/null; then \
+	  echo "installing chromium for the browser tests, once"; export DEBIAN_FRONTEND=noninteractive; \
+	  { apt-get -qq update && apt-get -qq install -y --no-install-recommends chromium fonts-dejavu-core; } >/dev/null 2>&1 || true; fi
+
+lint: $(LINTERS)  ## ruff and pyright (strict on attention/, plugins/, pipelines/)
+	@$(BIN)/ruff check .
+	@$(BIN)/pyright
+
+demo: $(INSTALLED)  ## open the demo on http://127.0.0.1:7860
+	@$(BIN)/diffgraft demo
+
+bench: $(BENCH)  ## print the tables of the README again
+	@$(BIN)/python -m diffgraft.app.bench

@@ -1,0 +1,1 @@
+"""Rows in, pictures out: the batch command and its engines."""

@@ -1,0 +1,1 @@
+"""The picture-book world, its truth, and the numbers measured on it."""

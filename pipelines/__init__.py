@@ -1,0 +1,1 @@
+"""Where plugins meet diffusers pipelines."""

@@ -1,0 +1,1 @@
+"""One technique a file: the equations, and the plugin that wires them in."""
