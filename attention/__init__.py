@@ -1,1 +1,1 @@
-"""What happens inside one attention layer."""
+"""What happens inside one attention layer. Knows torch and nothing of pipelines."""

@@ -1,0 +1,76 @@
+"""One call of scaled dot-product attention inside a layer, as edits see it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from .layer import AttentionLayer
+from .masks import level_grid
+from .step import Rows, Step
+
+Kernel = Callable[..., torch.Tensor]
+"""Anything with the signature of `torch.nn.functional.scaled_dot_product_attention`."""
+
+
+@dataclass
+class AttentionCall:
+    """What the layer's own processor was about to compute; an edit may rebind q, k, v, mask and scale.
+
+    Attributes:
+        layer: the layer that runs.
+        q, k, v: [B, H, L, D] after every projection, norm, rotary embedding and LoRA of the model.
+        mask: None, boolean (True attends) or additive, broadcastable to [B, H, Lq, Lk].
+        scale: factor of the logits.
+        number: how many attention calls this layer made before in this forward. 0 is the layer's own; an IP-Adapter
+            adds one for each image prompt.
+        step: where in the run.
+        text: columns of the text tokens in a joint sequence, None elsewhere.
+        kernel: computes attention for every row that needs no explicit probabilities.
+    """
+
+    layer: AttentionLayer
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    mask: torch.Tensor | None
+    scale: float
+    number: int
+    step: Step
+    text: slice | None = None
+    causal: bool = False
+    gqa: bool = False
+    kernel: Kernel = F.scaled_dot_product_attention
+
+    @property
+    def rows(self) -> Rows:
+        """Groups whose rows are in this batch (a branch may join at a later layer)."""
+        return {name: rows for name, rows in self.step.rows.items() if rows.stop <= len(self.q)}
+
+    def select(self, group: str) -> slice | list[int]:
+        """Rows of `group` in this batch, with the branches that copy it."""
+        return self.step.select(group, len(self.q))
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(height, width) of the image tokens of this layer, from the model's real sizes, any aspect."""
+        tokens = self.q.shape[-2] - (self.text.stop - self.text.start if self.text else 0)
+        return level_grid(tokens, self.step.size)
+
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        """Attention by the chosen kernel with this call's scale: q [B, H, Lq, D], k and v [B, H, Lk, D]."""
+        extra = {"enable_gqa": True} if self.gqa else {}
+        return self.kernel(q, k, v, attn_mask=mask, is_causal=self.causal, scale=self.scale, **extra)
+
+    def narrow(self, rows: slice | list[int]) -> AttentionCall:
+        """The same call for some of its rows."""
+        mask = self.mask
+        if mask is not None and mask.ndim == 4 and mask.shape[0] == len(self.q):
+            mask = mask[rows]
+        return AttentionCall(
+            self.layer, self.q[rows], self.k[rows], self.v[rows], mask, self.scale, self.number, self.step, self.text,
+            self.causal, self.gqa, self.kernel,
+        )  # fmt: skip

@@ -1,0 +1,110 @@
+"""Edits of attention, and the one function that computes attention with them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from .call import AttentionCall
+from .layer import AttentionLayer
+from .step import Step
+
+
+class Edit:
+    """A change to what selected attention layers compute. Override the stages you need.
+
+    Stages run in this order, each over all edits of the layer sorted by `order` (ties as registered): `qkv`, then
+    either the fused kernel, or, if any edit wants them, explicit `scores` and `probs`, then `out`.
+
+    Attributes:
+        order: position within a stage; edits of one stage that do not commute are told apart by it.
+        wants_probs: True makes the layer compute explicit probabilities [B, H, Lq, Lk], so that `scores` and `probs`
+            run; every other layer keeps the fused kernel.
+        every_call: False leaves all but the layer's own attention call alone (an IP-Adapter's image tokens).
+        rows: groups that this edit touches, None for all alike. A branch named here joins the batch only at the
+            first layer where such an edit is selected.
+        owns: group whose attention this edit computes itself, in `attention`, instead of the kernel.
+    """
+
+    order: int = 0
+    wants_probs: bool = False
+    every_call: bool = False
+    rows: tuple[str, ...] | None = None
+    owns: str | None = None
+
+    def selects(self, layer: AttentionLayer) -> bool:
+        """Which layers the edit is put on; asked once, when the graft is attached."""
+        raise NotImplementedError
+
+    def active(self, layer: AttentionLayer, step: Step) -> bool:
+        """Whether it runs now; asked for every call of a selected layer."""
+        return step.phase == "predict"
+
+    def qkv(self, call: AttentionCall) -> None:
+        """Rebind call.q, call.k, call.v, call.mask or call.scale. Never write into the tensors."""
+
+    def scores(self, call: AttentionCall, scores: torch.Tensor) -> torch.Tensor:
+        """Masked logits [B, H, Lq, Lk] before the softmax."""
+        return scores
+
+    def probs(self, call: AttentionCall, probs: torch.Tensor) -> torch.Tensor:
+        """Probabilities [B, H, Lq, Lk], at least float32."""
+        return probs
+
+    def attention(self, call: AttentionCall) -> torch.Tensor:
+        """Output [b, H, Lq, D] for the rows of `owns`; `call` holds just those rows."""
+        raise NotImplementedError
+
+    def out(self, call: AttentionCall, out: torch.Tensor) -> torch.Tensor:
+        """Output [B, H, Lq, D] before the layer's output projection."""
+        return out
+
+
+def attend(call: AttentionCall, edits: Sequence[Edit]) -> torch.Tensor:
+    """Attention of `call` with `edits`; without edits bit-identical to the kernel alone.
+
+    Args:
+        call: q, k, v as [B, H, L, D]; rebound by the edits' `qkv`.
+        edits: sorted by `order`.
+    Returns:
+        [B, H, Lq, D] in the dtype of v.
+    """
+    for edit in edits:
+        edit.qkv(call)
+    present = call.rows
+    owned = sorted(((present[e.owns], e) for e in edits if e.owns in present), key=lambda pair: pair[0].start)
+    out = _attend_shared(call, edits, [rows for rows, _ in owned])
+    for rows, edit in owned:
+        out = torch.cat([out[: rows.start], edit.attention(call.narrow(rows)), out[rows.start :]])
+    for edit in edits:
+        out = edit.out(call, out)
+    return out
+
+
+def _attend_shared(call: AttentionCall, edits: Sequence[Edit], owned: list[slice]) -> torch.Tensor:
+    """Attention of the rows that no edit owns."""
+    taken = {i for rows in owned for i in range(rows.start, rows.stop)}
+    if taken:
+        first = min(taken)  # branches are appended, so what is left is usually one slice: no copy
+        rest = [i for i in range(len(call.q)) if i not in taken]
+        call = call.narrow(slice(0, first) if rest == list(range(first)) else rest)
+    if not any(edit.wants_probs for edit in edits):
+        return call.attend(call.q, call.k, call.v, call.mask)
+    scores = masked_scores(call)
+    for edit in edits:
+        scores = edit.scores(call, scores)
+    probs = scores.to(torch.promote_types(scores.dtype, torch.float32)).softmax(-1)
+    for edit in edits:
+        probs = edit.probs(call, probs)
+    return probs.to(call.v.dtype) @ call.v
+
+
+def masked_scores(call: AttentionCall) -> torch.Tensor:
+    """Logits q k^T * scale with the call's mask, [B, H, Lq, Lk]."""
+    scores = call.q @ call.k.transpose(-1, -2) * call.scale
+    if call.mask is None:
+        return scores
+    if call.mask.dtype == torch.bool:
+        return scores.masked_fill(~call.mask, -torch.inf)
+    return scores + call.mask

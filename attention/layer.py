@@ -1,0 +1,67 @@
+"""The attention layers of a denoiser, by name and in the order in which they run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, cast
+
+from torch import nn
+
+Kind = Literal["self", "cross", "joint"]
+Place = Literal["down", "mid", "up", "block"]
+_ORDER: tuple[Place, ...] = ("down", "mid", "up", "block")
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionLayer:
+    """One attention module.
+
+    Attributes:
+        name: its path in the denoiser, as in `named_modules()`.
+        module: the module itself; call its projections, never read their weights (LoRA, offload).
+        kind: "self" (image with itself), "cross" (image with text), "joint" (one sequence of both).
+        place: "down", "mid" or "up" of a UNet, "block" of a transformer.
+        index: position in execution order among the layers of its kind; in a UNet the number of its transformer
+            block, as papers count it (SDXL: 0-23 down, 24-33 mid, 34-69 up).
+    """
+
+    name: str
+    module: nn.Module
+    kind: Kind
+    place: Place
+    index: int
+
+
+def find_layers(denoiser: nn.Module) -> list[AttentionLayer]:
+    """Every attention layer of a diffusers denoiser in execution order.
+
+    `named_modules()` of a UNet lists down, up, mid; it runs down, mid, up.
+    """
+    from diffusers.models.attention import AttentionModuleMixin
+    from diffusers.models.attention_processor import Attention
+
+    found = [
+        (name, module)
+        for name, module in denoiser.named_modules()
+        # GLIGEN's fusers attend over image and grounding tokens: neither kind, never edited.
+        if isinstance(module, (Attention, AttentionModuleMixin)) and ".fuser." not in name
+    ]
+    found.sort(key=lambda item: _ORDER.index(_place(item[0])))
+    counts: dict[Kind, int] = {}
+    layers: list[AttentionLayer] = []
+    for name, module in found:
+        kind = _kind(module)
+        layers.append(AttentionLayer(name, module, kind, _place(name), counts.get(kind, 0)))
+        counts[kind] = counts.get(kind, 0) + 1
+    return layers
+
+
+def _kind(module: nn.Module) -> Kind:
+    if getattr(module, "added_kv_proj_dim", None) is not None:
+        return "joint"
+    return "cross" if getattr(module, "is_cross_attention", False) else "self"
+
+
+def _place(name: str) -> Place:
+    head = name.split("_", 1)[0].split(".", 1)[0]
+    return cast(Place, head) if head in _ORDER[:3] else "block"

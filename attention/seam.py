@@ -1,0 +1,153 @@
+"""The seam: an unmodified attention processor runs, and its one call of scaled dot-product attention is edited.
+
+The layer's `forward` is wrapped on the instance. While it runs, a `TorchFunctionMode` catches
+`F.scaled_dot_product_attention`, where q, k and v arrive after LoRA, norms, rotary embeddings and fused projections.
+The processor stays the user's own.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import math
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from .call import AttentionCall, Kernel
+from .edit import Edit, attend
+from .errors import AttentionNotReachedError
+from .layer import AttentionLayer
+from .step import Step
+
+_SDPA = F.scaled_dot_product_attention
+_ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+_LOCK = threading.RLock()
+
+
+class StopForward(BaseException):
+    """Ends a probe once the last layer that matters has been seen. Not an error: nothing but the probe catches it."""
+
+
+@dataclass
+class Work:
+    """What a source wants done in one run of a layer."""
+
+    step: Step
+    edits: Sequence[Edit]
+    kernel: Kernel = _SDPA
+    text: slice | None = None
+
+
+class Source(Protocol):
+    """Whoever holds edits for a layer: a graft, or an `EditProcessor`."""
+
+    def work(self, layer: AttentionLayer) -> Work | None:
+        """The edits to run now in this context, None where the layer is to be left alone."""
+        ...
+
+
+class Tap(TorchFunctionMode):
+    """While active, sends each scaled dot-product attention through `attend`."""
+
+    def __init__(self, layer: AttentionLayer, work: Work) -> None:
+        super().__init__()
+        self.layer, self.task, self.calls = layer, work, 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not _SDPA:
+            return func(*args, **(kwargs or {}))
+        given = dict(zip(_ARGUMENTS, args, strict=False)) | (kwargs or {})
+        number, self.calls = self.calls, self.calls + 1
+        edits = [edit for edit in self.task.edits if number == 0 or edit.every_call]
+        if not edits:
+            return self.task.kernel(*args, **(kwargs or {}))
+        return attend(self._call(given, number), edits)
+
+    def _call(self, given: dict[str, Any], number: int) -> AttentionCall:
+        q, scale = given["query"], given.get("scale")
+        return AttentionCall(
+            self.layer, q, given["key"], given["value"], given.get("attn_mask"),
+            1 / math.sqrt(q.shape[-1]) if scale is None else scale, number, self.task.step, self.task.text,
+            given.get("is_causal", False), given.get("enable_gqa", False), self.task.kernel,
+        )  # fmt: skip
+
+
+def run_edited(layer: AttentionLayer, work: Work, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Run `forward` of a layer with its attention edited.
+
+    Raises:
+        AttentionNotReachedError: the layer's processor never called scaled dot-product attention.
+    """
+    with Tap(layer, work) as tap:
+        out = forward(*args, **kwargs)
+    if not tap.calls:
+        processor = type(getattr(layer.module, "processor", None)).__name__
+        raise AttentionNotReachedError(
+            f"{layer.name} ran with {processor}, which does not use torch's scaled_dot_product_attention, so it cannot "
+            "be edited: call pipe.disable_attention_slicing(), pipe.disable_xformers_memory_efficient_attention() or "
+            "set the layer's processor to AttnProcessor2_0"
+        )
+    return out
+
+
+class Seam:
+    """Stands in for one module's `forward`; passes through unless a source has work in this context.
+
+    A copy of the module gets the original back, bound to the copy.
+    """
+
+    def __init__(self, layer: AttentionLayer) -> None:
+        self.layer, self.sources = layer, list[Source]()
+        self.original: Callable[..., Any] = layer.module.forward
+        self.was_own = "forward" in layer.module.__dict__
+        functools.update_wrapper(self, self.original)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        for source in tuple(self.sources):
+            work = source.work(self.layer)
+            if work is not None:
+                return run_edited(self.layer, work, self.original, *args, **kwargs)
+        return self.original(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return copy.deepcopy(self.original, memo)
+
+    def __reduce__(self) -> Any:
+        return getattr, (self.layer.module, "forward")
+
+
+def install(layer: AttentionLayer, source: Source) -> Callable[[], None]:
+    """Let `source` edit `layer`; returns the undo, which may be called in any order among sources."""
+    with _LOCK:
+        seam = layer.module.__dict__.get("forward")
+        if not isinstance(seam, Seam):
+            seam = Seam(layer)
+            layer.module.forward = seam
+        seam.sources.append(source)
+    return functools.partial(_remove, layer.module, seam, source)
+
+
+def _remove(module: nn.Module, seam: Seam, source: Source) -> None:
+    with _LOCK:
+        if source in seam.sources:
+            seam.sources.remove(source)
+        # Whoever wrapped on top of the seam holds it as "the original": then it stays, inert.
+        if seam.sources or module.__dict__.get("forward") is not seam:
+            return
+        if seam.was_own:
+            module.forward = seam.original
+        else:
+            del module.__dict__["forward"]
+
+
+def stop_probe(step: Step) -> None:
+    """End the probe that is running, if it may end early."""
+    if step.phase == "latent" and step.may_stop and torch.is_grad_enabled():
+        raise StopForward

@@ -1,0 +1,55 @@
+"""Where in a sampling run a denoiser call is, and which batch rows mean what."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+
+Phase = Literal["latent", "predict"]
+Rows = dict[str, slice]
+
+
+@dataclass
+class Step:
+    """One denoiser call as edits and plugins see it.
+
+    Attributes:
+        index: step of this pipeline call, 0-based; both stages of a second-order step share it.
+        total: steps of this pipeline call (img2img counts the steps it really runs).
+        timestep: the scheduler's own timestep, unit untouched.
+        size: (height, width) of the token grid at the denoiser's full resolution.
+        rows: batch rows by group: "cond", "uncond" under guidance, and a group a branch.
+        likes: for a branch, the group that it copies.
+        phase: "latent" while a plugin probes for a gradient, "predict" in the call that the pipeline made.
+        may_stop: whether an edit may end a probe early by raising `StopForward`.
+    """
+
+    index: int = 0
+    total: int = 1
+    timestep: torch.Tensor | float = 0.0
+    size: tuple[int, int] = (0, 0)
+    rows: Rows = field(default_factory=dict[str, slice])
+    likes: dict[str, str] = field(default_factory=dict[str, str])
+    phase: Phase = "predict"
+    may_stop: bool = True
+
+    def within(self, start: float, end: float) -> bool:
+        """Whether this step lies in [start, end), fractions of the run's steps."""
+        tiny = 1e-6  # 0.3 * 10 must be step 3
+        return start * self.total - tiny <= self.index < end * self.total - tiny
+
+    def select(self, group: str, batch: int) -> slice | list[int]:
+        """Rows of `group` and of the branches that copy it, among the first `batch` rows.
+
+        Branches join late (at the first layer that needs them), so a layer may see fewer rows than `rows` names.
+        """
+        members = [
+            rows
+            for name, rows in self.rows.items()
+            if rows.stop <= batch and group in (name, self.likes.get(name))
+        ]
+        indices = [i for rows in members for i in range(rows.start, rows.stop)]
+        contiguous = bool(indices) and indices == list(range(indices[0], indices[-1] + 1))
+        return slice(indices[0], indices[-1] + 1) if contiguous else indices
