@@ -1,0 +1,29 @@
+"""Errors about what a person handed in: pictures, manifests, places to write to."""
+
+from __future__ import annotations
+
+from ..attention.errors import GraftError
+
+
+class ImageError(GraftError, ValueError):
+    """A file or upload is not a picture that can be used."""
+
+
+class ManifestError(GraftError, ValueError):
+    """A batch manifest, or one row of it, cannot be understood."""
+
+
+class OutputError(GraftError, RuntimeError):
+    """A result cannot be written where it was asked for."""
+
+
+class MetadataError(GraftError, ValueError):
+    """A picture carries no settings, or unreadable ones."""
+
+
+class MissingExtraError(GraftError, RuntimeError):
+    """A command needs an optional dependency that is not installed."""
+
+
+class ImageWarning(UserWarning):
+    """A picture was used, but not quite as it was given."""
