@@ -1,0 +1,178 @@
+"""The first task: pictures from a prompt, each with the settings that make it again."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import secrets
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import diffusers
+import torch
+from PIL import Image
+
+from ..attention.errors import NonFiniteError, SettingError, SettingTypeError
+from ..plugins.base import Plugin
+from .graft import graft
+
+LONGEST_PROMPT = 10_000
+SEEDS = 2**63
+
+
+def generate(
+    pipe: Any,
+    prompt: str | Sequence[str],
+    *,
+    plugins: Sequence[Plugin] = (),
+    negative_prompt: str | None = None,
+    seed: int | None = None,
+    n: int = 1,
+    steps: int = 25,
+    guidance: float | None = None,
+    width: int | None = None,
+    height: int | None = None,
+    batch_size: int = 1,
+    **call: Any,
+) -> list[Image.Image]:
+    """Pictures of a prompt; picture i has the seed `seed + i` and its settings in `.info["diffgraft"]`.
+
+    Args:
+        pipe: a text-to-image pipeline.
+        prompt: one text, or several (`n` pictures of each).
+        plugins: techniques to graft on for this call.
+        negative_prompt: for classifier-free guidance; without guidance use `NegativeAway`.
+        seed: 0 ... 2^63-1; None or -1 draws one, which is recorded.
+        n: pictures of each prompt.
+        steps: denoising steps, 1 ... 1000.
+        guidance: classifier-free guidance; None leaves the pipeline's default, 1 or less switches it off.
+        width, height: pixels; None leaves the pipeline's default.
+        batch_size: pictures at once. At 1, the default, a picture is the same bytes whichever others are made with it.
+        call: passed on to the pipeline.
+
+    Raises:
+        SettingError: a setting outside its range. NonFiniteError: NaN or infinity while sampling, naming the step.
+    """
+    prompts = [
+        text for text in ([prompt] if isinstance(prompt, str) else prompt) for _ in range(_count(n, "n", 10_000))
+    ]
+    first = resolve_seed(seed)
+    seeds = [first + i for i in range(len(prompts))]
+    size = _count(batch_size, "batch_size", 1024)
+    settings = {
+        "negative_prompt": negative_prompt,
+        "steps": steps,
+        "guidance": guidance,
+        "width": width,
+        "height": height,
+    }
+    pictures: list[Image.Image] = []
+    with graft(pipe, *plugins) if plugins else nullcontext():
+        for i in range(0, len(prompts), size):
+            pictures += sample(pipe, prompts[i : i + size], seeds[i : i + size], **settings, **call)
+    for picture in pictures:
+        picture.info["diffgraft"]["plugins"] = [{"plugin": type(p).__name__} | p.settings() for p in plugins]
+    return pictures
+
+
+def sample(
+    pipe: Any,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    *,
+    negative_prompt: str | None = None,
+    steps: int = 25,
+    guidance: float | None = None,
+    width: int | None = None,
+    height: int | None = None,
+    **call: Any,
+) -> list[Image.Image]:
+    """One call of the pipeline: picture i from prompt i and a CPU generator of its own with seed i."""
+    _check(prompts, negative_prompt, steps, guidance, width, height)
+    given = {"guidance_scale": guidance, "width": width, "height": height}
+    given |= {"negative_prompt": None if negative_prompt is None else [negative_prompt] * len(prompts)}
+    call |= {name: value for name, value in given.items() if value is not None}
+    if "callback_on_step_end" in inspect.signature(pipe.__call__).parameters:
+        call["callback_on_step_end"] = guard(steps, call.get("callback_on_step_end"))
+        inputs = call.get("callback_on_step_end_tensor_inputs", [])
+        call["callback_on_step_end_tensor_inputs"] = ["latents", *(name for name in inputs if name != "latents")]
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    out = pipe(prompt=list(prompts), num_inference_steps=steps, generator=generators, output_type="np", **call)
+    if not math.isfinite(float(out.images.sum())):
+        raise NonFiniteError("decoding produced non-finite pixels: keep the VAE in float32, or use an fp16-fixed one")
+    pictures: list[Image.Image] = pipe.image_processor.numpy_to_pil(out.images)
+    for picture, prompt, seed in zip(pictures, prompts, seeds, strict=True):
+        picture.info["diffgraft"] = {
+            "task": "generate",
+            "prompt": prompt,
+            "negative_prompt": negative_prompt,
+            "seed": seed,
+            "steps": steps,
+            "guidance": guidance,
+            "width": picture.width,
+            "height": picture.height,
+            "scheduler": type(pipe.scheduler).__name__,
+            "pipeline": type(pipe).__name__,
+            "plugins": [],
+            "versions": {"diffusers": diffusers.__version__, "torch": torch.__version__},
+        }
+    return pictures
+
+
+def resolve_seed(seed: Any) -> int:
+    """The seed itself, or a random one for None and -1.
+
+    Raises:
+        SettingTypeError: not a whole number. SettingError: outside 0 ... 2^63-1.
+    """
+    if seed is None or (seed == -1 and not isinstance(seed, (bool, float))):
+        return secrets.randbelow(2**32)
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise SettingTypeError(f"seed={seed!r}: a whole number is needed, or None for a random one")
+    if not 0 <= seed < SEEDS:
+        raise SettingError(f"seed={seed}: must be 0 ... 2^63-1, or -1 for a random one")
+    return seed
+
+
+def guard(steps: int, then: Callable[..., dict[str, Any]] | None = None) -> Callable[..., dict[str, Any]]:
+    """A step callback that stops at the first NaN or infinity, before it is a black picture; then calls `then`."""
+
+    def check(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        if not torch.isfinite(tensors["latents"]).all():
+            raise NonFiniteError(
+                f"step {step + 1} of {steps} produced non-finite latents: try dtype float32 or bfloat16, "
+                "a lower guidance, or lower strengths of the plugins"
+            )
+        return tensors if then is None else then(pipe, step, timestep, tensors)
+
+    return check
+
+
+def _count(value: Any, name: str, most: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise SettingTypeError(f"{name}={value!r}: a whole number is needed")
+    if not 1 <= value <= most:
+        raise SettingError(f"{name}={value}: must be 1 ... {most}")
+    return value
+
+
+def _check(
+    prompts: Sequence[str],
+    negative_prompt: str | None,
+    steps: int,
+    guidance: float | None,
+    width: int | None,
+    height: int | None,
+) -> None:
+    for text in (*prompts, negative_prompt or ""):
+        if not isinstance(text, str):
+            raise SettingTypeError(f"a prompt is a text, not {type(text).__name__}")
+        if len(text) > LONGEST_PROMPT:
+            raise SettingError(f"a prompt of {len(text)} characters: at most {LONGEST_PROMPT}")
+    _count(steps, "steps", 1000)
+    if guidance is not None and not math.isfinite(guidance):
+        raise SettingError(f"guidance={guidance}: must be finite")
+    for name, value in (("width", width), ("height", height)):
+        if value is not None:
+            _count(value, name, 8192)
