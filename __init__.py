@@ -1,5 +1,73 @@
-"""Training-free techniques grafted onto diffusers pipelines: put on, used, and taken off without a trace."""
+"""Training-free techniques grafted onto diffusers pipelines: put on, used, and taken off without a trace.
+
+Everything public is named here; a name is imported when it is first used, so that `import diffgraft` costs nothing.
+"""
 
 from __future__ import annotations
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .attention.call import AttentionCall as AttentionCall
+    from .attention.edit import Edit as Edit
+    from .attention.errors import AlreadyGraftedError as AlreadyGraftedError
+    from .attention.errors import AttentionNotReachedError as AttentionNotReachedError
+    from .attention.errors import BackendError as BackendError
+    from .attention.errors import ConceptError as ConceptError
+    from .attention.errors import GraftError as GraftError
+    from .attention.errors import MaskError as MaskError
+    from .attention.errors import ModelLoadError as ModelLoadError
+    from .attention.errors import NonFiniteError as NonFiniteError
+    from .attention.errors import SettingError as SettingError
+    from .attention.errors import SettingTypeError as SettingTypeError
+    from .attention.errors import UnsupportedPipelineError as UnsupportedPipelineError
+    from .attention.errors import UnsupportedSchedulerError as UnsupportedSchedulerError
+    from .attention.layer import AttentionLayer as AttentionLayer
+    from .attention.layer import find_layers as find_layers
+    from .attention.processor import edit_processors as edit_processors
+    from .attention.seam import stop_probe as stop_probe
+    from .attention.step import Step as Step
+    from .pipelines.generate import generate as generate
+    from .pipelines.graft import Graft as Graft
+    from .pipelines.graft import graft as graft
+    from .pipelines.load import load as load
+    from .pipelines.picturebook import picturebook as picturebook
+    from .plugins.base import Branch as Branch
+    from .plugins.base import Plugin as Plugin
+    from .plugins.negative_away import NegativeAway as NegativeAway
+
 __version__ = "0.1.0"
+
+_HOMES = {
+    "attention.call": ("AttentionCall",),
+    "attention.edit": ("Edit",),
+    "attention.errors": (
+        "AlreadyGraftedError", "AttentionNotReachedError", "BackendError", "ConceptError", "GraftError", "MaskError",
+        "ModelLoadError", "NonFiniteError", "SettingError", "SettingTypeError", "UnsupportedPipelineError",
+        "UnsupportedSchedulerError",
+    ),
+    "attention.layer": ("AttentionLayer", "find_layers"),
+    "attention.processor": ("edit_processors",),
+    "attention.seam": ("stop_probe",),
+    "attention.step": ("Step",),
+    "pipelines.generate": ("generate",),
+    "pipelines.graft": ("Graft", "graft"),
+    "pipelines.load": ("load",),
+    "pipelines.picturebook": ("picturebook",),
+    "plugins.base": ("Branch", "Plugin"),
+    "plugins.negative_away": ("NegativeAway",),
+}  # fmt: skip
+_HOME = {name: module for module, names in _HOMES.items() for name in names}
+__all__ = ["__version__", *sorted(_HOME)]  # pyright: ignore[reportUnsupportedDunderAll]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'diffgraft' has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(f".{_HOME[name]}", __name__), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

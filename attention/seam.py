@@ -15,7 +15,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.overrides import TorchFunctionMode
@@ -148,6 +147,6 @@ def _remove(module: nn.Module, seam: Seam, source: Source) -> None:
 
 
 def stop_probe(step: Step) -> None:
-    """End the probe that is running, if it may end early."""
-    if step.phase == "latent" and step.may_stop and torch.is_grad_enabled():
+    """End the probe that is running, if it may end early; for an edit that has seen all it needs."""
+    if step.probing and step.may_stop:
         raise StopForward

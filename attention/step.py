@@ -23,7 +23,8 @@ class Step:
         rows: batch rows by group: "cond", "uncond" under guidance, and a group a branch.
         likes: for a branch, the group that it copies.
         phase: "latent" while a plugin probes for a gradient, "predict" in the call that the pipeline made.
-        may_stop: whether an edit may end a probe early by raising `StopForward`.
+        probing: True while a probe's own forward runs; False when gradient checkpointing runs a layer again.
+        may_stop: whether an edit may end that forward early, see `diffgraft.attention.seam.stop_probe`.
     """
 
     index: int = 0
@@ -33,6 +34,7 @@ class Step:
     rows: Rows = field(default_factory=dict[str, slice])
     likes: dict[str, str] = field(default_factory=dict[str, str])
     phase: Phase = "predict"
+    probing: bool = False
     may_stop: bool = True
 
     def within(self, start: float, end: float) -> bool:

@@ -1,1 +1,1 @@
-"""Where plugins meet diffusers pipelines."""
+"""Where plugins meet diffusers."""

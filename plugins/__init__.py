@@ -1,1 +1,1 @@
-"""One technique a file: the equations, and the plugin that wires them in."""
+"""One file a technique: its equations as pure functions, and a plugin for the wiring."""

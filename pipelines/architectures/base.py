@@ -1,0 +1,135 @@
+"""What a model family must tell: the only place that knows how a denoiser is called."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_map
+
+from ...attention.errors import UnsupportedPipelineError
+from ...attention.layer import AttentionLayer, find_layers
+from ...attention.step import Rows
+from ..running import Running
+
+Inputs = dict[str, Any]
+"""One denoiser call, every argument by name."""
+
+
+class Adapter:
+    """Base adapter; a family overrides what differs.
+
+    Attributes:
+        sample, timestep, text: names of those arguments of the denoiser's `forward`.
+        positional: names of its positional arguments in order.
+        batched: arguments (tensors, or nests of them) whose tensors have the batch as first dimension.
+    """
+
+    sample = "sample"
+    timestep = "timestep"
+    text = "encoder_hidden_states"
+    positional: tuple[str, ...] = ()
+    batched: tuple[str, ...] = ()
+
+    def __init__(self, pipe: Any, denoiser: nn.Module) -> None:
+        self.pipe, self.denoiser = pipe, denoiser
+        self.layers: list[AttentionLayer] = find_layers(denoiser)
+
+    # -- inputs and outputs ------------------------------------------------------------------------------------
+
+    def bind(self, args: tuple[Any, ...], kwargs: Inputs) -> Inputs:
+        """All arguments by name."""
+        return dict(zip(self.positional, args, strict=False)) | kwargs
+
+    def take(self, inputs: Inputs, rows: slice | torch.Tensor) -> Inputs:
+        """The same call for some rows of the batch; a tensor of indices may repeat rows."""
+        batch = len(inputs[self.sample])
+
+        def pick(value: Any) -> Any:
+            batched = isinstance(value, torch.Tensor) and value.ndim and len(value) == batch
+            return value[rows] if batched else value
+
+        return {name: tree_map(pick, value) if name in self.batched else value for name, value in inputs.items()}
+
+    def prediction(self, output: Any) -> torch.Tensor:
+        """The predicted tensor of a denoiser's output, whichever form it has."""
+        return output[0] if isinstance(output, tuple) else output.sample
+
+    def with_prediction(self, output: Any, prediction: torch.Tensor) -> Any:
+        """`output` with another prediction."""
+        if isinstance(output, tuple):
+            return (prediction, *output[1:])
+        output.sample = prediction
+        return output
+
+    # -- what the batch means ----------------------------------------------------------------------------------
+
+    @property
+    def latent_channels(self) -> int:
+        """Channels of the latent: inputs may add masks, predictions may add a variance."""
+        config: Any = self.denoiser.config
+        return min(config.in_channels, config.out_channels)
+
+    def groups(self, inputs: Inputs, running: Running) -> Rows:
+        """Row groups of the batch that the pipeline made."""
+        raise NotImplementedError
+
+    def grid(self, inputs: Inputs) -> tuple[int, int]:
+        """(height, width) of the image tokens at full resolution."""
+        raise NotImplementedError
+
+    def text_slice(self, layer: AttentionLayer, inputs: Inputs) -> slice | None:
+        """Columns of the text in a joint layer's sequence."""
+        return None
+
+    # -- branches ----------------------------------------------------------------------------------------------
+
+    def late_blocks(self) -> Sequence[tuple[str, nn.Module]]:
+        """Blocks, in order, before which extra rows may join instead of at the input."""
+        return ()
+
+    def can_join_late(self, inputs: Inputs, block: str) -> bool:
+        """Whether rows may join before `block` in this call."""
+        return True
+
+    # -- text --------------------------------------------------------------------------------------------------
+
+    def encode_text(self, texts: Sequence[str], running: Running) -> torch.Tensor:
+        """Text embeddings [n, L, D] as the denoiser takes them, by the pipeline's own encoders."""
+        raise UnsupportedPipelineError(
+            f"{type(self.pipe).__name__} encodes no text that diffgraft knows of: pass embeddings instead of strings"
+        )
+
+    def tokenizer(self) -> Any:
+        """The tokenizer whose tokens are the columns of the text embeddings."""
+        return getattr(self.pipe, "tokenizer", None)
+
+    # -- refusals ----------------------------------------------------------------------------------------------
+
+    def check(self) -> None:
+        """Refuse what would skip or change edited layers silently.
+
+        Raises:
+            UnsupportedPipelineError: names what was found and how to switch it off.
+        """
+        found = _obstacle(self.denoiser)
+        if found:
+            raise UnsupportedPipelineError(f"{type(self.denoiser).__name__} has {found}, then attach again")
+
+
+def _obstacle(denoiser: Any) -> str | None:
+    if getattr(denoiser, "is_cache_enabled", False):
+        return "a cache that skips layers: call disable_cache() on it"
+    for module in denoiser.modules():
+        registry = getattr(module, "_diffusers_hook", None)
+        hooks = list(getattr(registry, "hooks", {})) if registry is not None else []
+        if any("cache" in name or "pyramid_attention" in name or "layer_skip" in name for name in hooks):
+            return f"the hook {hooks[0]!r} that skips layers: disable that cache"
+        if hasattr(module, "_tome_info") or type(module).__name__ == "ToMeBlock":
+            return "merged tokens (tomesd): call tomesd.remove_patch(pipe)"
+        processor = type(getattr(module, "processor", None)).__name__
+        if processor in ("SlicedAttnProcessor", "SlicedAttnAddedKVProcessor"):
+            return "sliced attention: call pipe.disable_attention_slicing()"
+    return None

@@ -1,0 +1,76 @@
+"""SD1.x, SD2.x, SDXL and their img2img, inpaint and ControlNet pipelines: everything on UNet2DConditionModel."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from ...attention.errors import UnsupportedPipelineError
+from ...attention.step import Rows
+from ..running import Running
+from .base import Adapter, Inputs
+
+
+class UNetAdapter(Adapter):
+    """UNet2DConditionModel: rows [uncond, cond], or [cond] without guidance; PAG adds [perturbed]."""
+
+    positional = (
+        "sample", "timestep", "encoder_hidden_states", "class_labels", "timestep_cond", "attention_mask",
+        "cross_attention_kwargs", "added_cond_kwargs", "down_block_additional_residuals",
+        "mid_block_additional_residual", "down_intrablock_additional_residuals", "encoder_attention_mask",
+        "return_dict",
+    )  # fmt: skip
+    batched = tuple(name for name in positional if name not in ("cross_attention_kwargs", "return_dict"))
+
+    def groups(self, inputs: Inputs, running: Running) -> Rows:
+        batch = len(inputs["sample"])
+        names = ["cond"]
+        pipe = running.pipe
+        if "InstructPix2Pix" in type(pipe).__name__:
+            raise UnsupportedPipelineError(
+                f"{type(pipe).__name__} guides by image and text at once; use it without plugins"
+            )
+        if _guided(inputs) if not running.found else getattr(pipe, "do_classifier_free_guidance", False):
+            names.insert(0, "uncond")
+        if running.found and getattr(pipe, "do_perturbed_attention_guidance", False):
+            names.append("perturbed")
+        n = batch // len(names)
+        return {name: slice(i * n, (i + 1) * n) for i, name in enumerate(names)}
+
+    def grid(self, inputs: Inputs) -> tuple[int, int]:
+        height, width = inputs["sample"].shape[-2:]
+        return height, width
+
+    def late_blocks(self) -> Sequence[tuple[str, nn.Module]]:
+        unet: Any = self.denoiser
+        mid = [("mid_block", unet.mid_block)] if unet.mid_block is not None else []
+        return [*mid, *((f"up_blocks.{i}", block) for i, block in enumerate(unet.up_blocks))]
+
+    def can_join_late(self, inputs: Inputs, block: str) -> bool:
+        # ControlNet's middle residual is added behind the middle block, for the rows that came in.
+        return block != "mid_block" or inputs.get("mid_block_additional_residual") is None
+
+    def encode_text(self, texts: Sequence[str], running: Running) -> torch.Tensor:
+        pipe = self.pipe
+        if getattr(pipe, "tokenizer", None) is None and getattr(pipe, "tokenizer_2", None) is None:
+            return super().encode_text(texts, running)
+        device = pipe._execution_device
+        scale = (running.arguments.get("cross_attention_kwargs") or {}).get("scale")
+        encoded = pipe.encode_prompt(
+            list(texts), device=device, num_images_per_prompt=1, do_classifier_free_guidance=False,
+            clip_skip=running.clip_skip, lora_scale=scale,
+        )  # fmt: skip
+        return encoded[0]
+
+
+def _guided(inputs: Inputs) -> bool:
+    """Guidance in a hand-written loop: the same latents twice, with different text."""
+    sample, text = inputs["sample"], inputs["encoder_hidden_states"]
+    text = text[0] if isinstance(text, tuple) else text
+    n, odd = divmod(len(sample), 2)
+    if odd or not n or not torch.equal(sample[:n], sample[n:]):
+        return False
+    return not torch.equal(text[:n], text[n:])

@@ -1,0 +1,87 @@
+"""Native hooks on the denoiser and its blocks: inert in other contexts, and in copies of the model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_map
+
+if TYPE_CHECKING:
+    from .graft import Graft
+
+
+class Hook:
+    """A hook bound to one module; a copy or a pickle of the module gets one that does nothing."""
+
+    def __init__(self, function: Callable[..., Any] | None) -> None:
+        self.function = function
+
+    def __call__(self, *args: Any) -> Any:
+        return self.function(*args) if self.function is not None else None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Hook:
+        return Hook(None)
+
+    def __reduce__(self) -> Any:
+        return Hook, (None,)
+
+
+def hook_denoiser(denoiser: nn.Module, graft: Graft) -> Callable[[], None]:
+    """Let `graft` see and change the denoiser's inputs and outputs; returns the undo.
+
+    torch's own hooks, because accelerate's offload drops anything patched on `forward`.
+    """
+
+    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not graft.here or graft.run.step.probing:
+            return None
+        return (), graft.run.before(args, kwargs)
+
+    def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        if not graft.here or graft.run.step.probing:
+            return None
+        return graft.run.after(output)
+
+    first = denoiser.register_forward_pre_hook(Hook(before), with_kwargs=True, prepend=True)
+    last = denoiser.register_forward_hook(Hook(after), with_kwargs=True)
+
+    def undo() -> None:
+        first.remove()
+        last.remove()
+
+    return undo
+
+
+class LateJoin:
+    """Adds a branch's rows at a block instead of at the input: everything before it is computed once."""
+
+    @staticmethod
+    def install(block: nn.Module, name: str, graft: Graft) -> Callable[[], None]:
+        """Hook one block; from the join block on, whatever still has the pipeline's rows is expanded."""
+
+        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            if not graft.here:
+                return None
+            run = graft.run
+            if name == run.join_block:
+                run.joined = True
+            if run.joins is None or not run.joined or run.step.probing:
+                return None
+            return _expand(args, run.joins, run.base_rows), _expand(kwargs, run.joins, run.base_rows)
+
+        return block.register_forward_pre_hook(Hook(before), with_kwargs=True, prepend=True).remove
+
+
+def _expand(tree: Any, index: torch.Tensor, base: int) -> Any:
+    """Every tensor with `base` rows gets the rows of `index`; those that already have them are left."""
+
+    def pick(value: Any) -> Any:
+        batched = isinstance(value, torch.Tensor) and value.ndim and len(value) == base
+        return value[index] if batched else value
+
+    if isinstance(tree, dict):  # what cross_attention_kwargs holds is not batched by rows
+        return {k: v if k == "cross_attention_kwargs" else tree_map(pick, v) for k, v in tree.items()}
+    return tree_map(pick, tree)

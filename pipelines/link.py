@@ -1,0 +1,81 @@
+"""The scheduler's side of a moved latent: `step` must start from the latent that the denoiser saw."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+from ..attention.errors import UnsupportedSchedulerError
+
+_ATTENUATED = ("UniPCMultistepScheduler", "SASolverScheduler", "HeliosScheduler", "HeliosDMDScheduler")
+
+
+class SchedulerStep:
+    """Stands in for one scheduler's `step`: lets `handler` replace the sample, then counts the step.
+
+    Args:
+        scheduler: the instance whose `step` is wrapped.
+        handler: handler(sample) -> sample; called once a step.
+    """
+
+    def __init__(self, scheduler: Any, handler: Callable[[Any], Any]) -> None:
+        self.scheduler, self.handler, self.original = scheduler, handler, scheduler.step
+        self.was_own = "step" in scheduler.__dict__
+        functools.update_wrapper(self, self.original)  # pipelines look into the signature for eta and generator
+
+    def __call__(self, model_output: Any, timestep: Any, sample: Any, *args: Any, **kwargs: Any) -> Any:
+        return self.original(model_output, timestep, self.handler(sample), *args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return copy.deepcopy(self.original, memo)
+
+    def __reduce__(self) -> Any:
+        return getattr, (self.scheduler, "step")
+
+    def install(self) -> None:
+        self.scheduler.step = self
+
+    def remove(self) -> None:
+        """Put the original back; if somebody wrapped on top, stay and pass through."""
+        self.handler = lambda sample: sample
+        if self.scheduler.__dict__.get("step") is not self:
+            return
+        if self.was_own:
+            self.scheduler.step = self.original
+        else:
+            del self.scheduler.__dict__["step"]
+
+
+def check_moves(scheduler: Any) -> None:
+    """Refuse schedulers on which no moved latent can be exact; warn where it only partly arrives.
+
+    Raises:
+        UnsupportedSchedulerError: PNDM with its Runge-Kutta start.
+    """
+    name = type(scheduler).__name__
+    if name == "PNDMScheduler" and not scheduler.config.skip_prk_steps:
+        raise UnsupportedSchedulerError(
+            "PNDMScheduler with skip_prk_steps=False ignores the latent in its Runge-Kutta stages: use "
+            "DDIMScheduler.from_config(pipe.scheduler.config), or skip_prk_steps=True"
+        )
+    if name in _ATTENUATED:
+        warnings.warn(
+            f"{name} corrects each step from the latent it kept, so a moved latent arrives weakened; "
+            "DDIM, Euler or DPM++ take it exactly",
+            stacklevel=3,
+        )
+
+
+def discards(scheduler: Any) -> str | None:
+    """Why the scheduler would discard a latent moved before the coming step, or None if it would not."""
+    if not getattr(scheduler, "state_in_first_order", True):
+        return "second stage of a second-order step"
+    if type(scheduler).__name__ == "PNDMScheduler" and scheduler.counter == 1:
+        return "duplicated call of PNDM"
+    orders = getattr(scheduler, "order_list", None)  # DPMSolverSinglestep goes on from the sample of its first stage
+    if orders is not None and scheduler.step_index is not None and orders[scheduler.step_index] != 1:
+        return "later stage of a single-step solver"
+    return None

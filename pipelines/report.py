@@ -1,0 +1,68 @@
+"""What a graft did, in words and in values."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .graft import Graft
+
+
+@dataclass(frozen=True)
+class Report:
+    """Snapshot of a graft's work since it was attached.
+
+    Attributes:
+        pipeline: class name. backend: attention kernel of edited layers.
+        calls: denoiser calls that the pipeline made. rows: batch sizes that ran, branches included.
+        layers: edited layers and how often each ran edited.
+        updates: moved latents. skipped: reasons and counts of updates that were left out.
+        displaced: layers whose processor is not the one that was there at attach. Edits do not depend on it.
+        plugins: what each plugin says, by class name.
+    """
+
+    pipeline: str
+    backend: str
+    calls: int
+    rows: list[int]
+    layers: dict[str, int]
+    updates: int
+    skipped: dict[str, int]
+    displaced: list[str]
+    plugins: list[tuple[str, Mapping[str, Any]]] = field(default_factory=list[tuple[str, Mapping[str, Any]]])
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.pipeline}: {self.calls} denoiser calls, backend {self.backend}, rows {self.rows}",
+            f"  {len(self.layers)} layers edited, {sum(self.layers.values())} runs",
+        ]
+        lines += [f"    {name}: {count}" for name, count in self.layers.items()]
+        lines.append(f"  {self.updates} latent updates")
+        lines += [f"    skipped {count}: {reason}" for reason, count in self.skipped.items()]
+        lines += [f"  displaced processor: {name}" for name in self.displaced]
+        for name, values in self.plugins:
+            lines.append(f"  {name}")
+            lines += [f"    {key}: {value}" for key, value in values.items()]
+        return "\n".join(lines)
+
+
+def make_report(graft: Graft, processors: Mapping[str, Any]) -> Report:
+    """Collect a report from all threads' runs."""
+    skipped: Counter[str] = Counter()
+    for run in graft.runs:
+        skipped.update(run.skipped)
+    order = [layer.name for layer in graft.layers]
+    return Report(
+        pipeline=type(graft.pipe).__name__,
+        backend=graft.backend.name,
+        calls=sum(run.calls for run in graft.runs),
+        rows=sorted({rows for run in graft.runs for rows in run.rows_seen}),
+        layers={name: graft.edited[name] for name in order if name in graft.edited},
+        updates=sum(run.updates for run in graft.runs),
+        skipped=dict(skipped),
+        displaced=[x.name for x in graft.layers if getattr(x.module, "processor", None) is not processors.get(x.name)],
+        plugins=[(type(plugin).__name__, plugin.report()) for plugin in graft.plugins],
+    )

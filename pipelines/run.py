@@ -1,0 +1,267 @@
+"""One pipeline call under a graft: what happens before, during and after each denoiser call."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils._pytree import tree_map
+
+from ..attention.errors import GraftError, UnsupportedPipelineError, UnsupportedSchedulerError
+from ..attention.layer import AttentionLayer
+from ..attention.seam import StopForward
+from ..attention.step import Step
+from ..plugins.base import Branch, Plugin, Prompt
+from .architectures.base import Inputs
+from .link import check_moves, discards
+from .running import Running, find_running
+from .step import Clock
+
+if TYPE_CHECKING:
+    from .graft import Graft
+
+
+class Run:
+    """State of the pipeline calls that one thread makes under one graft; the `Session` of its plugins."""
+
+    def __init__(self, graft: Graft) -> None:
+        self.graft, self.adapter = graft, graft.adapter
+        self.clock, self.step = Clock(), Step()
+        self.running = Running(graft.pipe, False)
+        self.pending: torch.Tensor | None = None
+        self.skipped: Counter[str] = Counter()
+        self.rows_seen: set[int] = set()
+        self.updates = self.calls = 0
+        self.inputs: Inputs = {}
+        self.joins: torch.Tensor | None = None
+        self.join_block: str | None = None
+        self.joined, self.base_rows = False, 0
+
+    # -- Session: what plugins see -----------------------------------------------------------------------------
+
+    @property
+    def layers(self) -> Sequence[AttentionLayer]:
+        return self.adapter.layers
+
+    @property
+    def latent_channels(self) -> int:
+        return self.adapter.latent_channels
+
+    @property
+    def prompt(self) -> Prompt:
+        asked = self.running.arguments.get("prompt")
+        rows = self.step.rows.get("cond", slice(0, 1))
+        pictures = rows.stop - rows.start
+        texts = [asked] if isinstance(asked, str) else list(asked) if asked else None
+        if texts:
+            texts = [text for text in texts for _ in range(pictures // len(texts))]
+        return Prompt(texts, pictures, getattr(self.running.pipe, "guidance_scale", None))
+
+    def encode_text(self, texts: Sequence[str]) -> torch.Tensor:
+        return self.graft.texts.encode(texts, self.running)
+
+    def tokens(self, text: str) -> list[str]:
+        return self.graft.texts.tokens(text)
+
+    def token_spans(self, text: str, phrase: str) -> list[list[int]]:
+        return self.graft.texts.spans(text, phrase)
+
+    def encode_image(self, image: Any, size: tuple[int, int]) -> torch.Tensor:
+        return self.graft.encode_image(image, size)
+
+    def signal(self, step: Step) -> tuple[float, float]:
+        return self.graft.signal(self.running.pipe.scheduler, step)
+
+    def skip(self, reason: str) -> None:
+        self.skipped[reason] += 1
+
+    # -- the three stages --------------------------------------------------------------------------------------
+
+    def before(self, args: tuple[Any, ...], kwargs: Inputs) -> Inputs:
+        """The denoiser's inputs after the latent and the branch stage."""
+        self.running = find_running(self.adapter.denoiser, self.graft.pipe)
+        inputs = self.adapter.bind(args, kwargs)
+        if self.pending is not None:
+            self.pending = None
+            raise GraftError(
+                "a plugin moved the latents, but scheduler.step was not called on the pipeline's own scheduler "
+                "before the next denoiser call: sample with pipe.scheduler"
+            )
+        self._begin(inputs)
+        for stage in (self._latent_stage, self._branch_stage):
+            inputs = stage(inputs)
+        self.rows_seen.add(max(rows.stop for rows in self.step.rows.values()))
+        self.calls += 1
+        return inputs
+
+    def after(self, output: Any) -> Any:
+        """The denoiser's output after the combine stage, with the rows that the pipeline sent in."""
+        step, adapter = self.step, self.adapter
+        self._forget_joins()
+        combiners = [p for p in self.graft.active(step) if type(p).combine is not Plugin.combine]
+        prediction = adapter.prediction(output)
+        kept = max(rows.stop for name, rows in step.rows.items() if name not in step.likes)
+        if not combiners and kept == len(prediction):
+            return output
+        full = prediction.to(torch.promote_types(prediction.dtype, torch.float32))
+        deltas = [d for plugin in combiners if (d := plugin.combine(step, full, step.rows)) is not None]
+        if not deltas:
+            return adapter.with_prediction(output, prediction[:kept])
+        folded = full[:kept].clone()
+        for name in ("uncond", "cond"):  # u + g (c - u) moves by exactly d when both halves do, whatever g is
+            if name in step.rows:
+                for delta in deltas:
+                    folded[step.rows[name], : delta.shape[1]] += delta
+        return adapter.with_prediction(output, folded.to(prediction.dtype))
+
+    def sample_for_step(self, sample: torch.Tensor) -> torch.Tensor:
+        """What the scheduler's step starts from."""
+        self.clock.tick()
+        moved, self.pending = self.pending, None
+        return sample if moved is None else moved.to(sample.dtype)
+
+    def text_slice(self, layer: AttentionLayer) -> slice | None:
+        """Columns of the text in a joint layer."""
+        return self.adapter.text_slice(layer, self.inputs)
+
+    # -- steps -------------------------------------------------------------------------------------------------
+
+    def _begin(self, inputs: Inputs) -> None:
+        scheduler = self.running.pipe.scheduler
+        self.graft.link(scheduler)
+        timestep = inputs[self.adapter.timestep]
+        fresh = self.clock.start(scheduler, timestep)
+        index, total = self.clock.read(scheduler, self.running.steps)
+        rows = self.adapter.groups(inputs, self.running)
+        self.step = Step(index, total, timestep, self.adapter.grid(inputs), rows)
+        self._forget_joins()
+        if fresh:
+            self.adapter.check()
+            for plugin in self.graft.effective:
+                plugin.begin(self, self.step)
+
+    def _forget_joins(self) -> None:
+        self.joins, self.join_block, self.joined, self.base_rows = None, None, False, 0
+
+    def _latent_stage(self, inputs: Inputs) -> Inputs:
+        movers = [plugin for plugin in self.graft.active(self.step) if plugin.moves(self.step)]
+        if not movers:
+            return inputs
+        scheduler = self.running.pipe.scheduler
+        self._refuse(scheduler)
+        reason = discards(scheduler)
+        if reason:
+            self.skip(reason)
+            return inputs
+        key, rows = self.adapter.sample, self.step.rows["cond"]
+        with torch.inference_mode(False), torch.enable_grad(), self._probing_state():
+            inputs = tree_map(lambda v: v.clone() if torch.is_tensor(v) and v.is_inference() else v, inputs)
+            sample = inputs[key].detach()
+            self.inputs = self.adapter.take(inputs, rows)
+            scale = self._scale(scheduler, sample)
+            latent = before = self._latent_of(sample[rows], scale)
+            for plugin in movers:
+                moved = plugin.latent(self.step, latent.detach(), lambda z: self._probe(z, scale))
+                latent = latent if moved is None else moved.detach()
+        if latent is before:
+            return inputs
+        self.pending, self.updates = latent, self.updates + 1
+        return {**inputs, key: self._with_latent(sample, latent * scale)}
+
+    def _branch_stage(self, inputs: Inputs) -> Inputs:
+        branches = [b for plugin in self.graft.active(self.step) for b in plugin.branches(self.step)]
+        if not branches:
+            return inputs
+        rows = self.step.rows
+        if "perturbed" in rows:
+            raise UnsupportedPipelineError("PAG splits the batch in three itself: use the pipeline without PAG")
+        indices = list(range(max(r.stop for r in rows.values())))
+        for branch in branches:
+            source = rows[branch.like]
+            rows[branch.name] = slice(len(indices), len(indices) + source.stop - source.start)
+            self.step.likes[branch.name] = branch.like
+            indices += range(source.start, source.stop)
+        index = torch.tensor(indices, device=inputs[self.adapter.sample].device)
+        block = self.graft.join_block(branches)
+        if block and self.adapter.can_join_late(inputs, block):
+            self.joins, self.join_block, self.base_rows = index, block, len(inputs[self.adapter.sample])
+            return inputs
+        return self._own_inputs(self.adapter.take(inputs, index), branches)
+
+    def _own_inputs(self, inputs: Inputs, branches: Sequence[Branch]) -> Inputs:
+        """Give the branches that ask for it their own latent and text."""
+        key, text = self.adapter.sample, self.adapter.text
+        for branch in branches:
+            rows = self.step.rows[branch.name]
+            if branch.latent is not None:
+                sample = inputs[key].clone()
+                scale = self._scale(self.running.pipe.scheduler, sample)
+                own = (branch.latent(self.step).to(sample.device) * scale).to(sample.dtype)
+                sample[rows, : self.latent_channels] = own
+                inputs = {**inputs, key: sample}
+            if branch.text is not None:
+                words = inputs[text].clone()
+                words[rows] = branch.text.to(words)
+                inputs = {**inputs, text: words}
+        return inputs
+
+    # -- latents and probes ------------------------------------------------------------------------------------
+
+    def _refuse(self, scheduler: Any) -> None:
+        if scheduler is not self.graft.pipe.scheduler:
+            raise UnsupportedSchedulerError(
+                f"{type(self.running.pipe).__name__} shares the denoiser but has another scheduler object, so a moved "
+                "latent would not reach it: give it the grafted pipeline's scheduler, or graft it instead"
+            )
+        if self.clock.done == 0:
+            check_moves(scheduler)
+
+    def _scale(self, scheduler: Any, sample: torch.Tensor) -> torch.Tensor:
+        """The factor by which the scheduler scales latents for the model; all of them are linear."""
+        one = torch.ones((), dtype=torch.promote_types(sample.dtype, torch.float32), device=sample.device)
+        scale = getattr(scheduler, "scale_model_input", None)
+        timestep = torch.as_tensor(self.step.timestep).flatten()[0]
+        return one if scale is None else scale(one, timestep)
+
+    def _latent_of(self, sample: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        latent = sample[:, : self.latent_channels]
+        return latent.to(torch.promote_types(latent.dtype, torch.float32)) / scale
+
+    def _with_latent(self, sample: torch.Tensor, scaled: torch.Tensor) -> torch.Tensor:
+        """`sample` with its latent channels replaced in every group."""
+        channels, copies = self.latent_channels, len(sample) // len(scaled)
+        new = scaled.to(sample.dtype).repeat(copies, *[1] * (scaled.ndim - 1))
+        return new if sample.shape[1] == channels else torch.cat([new, sample[:, channels:]], 1)
+
+    def _probe(self, latent: torch.Tensor, scale: torch.Tensor) -> torch.Tensor | None:
+        """The denoiser's prediction for `latent` on the conditional rows, None if an edit ended the run early."""
+        key, step = self.adapter.sample, self.step
+        scaled = (latent * scale).to(self.inputs[key].dtype)
+        inputs = {**self.inputs, key: self._with_latent(self.inputs[key], scaled)}
+        step.probing = True
+        try:
+            return self.adapter.prediction(self.adapter.denoiser(**inputs))
+        except StopForward:
+            return None
+        finally:
+            step.probing = False
+
+    @contextmanager
+    def _probing_state(self) -> Iterator[None]:
+        """The step as a probe sees it, and parameters without gradients; both put back at the end."""
+        step, rows = self.step, self.step.rows
+        trained = [p for p in self.adapter.denoiser.parameters() if p.requires_grad]
+        for parameter in trained:
+            parameter.requires_grad_(False)
+        step.phase, step.rows = "latent", {"cond": slice(0, rows["cond"].stop - rows["cond"].start)}
+        self.graft.latent_run = self
+        try:
+            yield
+        finally:
+            self.graft.latent_run = None
+            step.phase, step.rows, self.inputs = "predict", rows, {}
+            for parameter in trained:
+                parameter.requires_grad_(True)

@@ -1,0 +1,52 @@
+"""Which pipeline is calling the denoiser right now, and what it was asked for.
+
+A denoiser's inputs do not say whether a batch of two is a guided pair or two pictures, and pipelines that share a
+denoiser have flags of their own. The pipeline that is running is on the call stack; it is read, never written.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field
+from typing import Any
+
+from diffusers import DiffusionPipeline
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Running:
+    """The pipeline on the stack; `found` is False in a loop that somebody wrote by hand."""
+
+    pipe: Any
+    found: bool
+    arguments: dict[str, Any] = field(default_factory=dict[str, Any])
+
+    @property
+    def steps(self) -> int | None:
+        """Entries of the schedule that this call runs (img2img and `denoising_end` run fewer than the scheduler has)."""
+        return getattr(self.pipe, "_num_timesteps", None) if self.found else None
+
+    @property
+    def clip_skip(self) -> int | None:
+        """The call's `clip_skip`."""
+        return self.arguments.get("clip_skip")
+
+
+def find_running(denoiser: nn.Module, pipe: Any) -> Running:
+    """The innermost pipeline on this thread's stack that owns `denoiser`, else `pipe` with `found=False`."""
+    frame = sys._getframe(1)  # pyright: ignore[reportPrivateUsage]
+    while frame is not None:
+        if frame.f_code.co_name == "__call__" and "self" in frame.f_code.co_varnames:
+            caller = frame.f_locals.get("self")
+            if isinstance(caller, DiffusionPipeline) and owns(caller, denoiser):
+                return Running(caller, True, dict(frame.f_locals))
+        frame = frame.f_back
+    return Running(pipe, False)
+
+
+def owns(pipe: DiffusionPipeline, denoiser: nn.Module) -> bool:
+    """Whether `denoiser` is one of the pipeline's components, compiled or not."""
+    return any(
+        part is denoiser or getattr(part, "_orig_mod", None) is denoiser for part in pipe.components.values()
+    )

@@ -1,0 +1,59 @@
+"""Step bookkeeping from the scheduler: which step of this pipeline call a denoiser call belongs to."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+
+class Clock:
+    """Counts `scheduler.step` calls within one run of a schedule.
+
+    A pipeline call begins with `set_timesteps`, which makes a new tensor; that tells runs apart. Denoiser calls are
+    not counted: a second-order scheduler steps twice a step, guidance in two calls steps once.
+    """
+
+    def __init__(self) -> None:
+        self.schedule: torch.Tensor | None = None
+        self.times: list[float] = []
+        self.begin = self.done = 0
+        self.asked_at: int | None = None
+
+    def start(self, scheduler: Any, timestep: Any) -> bool:
+        """Note a denoiser call at `timestep`; True if it is the first of a new run."""
+        fresh = scheduler.timesteps is not self.schedule or self._over()
+        if fresh:
+            self.schedule = scheduler.timesteps
+            self.times = [float(t) for t in self.schedule]  # once a run: on a GPU this waits
+            self.begin, self.done = self._first(scheduler, timestep), 0
+        elif self.done == self.asked_at:
+            # No step since the last call: guidance in two calls stays where it is, a bare loop moved on.
+            self.done = self._find(timestep, default=self.begin + self.done) - self.begin
+        self.asked_at = self.done
+        return fresh
+
+    def tick(self) -> None:
+        """Note one `scheduler.step`."""
+        self.done += 1
+
+    def read(self, scheduler: Any, steps: int | None) -> tuple[int, int]:
+        """(index, total) of the current step; `steps` = entries that this pipeline call runs, if known."""
+        order = getattr(scheduler, "order", 1)
+        entries = len(self.times) - self.begin
+        entries = min(entries, steps) if steps else entries
+        total = max(1, -(-entries // order))
+        return min(self.done // order, total - 1), total
+
+    def _over(self) -> bool:
+        return self.schedule is not None and self.begin + self.done >= len(self.times)
+
+    def _first(self, scheduler: Any, timestep: Any) -> int:
+        begin = getattr(scheduler, "begin_index", None)
+        return self._find(timestep, default=0, order=getattr(scheduler, "order", 1)) if begin is None else int(begin)
+
+    def _find(self, timestep: Any, default: int, order: int = 1) -> int:
+        value = float(torch.as_tensor(timestep).flatten()[0])
+        places = [i for i, t in enumerate(self.times) if t == value and i % order == 0]
+        later = [i for i in places if i >= default]
+        return (later or places or [default])[0]

@@ -1,0 +1,75 @@
+"""The pipeline's own text encoders and tokenizer, each text encoded once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from ..attention.errors import UnsupportedPipelineError
+from .architectures.base import Adapter
+from .running import Running
+
+_LIMIT = 256
+
+
+class Texts:
+    """Encodes texts for a denoiser and remembers the result as long as the encoders stay what they are."""
+
+    def __init__(self, adapter: Adapter) -> None:
+        self.adapter = adapter
+        self._memo: dict[tuple[Any, ...], torch.Tensor] = {}
+
+    def encode(self, texts: Sequence[str], running: Running) -> torch.Tensor:
+        """Embeddings [n, L, D] of the texts by the pipeline's encoders, with this call's `clip_skip` and LoRA scale."""
+        scale = (running.arguments.get("cross_attention_kwargs") or {}).get("scale")
+        state = (running.clip_skip, scale, _fingerprint(self.adapter.pipe))
+        missing = [text for text in dict.fromkeys(texts) if (text, *state) not in self._memo]
+        if missing:
+            if len(self._memo) > _LIMIT:
+                self._memo.clear()
+            with torch.inference_mode(False), torch.no_grad():  # remembered tensors outlive the caller's mode
+                encoded = self.adapter.encode_text(missing, running)
+            self._memo |= {(text, *state): row for text, row in zip(missing, encoded, strict=True)}
+        return torch.stack([self._memo[(text, *state)] for text in texts])
+
+    def ids(self, text: str) -> list[int]:
+        """Token ids of a prompt, with start and end marks, cut off where the encoder cuts it off."""
+        tokenizer, pipe = self._tokenizer(), self.adapter.pipe
+        if hasattr(pipe, "maybe_convert_prompt"):
+            text = pipe.maybe_convert_prompt(text, tokenizer)  # textual inversion: one word, several vectors
+        limit = min(tokenizer.model_max_length, 4096)
+        return list(tokenizer(text, truncation=True, max_length=limit).input_ids)
+
+    def tokens(self, text: str) -> list[str]:
+        """The same as strings."""
+        return [str(token) for token in self._tokenizer().convert_ids_to_tokens(self.ids(text))]
+
+    def spans(self, text: str, phrase: str) -> list[list[int]]:
+        """Columns of each occurrence of `phrase`, whole words only."""
+        special = set(self._tokenizer().all_special_ids)
+        wanted = [i for i in self.ids(phrase) if i not in special]
+        ids, n = self.ids(text), len(wanted)
+        return [list(range(i, i + n)) for i in range(len(ids) - n + 1) if n and ids[i : i + n] == wanted]
+
+    def _tokenizer(self) -> Any:
+        tokenizer = self.adapter.tokenizer()
+        if tokenizer is None:
+            raise UnsupportedPipelineError(
+                f"{type(self.adapter.pipe).__name__} has no tokenizer: give token indices or embeddings, not words"
+            )
+        return tokenizer
+
+
+def _fingerprint(pipe: Any) -> tuple[Any, ...]:
+    """Changes whenever an encoder's weights, dtype, LoRA state or identity do."""
+    marks: list[Any] = []
+    for name in ("text_encoder", "text_encoder_2", "text_encoder_3"):
+        encoder = getattr(pipe, name, None)
+        if encoder is None:
+            continue
+        scales = [str(m.scaling) + str(m.active_adapters) for m in encoder.modules() if hasattr(m, "active_adapters")]
+        versions = sum(p._version for p in encoder.parameters() if not p.is_inference())
+        marks.append((id(encoder), encoder.dtype, versions, len(scales), hash(tuple(scales))))
+    return tuple(marks)

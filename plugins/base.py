@@ -1,0 +1,175 @@
+"""What a plugin is: pure data until a graft binds it, and then edits, branches and updates for each step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from ..attention.edit import Edit
+from ..attention.errors import SettingError, SettingTypeError
+from ..attention.layer import AttentionLayer
+from ..attention.step import Rows, Step
+
+Probe = Callable[[torch.Tensor], torch.Tensor | None]
+"""probe(z) runs the denoiser on the conditional rows of latent z [n, C, h, w] and returns its prediction,
+or None if an edit ended it early."""
+
+
+@dataclass(frozen=True)
+class Branch:
+    """Extra batch rows, one for each picture, that copy a group and may differ by edits, latent or text.
+
+    Attributes:
+        name: group name for `step.rows`.
+        like: "cond" or "uncond", the group that is copied; edits for that group run on the branch too.
+        latent: gives the branch's own latent [n, C, h, w] (in the scheduler's space), or None for the same one.
+        text: its own text embeddings [1 or n, L, D], as the denoiser takes them.
+    """
+
+    name: str
+    like: str = "cond"
+    latent: Callable[[Step], torch.Tensor] | None = None
+    text: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What the running pipeline call was asked for, as far as can be seen from outside.
+
+    Attributes:
+        texts: one string a picture (prompts repeated for `num_images_per_prompt`), None for a call with embeddings.
+        pictures: pictures in this call.
+        guidance_scale: the call's, None where the pipeline has none.
+    """
+
+    texts: list[str] | None
+    pictures: int
+    guidance_scale: float | None = None
+
+
+class Session(Protocol):
+    """What a graft hands to its plugins. Everything but `layers` and `pictures` is only valid while sampling."""
+
+    @property
+    def layers(self) -> Sequence[AttentionLayer]:
+        """Every attention layer of the denoiser in execution order."""
+        ...
+
+    @property
+    def latent_channels(self) -> int:
+        """Channels of the latent; the prediction may have more (learned variance), the input too (inpainting)."""
+        ...
+
+    @property
+    def prompt(self) -> Prompt:
+        """The running call's prompt."""
+        ...
+
+    def encode_text(self, texts: Sequence[str]) -> torch.Tensor:
+        """Text embeddings [n, L, D] by the pipeline's own encoders, as its denoiser takes them; remembered."""
+        ...
+
+    def token_spans(self, text: str, phrase: str) -> list[list[int]]:
+        """Columns of each occurrence of `phrase` in the denoiser's text tokens for the prompt `text`."""
+        ...
+
+    def tokens(self, text: str) -> list[str]:
+        """The prompt's tokens as strings, start and end marks included, padding excluded."""
+        ...
+
+    def encode_image(self, image: Any, size: tuple[int, int]) -> torch.Tensor:
+        """Latent [1, C, h, w] (the posterior's mode, scaled) of a picture brought to `size` = latent (h, w)."""
+        ...
+
+    def signal(self, step: Step) -> tuple[float, float]:
+        """(alpha, sigma) of the scheduler at this step: a noised latent is alpha * clean + sigma * noise."""
+        ...
+
+    def skip(self, reason: str) -> None:
+        """Count a skipped update for the report."""
+        ...
+
+
+class Plugin:
+    """Base of every technique. A plugin never touches processors, modules or the scheduler.
+
+    Args:
+        start, end: fractions of the run's steps; outside [start, end) nothing of the plugin runs.
+    Raises:
+        SettingError: not 0 <= start <= end <= 1.
+    """
+
+    def __init__(self, *, start: float = 0.0, end: float = 1.0) -> None:
+        if not 0.0 <= finite(start, "start") <= finite(end, "end") <= 1.0:
+            raise SettingError(f"start={start}, end={end}: fractions of the steps, 0 <= start <= end <= 1")
+        self.start, self.end = float(start), float(end)
+
+    @property
+    def neutral(self) -> bool:
+        """True where the settings change nothing; then the graft leaves the pipeline alone."""
+        return False
+
+    def moves(self, step: Step) -> bool:
+        """Whether `latent` is to be called at this step; needs the pipeline's own scheduler."""
+        return type(self).latent is not Plugin.latent
+
+    def bind(self, session: Session) -> None:
+        """Called at attach: check the settings against the pipeline. May be called again after `unbind`."""
+
+    def unbind(self) -> None:
+        """Called at detach: drop tensors and the session."""
+
+    def begin(self, session: Session, step: Step) -> None:
+        """Called once a pipeline call, before its first step is computed: encode, resize, forget the last run."""
+
+    def edits(self) -> Sequence[Edit]:
+        """The edits of attention, asked once at attach."""
+        return ()
+
+    def branches(self, step: Step) -> Sequence[Branch]:
+        """Extra rows wanted at this step."""
+        return ()
+
+    def latent(self, step: Step, latent: torch.Tensor, probe: Probe) -> torch.Tensor | None:
+        """A moved latent, or None to leave it.
+
+        Args:
+            step: phase "latent".
+            latent: [n, C, h, w], at least float32, in the scheduler's space (not yet scaled for the model).
+            probe: runs the denoiser on the conditional rows with gradients enabled and its parameters frozen;
+                use `torch.autograd.grad`, never `backward`.
+        """
+        return None
+
+    def combine(self, step: Step, prediction: torch.Tensor, rows: Rows) -> torch.Tensor | None:
+        """What to add to the guided prediction, [n, C, h, w]; `prediction` has all rows, at least float32."""
+        return None
+
+    def report(self) -> Mapping[str, Any]:
+        """Plain values for `Graft.report()`: losses, coverage, chosen tokens."""
+        return {}
+
+    def settings(self) -> dict[str, Any]:
+        """The constructor's arguments as plain values, for metadata."""
+        plain = (bool, int, float, str, type(None))
+        return {
+            name: value if isinstance(value, plain) else repr(value)[:200]
+            for name, value in vars(self).items()
+            if not name.startswith("_")
+        }
+
+
+def finite(value: Any, name: str, low: float = -float("inf"), high: float = float("inf")) -> float:
+    """`value` as a float in [low, high].
+
+    Raises:
+        SettingTypeError: not a number. SettingError: NaN, infinite or out of range.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise SettingTypeError(f"{name}={value!r}: a number is needed")
+    if not (low <= value <= high) or value in (float("inf"), -float("inf")):
+        raise SettingError(f"{name}={value}: must be finite and within [{low:g}, {high:g}]")
+    return float(value)
