@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
-import diffusers
 import torch
 from PIL import Image
 
@@ -115,7 +114,6 @@ def sample(
             "scheduler": type(pipe.scheduler).__name__,
             "pipeline": type(pipe).__name__,
             "plugins": [],
-            "versions": {"diffusers": diffusers.__version__, "torch": torch.__version__},
         }
     return pictures
 
@@ -170,6 +168,8 @@ def _check(
             raise SettingTypeError(f"a prompt is a text, not {type(text).__name__}")
         if len(text) > LONGEST_PROMPT:
             raise SettingError(f"a prompt of {len(text)} characters: at most {LONGEST_PROMPT}")
+        if not text.isascii() and text != text.encode("utf-8", "replace").decode("utf-8"):
+            raise SettingError("a prompt holds bytes that are no text; write it in UTF-8")
     _count(steps, "steps", 1000)
     if guidance is not None and not math.isfinite(guidance):
         raise SettingError(f"guidance={guidance}: must be finite")

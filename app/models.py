@@ -1,0 +1,62 @@
+"""Models as a person names them: the embedded ones by name, any other by path or Hub id."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import PurePath
+from typing import Any
+
+import torch
+
+from ..attention.errors import SettingError
+from ..pipelines.load import load
+from ..pipelines.picturebook import picturebook
+
+PICTUREBOOK = "picturebook"
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_SUITS: Mapping[str, Mapping[str, Any]] = {PICTUREBOOK: {"guidance": 4.0}}
+
+
+def open_model(
+    name: str = PICTUREBOOK, *, device: str = "auto", dtype: str = "auto", revision: str | None = None
+) -> Any:
+    """A pipeline on a device.
+
+    Args:
+        name: "picturebook", a folder, a `.safetensors` file, or a Hub id.
+        device: "auto" takes an accelerator if there is one.
+        dtype: "auto" is float32 on a CPU and float16 elsewhere.
+
+    Raises:
+        ModelLoadError: the model cannot be loaded. SettingError: no such device or dtype.
+    """
+    place = find_device(device)
+    if dtype != "auto" and dtype not in DTYPES:
+        raise SettingError(f"dtype {dtype!r}: must be auto, {', '.join(DTYPES)}")
+    kind = DTYPES[dtype] if dtype != "auto" else torch.float32 if place.type == "cpu" else torch.float16
+    if name == PICTUREBOOK:
+        return picturebook(dtype=kind, device=place)
+    return load(name, dtype=kind, device=place, revision=revision)
+
+
+def find_device(name: str) -> torch.device:
+    """The device of that name; "auto" is the accelerator if there is one."""
+    if name == "auto":
+        found = torch.accelerator.current_accelerator(check_available=True)
+        return found or torch.device("cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise SettingError(f"device {name!r} cannot be used here; try auto or cpu") from None
+    return device
+
+
+def suits(name: str) -> dict[str, Any]:
+    """Settings that suit a model where the user gave none."""
+    return dict(_SUITS.get(name, {}))
+
+
+def shown_name(name: str) -> str:
+    """The name for metadata: a path is cut down to its last part."""
+    return PurePath(name.replace("\\", "/")).name if name.count("/") != 1 or name.startswith((".", "/", "~")) else name

@@ -1,0 +1,149 @@
+"""What the single commands do: open the model, load pictures, run one task, write whole files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+import diffgraft
+
+from ..attention.errors import SettingError
+from ..pipelines.generate import resolve_seed
+from .errors import ImageError
+from .images import load_image, load_mask
+from .metadata import encode_png
+from .models import open_model, shown_name, suits
+from .outputs import output_folder, write_whole
+from .techniques import build, check
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".tif", ".tiff", ".bmp")
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What is common to all commands."""
+
+    model: str
+    device: str = "auto"
+    dtype: str = "auto"
+    revision: str | None = None
+    quiet: bool = False
+    metadata: bool = True
+
+    def pipe(self) -> Any:
+        """The model, with its progress bar as wanted."""
+        pipe = open_model(self.model, device=self.device, dtype=self.dtype, revision=self.revision)
+        pipe.set_progress_bar_config(disable=self.quiet)
+        return pipe
+
+    def write(self, path: Path, picture: Image.Image, settings: Mapping[str, Any]) -> Path:
+        """Write one picture with what it says about itself."""
+        complete = {**settings, "model": shown_name(self.model)}
+        write_whole(path, encode_png(picture, complete if self.metadata else None))
+        return path
+
+
+def generate(
+    wish: Wish, prompt: str, specs: Sequence[Mapping[str, Any]], out: Path, *, seed: int | None, n: int, **settings: Any
+) -> list[Path]:
+    """`diffgraft generate`: the paths written, in the order of the seeds."""
+    for spec in specs:
+        check(spec)
+    _png(out)
+    first = resolve_seed(seed)
+    output_folder(out.parent)
+    pipe = wish.pipe()
+    plugins = [build(spec) for spec in specs]
+    chosen = suits(wish.model) | _given(settings)
+    paths = [out] if n == 1 else [out.with_name(f"{out.stem}-{i}.png") for i in range(n)]
+    for i, path in enumerate(paths):  # one by one, so that an interruption leaves what was made
+        [picture] = diffgraft.generate(pipe, prompt, plugins=plugins, seed=first + i, **chosen)
+        wish.write(path, picture, picture.info["diffgraft"])
+    return paths
+
+
+def erase(
+    wish: Wish, image: Path, mask: Path, out: Path, *, invert: bool, seed: int | None, **settings: Any
+) -> list[Path]:
+    """`diffgraft erase`: the paths written."""
+
+    def run(pipe: Any, source: Path, other: Path, used: int) -> Image.Image:
+        picture = load_image(source)
+        hole = load_mask(other, picture.size, invert=invert)
+        return diffgraft.erase(pipe, picture, hole, seed=used, **_given(settings))
+
+    return _edit(wish, "erase", _pairs(image, mask, "mask"), image.is_dir(), out, run, seed, settings)
+
+
+def stylize(wish: Wish, content: Path, style: Path, out: Path, *, seed: int | None, **settings: Any) -> list[Path]:
+    """`diffgraft stylize`: the paths written."""
+
+    def run(pipe: Any, source: Path, other: Path, used: int) -> Image.Image:
+        return diffgraft.stylize(pipe, load_image(source), load_image(other), seed=used, **_given(settings))
+
+    pairs = [(picture, style) for picture in _pictures(content)] if content.is_dir() else [(content, style)]
+    return _edit(wish, "stylize", pairs, content.is_dir(), out, run, seed, settings)
+
+
+def _edit(
+    wish: Wish,
+    task: str,
+    pairs: list[tuple[Path, Path]],
+    folder: bool,
+    out: Path,
+    run: Callable[[Any, Path, Path, int], Image.Image],
+    seed: int | None,
+    settings: Mapping[str, Any],
+) -> list[Path]:
+    paths = list(_targets(pairs, out)) if folder else [_png(out)]
+    used = resolve_seed(seed)
+    output_folder(out if folder else out.parent)
+    for source, other in pairs:  # a bad file is told before minutes of work
+        load_image(source), load_image(other)
+    pipe = wish.pipe()
+    for (source, other), path in zip(pairs, paths, strict=True):
+        picture = run(pipe, source, other, used)
+        given = {"task": task, "seed": used, "width": picture.width, "height": picture.height, **_given(settings)}
+        wish.write(path, picture, given | picture.info.get("diffgraft", {}))
+    return paths
+
+
+def _pairs(images: Path, masks: Path, what: str) -> list[tuple[Path, Path]]:
+    """Pictures and masks of the same stem; one mask file serves a whole folder."""
+    if not images.is_dir():
+        return [(images, masks)]
+    pictures = _pictures(images)
+    if not masks.is_dir():
+        return [(picture, masks) for picture in pictures]
+    by_stem = {path.stem: path for path in _pictures(masks)}
+    missing = [picture.name for picture in pictures if picture.stem not in by_stem]
+    if missing:
+        raise ImageError(f"no {what} of the same name for {', '.join(missing[:5])} in {str(masks)!r}")
+    return [(picture, by_stem[picture.stem]) for picture in pictures]
+
+
+def _pictures(folder: Path) -> list[Path]:
+    found = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
+    if not found:
+        raise ImageError(f"{str(folder)!r} holds no pictures ({', '.join(SUFFIXES)})")
+    return found
+
+
+def _targets(pairs: list[tuple[Path, Path]], out: Path) -> Iterator[Path]:
+    stems = [source.stem for source, _ in pairs]
+    for source, _ in pairs:  # a.png and a.jpg of one folder must not become one file
+        yield out / (f"{source.name}.png" if stems.count(source.stem) > 1 else f"{source.stem}.png")
+
+
+def _png(path: Path) -> Path:
+    if path.suffix.lower() != ".png" or path.is_dir():
+        raise SettingError(f"--out {str(path)!r}: pictures are written as .png")
+    return path
+
+
+def _given(settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in settings.items() if value is not None}
