@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import Any, Literal
 
 from torch import nn
 
@@ -18,7 +18,7 @@ class AttentionLayer:
 
     Attributes:
         name: its path in the denoiser, as in `named_modules()`.
-        module: the module itself; call its projections, never read their weights (LoRA, offload).
+        module: the module itself (an `nn.Module`); call its projections, never read their weights (LoRA, offload).
         kind: "self" (image with itself), "cross" (image with text), "joint" (one sequence of both).
         place: "down", "mid" or "up" of a UNet, "block" of a transformer.
         index: position in execution order among the layers of its kind; in a UNet the number of its transformer
@@ -26,7 +26,7 @@ class AttentionLayer:
     """
 
     name: str
-    module: nn.Module
+    module: Any
     kind: Kind
     place: Place
     index: int
@@ -40,13 +40,13 @@ def find_layers(denoiser: nn.Module) -> list[AttentionLayer]:
     from diffusers.models.attention import AttentionModuleMixin
     from diffusers.models.attention_processor import Attention
 
-    found = [
+    found: list[tuple[str, Any]] = [
         (name, module)
         for name, module in denoiser.named_modules()
         # GLIGEN's fusers attend over image and grounding tokens: neither kind, never edited.
         if isinstance(module, (Attention, AttentionModuleMixin)) and ".fuser." not in name
     ]
-    found.sort(key=lambda item: _ORDER.index(_place(item[0])))
+    found.sort(key=_execution_rank)
     counts: dict[Kind, int] = {}
     layers: list[AttentionLayer] = []
     for name, module in found:
@@ -56,7 +56,11 @@ def find_layers(denoiser: nn.Module) -> list[AttentionLayer]:
     return layers
 
 
-def _kind(module: nn.Module) -> Kind:
+def _execution_rank(named: tuple[str, Any]) -> int:
+    return _ORDER.index(_place(named[0]))
+
+
+def _kind(module: Any) -> Kind:
     if getattr(module, "added_kv_proj_dim", None) is not None:
         return "joint"
     return "cross" if getattr(module, "is_cross_attention", False) else "self"
@@ -64,4 +68,4 @@ def _kind(module: nn.Module) -> Kind:
 
 def _place(name: str) -> Place:
     head = name.split("_", 1)[0].split(".", 1)[0]
-    return cast(Place, head) if head in _ORDER[:3] else "block"
+    return head if head in ("down", "mid", "up") else "block"

@@ -10,8 +10,6 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from torch import nn
-
 from .edit import Edit
 from .layer import AttentionLayer, find_layers
 from .seam import Work, run_edited
@@ -46,9 +44,7 @@ class EditProcessor:
         return run_edited(self.layer, Work(step, edits), self.inner, *args, **kwargs)
 
 
-def edit_processors(
-    denoiser: nn.Module, *edits: Edit, step: Step | Callable[[], Step] | None = None
-) -> dict[str, Any]:
+def edit_processors(denoiser: Any, *edits: Edit, step: Step | Callable[[], Step] | None = None) -> dict[str, Any]:
     """Processors for `denoiser.set_attn_processor(...)`: the present ones, wrapped where an edit selects the layer.
 
     Args:
@@ -59,7 +55,7 @@ def edit_processors(
         a new dict for every attention layer by processor name. `set_attn_processor` empties the dict that it is given.
     """
     ordered = sorted(edits, key=lambda edit: edit.order)
-    processors = dict(denoiser.attn_processors)  # pyright: ignore
+    processors: dict[str, Any] = dict(denoiser.attn_processors)
     for layer in find_layers(denoiser):
         chosen = [edit for edit in ordered if edit.selects(layer)]
         name = f"{layer.name}.processor"

@@ -62,7 +62,7 @@ class Tap(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is not _SDPA:
             return func(*args, **(kwargs or {}))
-        given = dict(zip(_ARGUMENTS, args, strict=False)) | (kwargs or {})
+        given: dict[str, Any] = dict(zip(_ARGUMENTS, args, strict=False)) | (kwargs or {})
         number, self.calls = self.calls, self.calls + 1
         edits = [edit for edit in self.task.edits if number == 0 or edit.every_call]
         if not edits:

@@ -48,9 +48,7 @@ class Step:
         Branches join late (at the first layer that needs them), so a layer may see fewer rows than `rows` names.
         """
         members = [
-            rows
-            for name, rows in self.rows.items()
-            if rows.stop <= batch and group in (name, self.likes.get(name))
+            rows for name, rows in self.rows.items() if rows.stop <= batch and group in (name, self.likes.get(name))
         ]
         indices = [i for rows in members for i in range(rows.start, rows.stop)]
         contiguous = bool(indices) and indices == list(range(indices[0], indices[-1] + 1))

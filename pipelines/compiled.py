@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,7 +15,7 @@ _stance: Any = None
 
 
 @contextmanager
-def eager() -> Iterator[None]:
+def eager() -> Generator[None]:
     """Compiled models run eager inside, their graphs intact afterwards.
 
     The stance is process-wide, so it is counted: the first graft sets it and the last one takes it back.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from types import TracebackType
@@ -253,7 +253,7 @@ class Graft:
 
 
 @contextmanager
-def suspended() -> Iterator[None]:
+def suspended() -> Generator[None]:
     """Inside, this context runs as if no graft were on: for library code with a sampling loop of its own."""
     token = _SUSPENDED.set(True)
     try:
@@ -286,5 +286,3 @@ def graft(pipe: Any, *plugins: Plugin, backend: str = "auto", strict: bool = Fal
 def _device(pipe: Any) -> torch.device:
     device = getattr(pipe, "_execution_device", None)
     return device if isinstance(device, torch.device) else torch.device("cpu")
-
-

@@ -40,13 +40,17 @@ class SchedulerStep:
 
     def remove(self) -> None:
         """Put the original back; if somebody wrapped on top, stay and pass through."""
-        self.handler = lambda sample: sample
+        self.handler = _unchanged
         if self.scheduler.__dict__.get("step") is not self:
             return
         if self.was_own:
             self.scheduler.step = self.original
         else:
             del self.scheduler.__dict__["step"]
+
+
+def _unchanged(sample: Any) -> Any:
+    return sample
 
 
 def check_moves(scheduler: Any) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -158,7 +158,7 @@ class Run:
             return inputs
         key, rows = self.adapter.sample, self.step.rows["cond"]
         with torch.inference_mode(False), torch.enable_grad(), self._probing_state():
-            inputs = tree_map(lambda v: v.clone() if torch.is_tensor(v) and v.is_inference() else v, inputs)
+            inputs = tree_map(_ordinary, inputs)
             sample = inputs[key].detach()
             self.inputs = self.adapter.take(inputs, rows)
             scale = self._scale(scheduler, sample)
@@ -250,7 +250,7 @@ class Run:
             step.probing = False
 
     @contextmanager
-    def _probing_state(self) -> Iterator[None]:
+    def _probing_state(self) -> Generator[None]:
         """The step as a probe sees it, and parameters without gradients; both put back at the end."""
         step, rows = self.step, self.step.rows
         trained = [p for p in self.adapter.denoiser.parameters() if p.requires_grad]
@@ -265,3 +265,8 @@ class Run:
             step.phase, step.rows, self.inputs = "predict", rows, {}
             for parameter in trained:
                 parameter.requires_grad_(True)
+
+
+def _ordinary(value: Any) -> Any:
+    """A tensor that autograd accepts, also under `torch.inference_mode`."""
+    return value.clone() if isinstance(value, torch.Tensor) and value.is_inference() else value

@@ -24,7 +24,7 @@ class Running:
 
     @property
     def steps(self) -> int | None:
-        """Entries of the schedule that this call runs (img2img and `denoising_end` run fewer than the scheduler has)."""
+        """Entries of the schedule that this call runs; img2img and `denoising_end` run fewer than there are."""
         return getattr(self.pipe, "_num_timesteps", None) if self.found else None
 
     @property
@@ -47,6 +47,4 @@ def find_running(denoiser: nn.Module, pipe: Any) -> Running:
 
 def owns(pipe: DiffusionPipeline, denoiser: nn.Module) -> bool:
     """Whether `denoiser` is one of the pipeline's components, compiled or not."""
-    return any(
-        part is denoiser or getattr(part, "_orig_mod", None) is denoiser for part in pipe.components.values()
-    )
+    return any(part is denoiser or getattr(part, "_orig_mod", None) is denoiser for part in pipe.components.values())

@@ -25,7 +25,7 @@ class Clock:
         fresh = scheduler.timesteps is not self.schedule or self._over()
         if fresh:
             self.schedule = scheduler.timesteps
-            self.times = [float(t) for t in self.schedule]  # once a run: on a GPU this waits
+            self.times = [float(t) for t in scheduler.timesteps]  # once a run: on a GPU this waits
             self.begin, self.done = self._first(scheduler, timestep), 0
         elif self.done == self.asked_at:
             # No step since the last call: guidance in two calls stays where it is, a bare loop moved on.

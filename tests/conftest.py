@@ -9,9 +9,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "2")
 
 import diffusers
 import pytest
-import torch
-
 import tiny
+import torch
 
 diffusers.utils.logging.set_verbosity_error()
 

@@ -1,4 +1,4 @@
-"""Tiny random models of the real diffusers classes, built here in milliseconds: nothing is downloaded, nothing mocked."""
+"""Tiny random models of the real diffusers classes, built here in milliseconds: no download, no mock."""
 
 from __future__ import annotations
 
