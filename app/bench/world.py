@@ -29,6 +29,7 @@ from .shapes import COLOURS, SHAPES, Pen
 from .styles import STYLES, ink_of, warp
 
 SIDE = 128
+FRESH = 10_000_000  # seeds from here on are for measuring, never for training
 _SCALE = 3
 STYLE_WEIGHTS = {"plain": 0.36, "sketch": 0.16, "mosaic": 0.16, "dots": 0.16, "watercolor": 0.16}
 COUNT_WEIGHTS = {1: 0.36, 2: 0.61, 3: 0.03}
@@ -100,8 +101,13 @@ def scene(seed: int, *, count: int | None = None, split: str = "seen", style: st
         count: number of things, 1 to 3; None draws it as training does.
         split: "seen" (combinations of kinds that training may use), "unseen" (the others; two or three things) or "any".
         style: a fixed style; None draws it.
+
+    Raises:
+        ValueError: an unseen combination of one thing was asked for.
     """
     rng = random.Random(f"scene {seed}")
+    if split == "unseen" and count not in (2, 3):
+        raise ValueError(f"count={count} with split='unseen': only two or three things make a combination; pass count=2 or 3")
     count = count or rng.choices(list(COUNT_WEIGHTS), list(COUNT_WEIGHTS.values()))[0]
     kinds, colours = _kinds(rng, count, split), rng.sample(list(COLOURS), count)
     things = tuple(

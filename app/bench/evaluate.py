@@ -1,0 +1,109 @@
+"""Draws fresh captions with the picture book and lets the judge count what is right.
+
+    python -m diffgraft.app.bench.evaluate                       # the table of the model card: 500 captions a row, 25 steps
+    python -m diffgraft.app.bench.evaluate --count 64            # a quick look
+    python -m diffgraft.app.bench.evaluate --model DIR --one-step
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import DiffusionPipeline
+
+from .judge import Judge, Verdict, load_judge, look
+from .statistics import Estimate, share
+from .training import share_cores
+from .world import FRESH, Scene, caption, scene
+
+ASSETS = Path(__file__).parents[2] / "assets"
+FIRST = FRESH + 1_000_000
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table: which scenes."""
+
+    name: str
+    things: int
+    split: str
+    style: str | None
+
+    def scenes(self, count: int) -> list[Scene]:
+        """The first `count` scenes of this row; every row has its own seeds."""
+        return [scene(FIRST + i, count=self.things, split=self.split, style=self.style) for i in range(count)]
+
+
+ROWS = [
+    Row("one object, plain", 1, "seen", "plain"),
+    Row("one object, any style", 1, "seen", None),
+    Row("two objects, seen pairs, plain", 2, "seen", "plain"),
+    Row("two objects, seen pairs, any style", 2, "seen", None),
+    Row("two objects, unseen pairs, plain", 2, "unseen", "plain"),
+    Row("two objects, unseen pairs, any style", 2, "unseen", None),
+    Row("three objects, unseen, plain", 3, "unseen", "plain"),
+    Row("three objects, unseen, any style", 3, "unseen", None),
+]
+
+
+def draw(pipe: DiffusionPipeline, prompts: Sequence[str], *, steps: int, guidance: float, seed: int, batch: int = 25) -> torch.Tensor:
+    """Pictures [N, 3, 128, 128] in -1 ... 1, eight bits deep; picture i has seed `seed + i`, whatever the batch."""
+    drawn = []
+    for i in range(0, len(prompts), batch):
+        share_cores()
+        part = list(prompts[i : i + batch])
+        generators = [torch.Generator().manual_seed(seed + i + j) for j in range(len(part))]
+        settings = {"num_inference_steps": steps, "guidance_scale": guidance, "generator": generators}
+        drawn.append(torch.from_numpy(pipe(part, output_type="np", **settings).images))
+    return ((torch.cat(drawn) * 255).round() / 127.5 - 1).movedim(-1, 1)
+
+
+def score(verdicts: Sequence[Verdict], scenes: Sequence[Scene]) -> dict[str, Estimate]:
+    """The four columns: all right (kinds and colours), kinds right, background, style."""
+    pairs = list(zip(verdicts, scenes, strict=True))
+    return {
+        "all right": share([v.exact(s) for v, s in pairs]),
+        "kinds right": share([v.kinds(s) for v, s in pairs]),
+        "background": share([v.background == s.background for v, s in pairs]),
+        "style": share([v.style == s.style for v, s in pairs]),
+    }
+
+
+def evaluate(
+    pipe: DiffusionPipeline, judge: Judge, row: Row, *, count: int = 500, steps: int = 25, guidance: float = 4.0
+) -> dict[str, Estimate]:
+    """One row of the table; captions say everything, nothing is selected."""
+    scenes = row.scenes(count)
+    pictures = draw(pipe, [caption(s) for s in scenes], steps=steps, guidance=guidance, seed=0)
+    return score(look(judge, pictures), scenes)
+
+
+def main() -> None:
+    """Prints the table, row by row."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, default=ASSETS / "picturebook")
+    parser.add_argument("--count", type=int, default=500, help="captions a row")
+    parser.add_argument("--steps", type=int, default=25)
+    parser.add_argument("--guidance", type=float, default=4.0)
+    parser.add_argument("--rows", type=int, nargs="*", help="only these rows, counted from 0")
+    parser.add_argument("--one-step", action="store_true", help="as the student is used: one step, no guidance")
+    args = parser.parse_args()
+    if args.one_step:
+        args.steps, args.guidance = 1, 0.0
+    pipe = DiffusionPipeline.from_pretrained(args.model, torch_dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    judge = load_judge()
+    sys.stdout.write("| | all right | kinds right | background | style |\n|---|---|---|---|---|\n")
+    for i in range(len(ROWS)) if args.rows is None else args.rows:
+        found = evaluate(pipe, judge, ROWS[i], count=args.count, steps=args.steps, guidance=args.guidance)
+        sys.stdout.write(f"| {ROWS[i].name} | " + " | ".join(e.percent() for e in found.values()) + " |\n")
+        sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,200 @@
+"""The judge of pictures: which kinds are there and in which colour, which background, which style.
+
+    python -m diffgraft.app.bench.judge --minutes 12        # trains it on renders that went through the autoencoder
+
+It serves the benchmarks only; nothing that is shown is ever selected by it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from diffusers import AutoencoderKL
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from .backgrounds import BACKGROUNDS
+from .latents import grid_masks
+from .muon import Pair
+from .shapes import COLOURS, SHAPES
+from .styles import STYLES
+from .training import TimeBox, arguments, log, share_cores, to_tensor
+from .world import FRESH, Scene, render, scene
+
+WEIGHTS = Path(__file__).with_name("judge.safetensors")
+KINDS, PAINTS, PLACES, MANNERS = list(SHAPES), list(COLOURS), list(BACKGROUNDS), list(STYLES)
+TRAINING_SEEDS = 5_000_000
+PEAK, BATCH = 2e-3, 64
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the judge sees: a colour for each kind that is there, the background, the style."""
+
+    colours: dict[str, str]
+    background: str
+    style: str
+
+    def exact(self, truth: Scene) -> bool:
+        """Exactly the scene's kinds, each in its colour."""
+        return self.colours == {thing.kind: thing.colour for thing in truth.things}
+
+    def kinds(self, truth: Scene) -> bool:
+        """Exactly the scene's kinds, in any colours."""
+        return set(self.colours) == {thing.kind for thing in truth.things}
+
+
+class Judge(nn.Module):
+    """A convolutional network on [B, 3, 128, 128] pictures (-1 ... 1) that looks for each kind where its own map says it is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        widths = (3, 24, 48, 96, 128, 128)
+        layers: list[nn.Module] = []
+        for i in range(5):
+            conv = nn.Conv2d(widths[i], widths[i + 1], 3, stride=2 if i < 3 else 1, padding=1, bias=False)
+            layers += [conv, nn.BatchNorm2d(widths[i + 1]), nn.ReLU()]
+        self.trunk = nn.Sequential(*layers)
+        self.where = nn.Conv2d(128, len(KINDS), 1)
+        self.paint = nn.Parameter(torch.zeros(len(KINDS), 129, len(PAINTS) + 1))
+        self.place = nn.Linear(256, len(PLACES))
+        self.manner = nn.Linear(256, len(MANNERS))
+
+    def forward(self, pictures: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Scores: kind maps [B, 10, 16, 16], colour of each kind (0: absent) [B, 10, 9], background [B, 6], style [B, 5]."""
+        features = self.trunk(pictures)
+        maps = self.where(features)
+        focus = maps.flatten(2).softmax(-1)
+        looked = torch.cat([focus @ features.flatten(2).mT, maps.flatten(2).amax(-1)[..., None]], -1)
+        colours = torch.einsum("bkf,kfc->bkc", looked, self.paint.to(looked.dtype))
+        whole = torch.cat([features.mean((2, 3)), features.amax((2, 3))], 1)
+        return maps, colours, self.place(whole), self.manner(whole)
+
+
+def load_judge(path: Path = WEIGHTS) -> Judge:
+    """The trained judge, float32, in evaluation mode."""
+    judge = Judge()
+    judge.load_state_dict({name: part.float() if part.is_floating_point() else part for name, part in load_file(path).items()})
+    return judge.eval()
+
+
+@torch.no_grad()
+def look(judge: Judge, pictures: Sequence[Image.Image] | torch.Tensor) -> list[Verdict]:
+    """A verdict on each picture (PIL, 128 x 128; or a tensor [B, 3, 128, 128] in -1 ... 1)."""
+    tensor = pictures if isinstance(pictures, torch.Tensor) else to_tensor([p.convert("RGB") for p in pictures])
+    found: list[Verdict] = []
+    for part in tensor.split(64):
+        _, colours, places, manners = judge(part)
+        for paint, place, manner in zip(colours.argmax(-1).tolist(), places.argmax(-1), manners.argmax(-1), strict=True):
+            present = {kind: PAINTS[i - 1] for kind, i in zip(KINDS, paint, strict=True) if i}
+            found.append(Verdict(present, PLACES[place], MANNERS[manner]))
+    return found
+
+
+def labels(truth: Scene) -> tuple[list[int], int, int]:
+    """Colour number of each kind (0: absent), background number, style number."""
+    colours = {thing.kind: 1 + PAINTS.index(thing.colour) for thing in truth.things}
+    return [colours.get(kind, 0) for kind in KINDS], PLACES.index(truth.background), MANNERS.index(truth.style)
+
+
+@torch.no_grad()
+def through_autoencoder(vae: AutoencoderKL, scenes: Sequence[Scene]) -> torch.Tensor:
+    """The scenes as the pipeline would show them: rendered, encoded, decoded, in 8 bits; uint8 [N, 3, 128, 128]."""
+    decoded = []
+    for i in range(0, len(scenes), 32):
+        pictures = to_tensor([render(s) for s in scenes[i : i + 32]])
+        with torch.autocast("cpu", torch.bfloat16):
+            back = vae.decode(vae.encode(pictures).latent_dist.mean).sample
+        decoded.append(((back.float().clamp(-1, 1) + 1) * 127.5).round().byte())
+    return torch.cat(decoded)
+
+
+def balanced(first: int, count: int) -> list[Scene]:
+    """Scenes of one, two and three things of any combination, every style as often."""
+    return [scene(first + i, split="any", count=1 + i % 3, style=MANNERS[i % 5]) for i in range(count)]
+
+
+def kind_maps(truth: Scene) -> torch.Tensor:
+    """Which kind owns each cell, [16, 16]; the number of kinds where none does."""
+    owner = torch.full((16, 16), len(KINDS))
+    for thing, cover in zip(truth.things, grid_masks(truth), strict=False):
+        owner[cover > 127] = KINDS.index(thing.kind)
+    return owner
+
+
+def judge_loss(scores: tuple[torch.Tensor, ...], truth: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    """Cross entropy of the four answers; the maps' counts a tenth, a kind that is there four times as much as one that is not."""
+    maps, colours, places, manners = (part.float() for part in scores)
+    owner, paint, place, manner = truth
+    weight = torch.ones(len(PAINTS) + 1).index_fill(0, torch.arange(1, len(PAINTS) + 1), 4.0)
+    nothing = torch.zeros_like(maps[:, :1])
+    return (
+        F.cross_entropy(colours.flatten(0, 1), paint.flatten(), weight)
+        + 0.3 * F.cross_entropy(torch.cat([maps, nothing], 1), owner)
+        + 0.2 * (F.cross_entropy(places, place) + F.cross_entropy(manners, manner))
+    )
+
+
+def jitter(pictures: torch.Tensor) -> torch.Tensor:
+    """Small shifts by whole cells, noise and contrast, so that the judge does not learn one autoencoder by heart."""
+    noise = torch.randn_like(pictures) * 0.06 * torch.rand(len(pictures), 1, 1, 1)
+    return pictures * (0.94 + 0.12 * torch.rand(len(pictures), 1, 1, 1)) + noise
+
+
+def train(minutes: float, work: Path, count: int) -> None:
+    """Trains inside the time box, reports on held-out scenes, writes the weights beside this file in float16."""
+    vae = AutoencoderKL.from_pretrained(work / "vae").eval()
+    cache = work / "judge-data.pt"
+    scenes = balanced(TRAINING_SEEDS, count)
+    if not cache.exists():
+        torch.save(through_autoencoder(vae, scenes), cache)
+    pictures = torch.load(cache, weights_only=True)
+    answers = [torch.tensor(column) for column in zip(*map(labels, scenes), strict=True)]
+    truth = [torch.stack([kind_maps(s) for s in scenes]), *answers]
+    judge = Judge().train()
+    optimizer, box, step = Pair([judge], PEAK, outside=("paint", "place", "manner", "where")), TimeBox(minutes), 0
+    while box.fraction < 1:
+        share_cores()
+        rows = torch.randint(len(pictures), (BATCH,))
+        batch = jitter(pictures[rows].float() / 127.5 - 1)
+        with torch.autocast("cpu", torch.bfloat16):
+            scores = judge(batch)
+        loss = judge_loss(scores, tuple(part[rows] for part in truth))
+        loss.backward()
+        optimizer.step(box.rate(step))
+        step += 1
+        if step % 50 == 0:
+            log.info("step %d, %.0f s, loss %.4f", step, box.spent, loss.item())
+    judge.eval()
+    report(judge, vae)
+    save_file({name: part.half() if part.is_floating_point() else part for name, part in judge.state_dict().items()}, WEIGHTS)
+
+
+def report(judge: Judge, vae: AutoencoderKL, count: int = 750) -> dict[str, float]:
+    """Shares on held-out scenes through the autoencoder: exact by style and by number of things, background, style."""
+    scenes = balanced(FRESH, count)
+    verdicts = look(judge, through_autoencoder(vae, scenes).float() / 127.5 - 1)
+    rows = list(zip(scenes, verdicts, strict=True))
+    found = {style: _mean([v.exact(s) for s, v in rows if s.style == style]) for style in MANNERS}
+    found |= {f"{n} things": _mean([v.exact(s) for s, v in rows if len(s.things) == n]) for n in (1, 2, 3)}
+    found["background"] = _mean([v.background == s.background for s, v in rows])
+    found["style"] = _mean([v.style == s.style for s, v in rows])
+    log.info("held out: %s", {name: round(value, 3) for name, value in found.items()})
+    return found
+
+
+def _mean(outcomes: list[bool]) -> float:
+    return sum(outcomes) / len(outcomes) if outcomes else math.nan
+
+
+if __name__ == "__main__":
+    parser = arguments(__doc__ or "", minutes=12)
+    parser.add_argument("--count", type=int, default=9000, help="training scenes")
+    args = parser.parse_args()
+    train(args.minutes, args.work, args.count)

@@ -1,0 +1,206 @@
+"""Trains the picture book's denoiser and text encoder on encoded scenes.
+
+    python -m diffgraft.app.bench.train --minutes 120                            # goes on from .train/denoiser.pt where there is one
+    python -m diffgraft.app.bench.train --minutes 120 --from assets/picturebook  # goes on from weights, with a fresh optimizer
+
+Each run of a time box ends with the learning rate near zero and leaves `.train/picturebook` (averaged weights, float32). `--export DIR`
+writes those in float16 and ends.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, StableDiffusionPipeline
+
+from . import latents
+from .denoiser import (
+    build_scheduler,
+    build_text_encoder,
+    build_unet,
+    draw_times,
+    grounding_loss,
+    pipeline,
+    sharpen,
+    watch_decoder,
+    weighted_loss,
+)
+from .muon import Pair
+from .training import (
+    SAVE_EVERY,
+    Ema,
+    TimeBox,
+    arguments,
+    contact_sheet,
+    load_checkpoint,
+    log,
+    save_checkpoint,
+    share_cores,
+)
+
+PEAK, BATCH, GROUNDING, SHEET_EVERY = 2e-3, 64, 0.1, 900.0
+SHOWN = [
+    "a red ball , sky",
+    "a blue star , meadow , sketch style",
+    "a yellow house , snow",
+    "a green fish , sea , watercolor style",
+    "a red heart and a blue moon , night",
+    "a pink flower and a purple box , desert",
+    "an orange boat and a white tree , sea , dots style",
+    "a blue ball and a yellow star , night , mosaic style",
+    "a green box and a red tree , snow",
+    "a purple fish and a white boat , sea",
+    "a red ball and a blue flower , meadow",
+    "a yellow star and a pink house and a green tree , night",
+]
+
+
+class Trainer:
+    """Networks, averaged weights, optimizer and encoded scenes of one run."""
+
+    def __init__(self, work: Path, device: str, source: Path | None) -> None:
+        self.work, self.device = work, device
+        self.checkpoint = work / "denoiser.pt"
+        self.unet, self.text = build_unet(), build_text_encoder()
+        if source:
+            given = StableDiffusionPipeline.from_pretrained(source, torch_dtype=torch.float32)
+            self.unet, self.text = given.unet, given.text_encoder
+        self.unet.to(device, memory_format=torch.channels_last).train()
+        self.text.to(device).train()
+        self.watched = watch_decoder(self.unet)
+        self.optimizer = Pair([self.unet, self.text], PEAK)
+        self.ema = Ema(self.optimizer.parameters)
+        self.alphas = build_scheduler().alphas_cumprod.to(device)
+        self.step, self.spent = 0, 0.0
+
+    def resume(self, fresh_box: bool) -> None:
+        """Takes the checkpoint up where there is one; a fresh box starts from its averaged weights with a fresh optimizer."""
+        state = load_checkpoint(self.checkpoint)
+        if state is None:
+            return
+        self.unet.load_state_dict(state["unet"])
+        self.text.load_state_dict(state["text"])
+        self.step = state["step"]
+        self.ema.average = [mean.to(self.device) for mean in state["ema"]]
+        if fresh_box:
+            self.ema.swap()
+            self.ema = Ema(self.optimizer.parameters)
+        else:
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.ema.steps, self.spent = state["ema_steps"], state["spent"]
+
+    def save(self, spent: float) -> None:
+        """Writes the checkpoint: everything that the next step depends on."""
+        state: dict[str, Any] = {
+            "unet": self.unet.state_dict(),
+            "text": self.text.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "ema": self.ema.average,
+            "ema_steps": self.ema.steps,
+            "step": self.step,
+            "spent": spent,
+        }
+        save_checkpoint(self.checkpoint, state)
+
+    def load_data(self) -> None:
+        """Reads the encoded scenes; they stay on the CPU and travel by batch."""
+        self.data = latents.load(self.work)
+        self.easy = self.data["easy"].nonzero()[:, 0]
+        self.plain = self.data["plain"].nonzero()[:, 0]
+
+    def batch(self, size: int, easy: float) -> dict[str, torch.Tensor]:
+        """Random scenes: a share `easy` of single plain things, half as many plain ones, the rest as the world draws them."""
+        luck = torch.rand(size)
+        rows = torch.randint(len(self.data["latents"]), (size,))
+        rows = torch.where(luck < 1.5 * easy, self.plain[torch.randint(len(self.plain), (size,))], rows)
+        rows = torch.where(luck < easy, self.easy[torch.randint(len(self.easy), (size,))], rows)
+        variant = (torch.rand(size) < 0.45).long() * torch.randint(1, latents.VARIANTS, (size,))
+        tokens, columns = self.data["tokens"][rows, variant].long(), self.data["columns"][rows, variant].long()
+        dropped = torch.rand(size) < 0.1
+        tokens[dropped] = torch.tensor([1, 2] + [0] * (tokens.shape[1] - 2))
+        columns[dropped] = 0
+        found = {
+            "latent": self.data["latents"][rows].float(),
+            "masks": self.data["masks"][rows].float() / 255,
+            "tokens": tokens,
+            "columns": columns,
+            "time": draw_times(size),
+            "noise": torch.randn(size, *self.data["latents"].shape[1:]),
+        }
+        return {name: part.to(self.device, non_blocking=True) for name, part in found.items()}
+
+    def losses(self, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Denoising error of the velocity, and attention that leaves its thing (only as far as the noise lets the thing be seen)."""
+        alpha = self.alphas[batch["time"]].view(-1, 1, 1, 1)
+        clean, noise = batch["latent"], batch["noise"]
+        noisy = alpha.sqrt() * clean + (1 - alpha).sqrt() * noise
+        velocity = alpha.sqrt() * noise - (1 - alpha).sqrt() * clean
+        with torch.autocast(self.device, torch.bfloat16):
+            words = self.text(batch["tokens"])[0]
+            noisy = noisy.contiguous(memory_format=torch.channels_last)
+            guess = self.unet(noisy, batch["time"], encoder_hidden_states=words).sample
+        denoising = weighted_loss(guess.float() - velocity, batch["masks"].flatten(-2)).mean()
+        masks = sharpen(batch["masks"])
+        outside = sum(grounding_loss(layer.maps, masks, batch["columns"]) for layer in self.watched) / len(self.watched)
+        return denoising, (outside * alpha.flatten().sqrt()).mean()
+
+    def run(self, minutes: float) -> None:
+        """Trains to the end of the time box."""
+        box, saved, shown, seen = TimeBox(minutes, self.spent), time.monotonic(), time.monotonic(), 0
+        means = torch.zeros(2)
+        began = time.monotonic()
+        while box.fraction < 1:
+            share_cores()
+            losses = self.losses(self.batch(BATCH, easy=0.45 - 0.25 * min(1.0, box.fraction / 0.6)))
+            (losses[0] + GROUNDING * losses[1]).backward()
+            self.optimizer.step(box.rate(self.step))
+            self.ema.update()
+            self.step, seen = self.step + 1, seen + BATCH
+            means = torch.stack(losses).detach().cpu() if seen == BATCH else means.lerp(torch.stack(losses).detach().cpu(), 0.03)
+            if self.step % 20 == 0:
+                rate = seen / (time.monotonic() - began)
+                log.info("step %d, %.0f s, loss %.4f, outside %.3f, %.1f samples/s", self.step, box.spent, *means.tolist(), rate)
+            if time.monotonic() - saved > SAVE_EVERY or box.fraction >= 1:
+                saved = time.monotonic()
+                self.save(box.spent)
+            if time.monotonic() - shown > SHEET_EVERY or box.fraction >= 1:
+                shown = time.monotonic()
+                self.show()
+
+    @torch.no_grad()
+    def show(self) -> None:
+        """Saves the averaged weights as a pipeline, and a contact sheet drawn with them."""
+        self.ema.swap()
+        vae = AutoencoderKL.from_pretrained(self.work / "vae").to(self.device)
+        pipe = pipeline(vae, self.unet, self.text)
+        pipe.save_pretrained(self.work / "picturebook")
+        pipe.set_progress_bar_config(disable=True)
+        generator = torch.Generator().manual_seed(3)
+        pictures = pipe(SHOWN, num_inference_steps=25, guidance_scale=4.0, generator=generator).images
+        contact_sheet(pictures, 6).save(self.work / f"sheet-{self.step:06d}.png")
+        self.ema.swap()
+        log.info("contact sheet at step %d", self.step)
+
+
+def export(work: Path, target: Path) -> None:
+    """Writes the averaged weights of `work` in float16, in diffusers format."""
+    pipe = StableDiffusionPipeline.from_pretrained(work / "picturebook", torch_dtype=torch.float16)
+    pipe.save_pretrained(target)
+
+
+if __name__ == "__main__":
+    parser = arguments(__doc__ or "", minutes=120)
+    parser.add_argument("--from", dest="source", type=Path, help="a pipeline to go on from, instead of the checkpoint")
+    parser.add_argument("--export", type=Path, help="write the averaged weights in float16 to this folder and end")
+    args = parser.parse_args()
+    if args.export:
+        export(args.work, args.export)
+    else:
+        trainer = Trainer(args.work, args.device, args.source)
+        if not args.source:
+            trainer.resume(args.fresh_box)
+        trainer.load_data()
+        trainer.run(args.minutes)
