@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from .batch.command import batch
 from .console import reported, say
 
 app = typer.Typer(
@@ -160,6 +161,9 @@ def demo(
         from .demo import launch
 
         launch(model=model, device=device, host=host, port=port, share=share)
+
+
+app.command()(batch)
 
 
 def _specs(texts: list[str] | None) -> list[dict[str, Any]]:

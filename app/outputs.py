@@ -62,7 +62,7 @@ def write_whole(path: Path, data: bytes) -> None:
     Raises:
         OutputError: the disk is full, or the place cannot be written.
     """
-    temporary = path.with_name(f"{TEMPORARY}{os.getpid()}-{path.name}")
+    temporary = path.with_name(f"{TEMPORARY}{os.getpid()}-{path.name}.tmp")
     try:
         with open(temporary, "wb") as file:
             file.write(data)

@@ -1,0 +1,220 @@
+"""Where jobs run: in this process, in processes of this machine, or on Ray. The same rows give the same bytes."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from multiprocessing.connection import Connection, wait
+from typing import Any, Protocol
+
+import torch
+
+from ...attention.errors import GraftError, SettingError
+from ..extras import need
+from .plan import Job, Setup
+from .worker import Record, Worker, failed
+
+Engine = Callable[[Setup, Sequence[list[Job]], int], Iterator[Record]]
+
+
+def local(setup: Setup, batches: Sequence[list[Job]], workers: int) -> Iterator[Record]:
+    """In this process, one batch after the other."""
+    threads = torch.get_num_threads()
+    try:
+        worker = Worker(setup)
+        for batch in batches:
+            yield from worker.run(batch)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def processes(setup: Setup, batches: Sequence[list[Job]], workers: int) -> Iterator[Record]:
+    """In `workers` processes of this machine, spread over its accelerators."""
+    yield from _drive(_Processes(setup, min(workers, len(batches))), batches)
+
+
+def ray(setup: Setup, batches: Sequence[list[Job]], workers: int) -> Iterator[Record]:
+    """In `workers` Ray actors: of the cluster at RAY_ADDRESS, else of a local one. The folders must be shared."""
+    need("ray", "ray")
+    yield from _drive(_Ray(setup, min(workers, len(batches))), batches)
+
+
+ENGINES: Mapping[str, Engine] = {"local": local, "processes": processes, "ray": ray}
+
+
+def engine(name: str) -> Engine:
+    """The engine of that name.
+
+    Raises:
+        SettingError: there is none.
+    """
+    if name not in ENGINES:
+        raise SettingError(f"engine {name!r}: must be {', '.join(ENGINES)}")
+    return ENGINES[name]
+
+
+class _Pool(Protocol):
+    """Workers that take one batch at a time and may die of it."""
+
+    def idle(self) -> bool: ...
+    def busy(self) -> bool: ...
+    def submit(self, batch: list[Job]) -> None: ...
+    def finished(self) -> list[tuple[list[Job], list[Record] | None]]:
+        """Waits for at least one batch; None where its worker died."""
+        ...
+
+    def close(self) -> None: ...
+
+
+def _drive(pool: _Pool, batches: Sequence[list[Job]]) -> Iterator[Record]:
+    """Feed a pool. A dead worker's rows are tried once more, each alone: the one that kills again has failed."""
+    queue, lost = deque(batches), set[str]()
+    try:
+        while queue or pool.busy():
+            while queue and pool.idle():
+                pool.submit(queue.popleft())
+            for batch, records in pool.finished():
+                if records is not None:
+                    yield from records
+                    continue
+                for job in batch:
+                    if job.id in lost:
+                        yield failed(job, "WorkerDied", "the worker process died at this row, twice")
+                    else:
+                        lost.add(job.id)
+                        queue.appendleft([job])
+    finally:
+        pool.close()
+
+
+def _of_worker(setup: Setup, index: int) -> Setup:
+    """The setup with the worker's own accelerator, where there are several."""
+    devices = torch.accelerator.device_count()
+    if setup.device != "auto" or devices < 2:
+        return setup
+    kind = torch.accelerator.current_accelerator()
+    return replace(setup, device=f"{kind.type}:{index % devices}") if kind else setup
+
+
+class _Processes:
+    def __init__(self, setup: Setup, workers: int) -> None:
+        self._setup, self._context = setup, multiprocessing.get_context("spawn")
+        self._idle: list[tuple[int, Any, Connection]] = []
+        self._busy: dict[Connection, tuple[int, Any, list[Job]]] = {}
+        self._free = list(range(workers))
+
+    def idle(self) -> bool:
+        return bool(self._idle or self._free)
+
+    def busy(self) -> bool:
+        return bool(self._busy)
+
+    def submit(self, batch: list[Job]) -> None:
+        index, process, connection = self._idle.pop() if self._idle else self._start(self._free.pop())
+        self._busy[connection] = (index, process, batch)
+        try:
+            connection.send(batch)
+        except OSError:  # it died while idle; `finished` sees its end
+            return
+
+    def finished(self) -> list[tuple[list[Job], list[Record] | None]]:
+        found: list[tuple[list[Job], list[Record] | None]] = []
+        for connection in wait(list(self._busy)):
+            assert isinstance(connection, Connection)
+            index, process, batch = self._busy.pop(connection)
+            try:
+                answer = connection.recv()
+            except (EOFError, OSError):
+                process.join()
+                connection.close()
+                self._free.append(index)
+                found.append((batch, None))
+                continue
+            if isinstance(answer, BaseException):
+                raise answer
+            self._idle.append((index, process, connection))
+            found.append((batch, answer))
+        return found
+
+    def close(self) -> None:
+        running = [(p, c) for _, p, c in self._idle] + [(p, c) for c, (_, p, _) in self._busy.items()]
+        for process, connection in running:
+            connection.close()
+            process.terminate()
+        for process, _ in running:
+            process.join()
+
+    def _start(self, index: int) -> tuple[int, Any, Connection]:
+        ours, theirs = self._context.Pipe()
+        process = self._context.Process(target=_serve, args=(theirs, _of_worker(self._setup, index)), daemon=True)
+        process.start()
+        theirs.close()
+        return index, process, ours
+
+
+def _serve(connection: Connection, setup: Setup) -> None:
+    """A worker process: batches in, records out, until the other end closes."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
+    worker = Worker(setup)
+    try:
+        while True:
+            batch = connection.recv()
+            try:
+                connection.send(worker.run(batch))
+            except GraftError as error:
+                connection.send(error)
+    except (EOFError, OSError):  # the parent is gone
+        return
+
+
+class _Ray:
+    def __init__(self, setup: Setup, workers: int) -> None:
+        import ray
+
+        self._ray, self._setup = ray, setup
+        self._own = not ray.is_initialized()
+        if self._own:
+            at = {} if os.environ.get("RAY_ADDRESS") else {"num_cpus": workers, "include_dashboard": False}
+            ray.init(log_to_driver=False, configure_logging=False, **at)
+        gpus = 1 if ray.cluster_resources().get("GPU") else 0
+        self._actor = ray.remote(num_cpus=1, num_gpus=gpus)(Worker)
+        self._idle: list[Any] = []
+        self._busy: dict[Any, tuple[Any, list[Job]]] = {}
+        self._free = workers
+
+    def idle(self) -> bool:
+        return bool(self._idle or self._free)
+
+    def busy(self) -> bool:
+        return bool(self._busy)
+
+    def submit(self, batch: list[Job]) -> None:
+        if self._idle:
+            actor = self._idle.pop()
+        else:
+            self._free -= 1
+            actor = self._actor.remote(self._setup)
+        self._busy[actor.run.remote(batch)] = (actor, batch)
+
+    def finished(self) -> list[tuple[list[Job], list[Record] | None]]:
+        [reference], _ = self._ray.wait(list(self._busy), num_returns=1)
+        actor, batch = self._busy.pop(reference)
+        try:
+            records = self._ray.get(reference)
+        except self._ray.exceptions.RayTaskError as error:
+            raise error.cause from None
+        except self._ray.exceptions.RayError:
+            self._free += 1
+            return [(batch, None)]
+        self._idle.append(actor)
+        return [(batch, records)]
+
+    def close(self) -> None:
+        for actor in [*self._idle, *(actor for actor, _ in self._busy.values())]:
+            self._ray.kill(actor)
+        if self._own:
+            self._ray.shutdown()

@@ -1,0 +1,242 @@
+"""Manifests: JSONL, CSV or YAML in, checked rows and line-numbered errors out."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ..errors import ManifestError
+from ..outputs import safe_name, same_file_key
+from .schema import Row, make_row
+
+LONGEST_LINE = 2**20
+LARGEST_YAML = 16 * 2**20
+DEEPEST = 50
+
+
+@dataclass(frozen=True)
+class BadRow:
+    """A row that cannot be run, and why."""
+
+    id: str
+    line: int
+    raw: str
+    message: str
+
+
+@dataclass
+class Manifest:
+    """All rows of a file; `bad` ones are kept, to be recorded as failed."""
+
+    path: Path
+    rows: list[tuple[int, Row]] = field(default_factory=list)
+    bad: list[BadRow] = field(default_factory=list)
+
+    def where(self, line: int) -> str:
+        """File and line, for messages."""
+        return f"{self.path.name}:{line}"
+
+
+def read_manifest(path: Path, defaults: Mapping[str, Any]) -> Manifest:
+    """Read and check every row of a manifest.
+
+    Args:
+        path: .jsonl (also .ndjson, .json with an object a line), .csv, .yaml or .yml.
+        defaults: fields for rows that do not have them.
+
+    Raises:
+        ManifestError: the file as a whole cannot be used: unreadable, no rows, or two rows with one id or file name.
+    """
+    readers = {
+        ".jsonl": _json_lines, ".ndjson": _json_lines, ".json": _json_lines,
+        ".csv": _csv, ".yaml": _yaml, ".yml": _yaml,
+    }  # fmt: skip
+    reader = readers.get(path.suffix.lower())
+    if reader is None:
+        raise ManifestError(f"{path.name}: a manifest is .jsonl, .csv or .yaml")
+    manifest = Manifest(path)
+    defaults = dict(defaults)
+    try:
+        for line, given in reader(path, defaults):
+            _add(manifest, line, given, defaults, strict=reader is not _csv)
+    except OSError as error:
+        raise ManifestError(f"{str(path)!r} cannot be read: {error.strerror}") from None
+    if not manifest.rows and not manifest.bad:
+        raise ManifestError(f"{path.name} has no rows")
+    _no_doubles(manifest)
+    return manifest
+
+
+def _add(manifest: Manifest, line: int, given: Any, defaults: Mapping[str, Any], *, strict: bool) -> None:
+    try:
+        if isinstance(given, ManifestError):
+            raise given
+        if not isinstance(given, dict) or not all(isinstance(key, str) for key in given):
+            raise ManifestError(f"a row is an object with named fields, not {type(given).__name__}")
+        manifest.rows.append((line, make_row(given, defaults, line, strict=strict)))
+    except ManifestError as error:
+        named = given.get("id") if isinstance(given, dict) else None
+        name = str(named)[:1000] if isinstance(named, (str, int)) and named != "" else str(line)
+        manifest.bad.append(BadRow(name, line, repr(given)[:LONGEST_LINE], str(error)))
+
+
+Found = Iterator[tuple[int, Any]]
+
+
+def _json_lines(path: Path, defaults: dict[str, Any]) -> Found:
+    with path.open("rb") as file:
+        for line, data in enumerate(_lines(file), 1):
+            if line == 1:
+                data = data.removeprefix(b"\xef\xbb\xbf")
+            if data.strip():
+                yield line, _json(data)
+
+
+def _lines(file: io.BufferedReader) -> Iterator[bytes]:
+    while data := file.readline(LONGEST_LINE + 1):
+        yield data
+        while len(data) > LONGEST_LINE and not data.endswith(b"\n"):  # the rest of a line that is too long
+            data = file.readline(LONGEST_LINE + 1)
+
+
+def _json(data: bytes) -> Any:
+    if len(data) > LONGEST_LINE:
+        return ManifestError(f"a line longer than {LONGEST_LINE} bytes")
+    try:
+        value = json.loads(data.decode("utf-8"), parse_constant=_no_constant, object_pairs_hook=_unique)
+        return value if _depth(value) <= DEEPEST else ManifestError("nested too deeply")
+    except UnicodeDecodeError:
+        return ManifestError("not UTF-8 text")
+    except ManifestError as error:
+        return error
+    except json.JSONDecodeError as error:
+        return ManifestError(f"not JSON: {error.msg} at column {error.colno}")
+    except (ValueError, RecursionError):
+        return ManifestError("not JSON that can be used: nested too deeply, or a number too long")
+
+
+def _no_constant(name: str) -> Any:
+    raise ManifestError(f"{name} is not a number that can be used")
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ManifestError("a field is given twice")
+    return found
+
+
+def _depth(value: Any, level: int = 0) -> int:
+    if level > DEEPEST or not isinstance(value, (dict, list)):
+        return level
+    children = value.values() if isinstance(value, dict) else value
+    return max((_depth(child, level + 1) for child in children), default=level)
+
+
+def _csv(path: Path, defaults: dict[str, Any]) -> Found:
+    try:
+        text = path.read_text("utf-8-sig")
+    except UnicodeDecodeError:
+        raise ManifestError(f"{path.name} is not UTF-8 text") from None
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    names = reader.fieldnames or []
+    unknown = [name for name in names if name not in Row.model_fields]
+    if unknown or len(set(names)) < len(names):
+        raise ManifestError(f"{path.name}:1: columns must be known and single; known: {', '.join(Row.model_fields)}")
+    start = reader.line_num + 1
+    while True:
+        try:
+            cells = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            yield start, ManifestError(f"not CSV: {error}")
+            return
+        yield start, _cells(cells)
+        start = reader.line_num + 1
+
+
+def _cells(cells: dict[Any, Any]) -> Any:
+    if cells.pop(None, None):
+        return ManifestError("more cells than columns; quote text that has commas in it")
+    given = {name: value for name, value in cells.items() if value not in (None, "")}
+    if "plugins" in given:
+        given["plugins"] = _json(given["plugins"].encode())
+        if isinstance(given["plugins"], ManifestError):
+            return ManifestError(f"plugins: {given['plugins']}")
+    return given
+
+
+class _Loader(yaml.SafeLoader):
+    """Plain data only, and no aliases: nine lines of them can stand for gigabytes."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            event = self.peek_event()
+            raise yaml.MarkedYAMLError(problem="aliases are not taken", problem_mark=event.start_mark)
+        return super().compose_node(parent, index)
+
+
+def _yaml(path: Path, defaults: dict[str, Any]) -> Found:
+    """A list of rows, or {defaults: {...}, rows: [...]}."""
+    if path.stat().st_size > LARGEST_YAML:
+        raise ManifestError(f"{path.name} is larger than {LARGEST_YAML // 2**20} MB; write it as .jsonl")
+    try:
+        loader = _Loader(path.read_text("utf-8-sig"))
+        top = loader.get_single_node()
+        if isinstance(top, yaml.MappingNode):
+            parts = {key.value: node for key, node in top.value}
+            if not set(parts) <= {"defaults", "rows"}:
+                raise ManifestError(f"{path.name}: at the top there is a list of rows, or `defaults:` and `rows:`")
+            own = loader.construct_document(parts["defaults"]) if "defaults" in parts else {}
+            if not isinstance(own, dict):
+                raise ManifestError(f"{path.name}: `defaults:` must hold named fields")
+            defaults.update({name: value for name, value in own.items() if name not in defaults})
+            top = parts.get("rows")
+        if not isinstance(top, yaml.SequenceNode):
+            raise ManifestError(f"{path.name} has no list of rows")
+        rows = [(node.start_mark.line + 1, loader.construct_document(node)) for node in top.value]
+    except UnicodeDecodeError:
+        raise ManifestError(f"{path.name} is not UTF-8 text") from None
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise ManifestError(f"{path.name}:{line}: {error.problem}") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ManifestError(f"{path.name} is not YAML that can be used: {str(error)[:200]}") from None
+    yield from ((line, row if _finite(row) else ManifestError("nested too deeply")) for line, row in rows)
+
+
+def _finite(row: Any) -> bool:
+    return _depth(row) <= DEEPEST
+
+
+def file_names(row_id: str, n: int) -> list[str]:
+    """The pictures' names: <id>.png, or <id>-0.png ... for several."""
+    name = safe_name(row_id)
+    return [f"{name}.png"] if n == 1 else [f"{name}-{i}.png" for i in range(n)]
+
+
+def _no_doubles(manifest: Manifest) -> None:
+    ids: dict[str, int] = {}
+    files: dict[str, int] = {}
+    wrong: list[str] = []
+    claims: Iterable[tuple[int, str, int]] = [(line, row.id, row.n) for line, row in manifest.rows]
+    for line, name, n in sorted([*claims, *((bad.line, bad.id, 0) for bad in manifest.bad)]):
+        first = ids.setdefault(name, line)
+        if first != line:
+            wrong.append(f"{manifest.where(line)}: id {name[:60]!r} is already on line {first}")
+            continue
+        for file in file_names(name, n) if n else ():
+            first = files.setdefault(same_file_key(file), line)
+            if first != line:
+                wrong.append(f"{manifest.where(line)}: {file} would be written by line {first} too; give another id")
+    if wrong:
+        more = f"\n... and {len(wrong) - 20} more" if len(wrong) > 20 else ""
+        raise ManifestError("\n".join(wrong[:20]) + more)

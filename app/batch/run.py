@@ -1,0 +1,263 @@
+"""One batch run: read, compare with what is on disk, make what is missing, write down how it went."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ...attention.errors import GraftError, ModelLoadError
+from ..console import FAILED, INTERRUPTED, NOT_STARTED, OK, USAGE, one_line, say
+from ..errors import ManifestError, OutputError
+from ..outputs import output_folder
+from .engines import engine
+from .manifest import BadRow, Manifest, read_manifest
+from .plan import Job, Setup, batches, in_shard, make_job
+from .progress import Progress
+from .sheet import write_sheets
+from .store import Record, Store
+from .worker import check_files
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to run a manifest. Neutral values: all rows, resume, never stop early."""
+
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    seed: int = 0
+    engine: str = "local"
+    workers: int = 2
+    shard: tuple[int, int] | None = None
+    overwrite: bool = False
+    retry_failed: bool = False
+    max_failures: int | None = None
+    sheet: bool = True
+    quiet: bool = False
+
+
+@dataclass
+class Plan:
+    """What is to be done with each row of the manifest (of this shard)."""
+
+    jobs: list[Job] = field(default_factory=list)
+    bad: list[BadRow] = field(default_factory=list)
+    kept: int = 0
+    """Rows that are finished already."""
+    given_up: int = 0
+    """Rows that failed in an earlier run and are not tried again."""
+
+    @property
+    def rows(self) -> int:
+        """Rows of this shard."""
+        return len(self.jobs) + len(self.bad) + self.kept + self.given_up
+
+
+def run_batch(manifest_path: Path, setup: Setup, options: Options) -> tuple[int, dict[str, Any]]:
+    """Run a manifest.
+
+    Returns:
+        The exit code and the summary that is also in `summary.json`.
+
+    Raises:
+        GraftError: nothing was started: the manifest, a setting, or the output folder.
+    """
+    run = engine(options.engine)
+    manifest = read_manifest(manifest_path, options.defaults)
+    store = Store(output_folder(setup.out), options.shard)
+    with store.locked():
+        records = store.records()
+        plan = make_plan(manifest, setup, options, store, records)
+        gone = _of_vanished_rows(manifest, records)
+        store.keep_last(drop=gone)
+        for name in gone:
+            del records[name]
+        _clear(store, plan, records, setup)
+        outcome = _Outcome(store, records, plan, options)
+        for bad in plan.bad:
+            outcome.add(_bad_record(manifest, bad))
+        outcome.follow(run(setup, batches(plan.jobs, setup.batch_size), options.workers))
+        return _finish(manifest, store, records, plan, outcome, options)
+
+
+def dry_run(manifest_path: Path, setup: Setup, options: Options) -> tuple[int, list[str], dict[str, Any]]:
+    """Read everything, open every picture, make every plugin, and write nothing.
+
+    Returns:
+        The exit code (2 if anything is wrong), one line for each error, and counts.
+    """
+    engine(options.engine)
+    manifest = read_manifest(manifest_path, options.defaults)
+    store = Store(setup.out, options.shard)
+    records = store.records() if setup.out.is_dir() else {}
+    plan = make_plan(manifest, setup, options, store, records)
+    wrong = [(bad.line, bad.message) for bad in plan.bad]
+    for job in plan.jobs:
+        try:
+            check_files(job, setup.base)
+        except GraftError as error:
+            wrong.append((job.line, one_line(error)))
+    seconds = [record["seconds"] for record in records.values() if record.get("seconds")]
+    counts: dict[str, Any] = {
+        "rows": plan.rows, "to_do": len(plan.jobs), "pictures": sum(len(job.files) for job in plan.jobs),
+        "finished": plan.kept, "errors": len(wrong),
+    }  # fmt: skip
+    if seconds:
+        counts["estimated_seconds"] = round(sum(seconds) / len(seconds) * len(plan.jobs))
+    lines = [f"{manifest.where(line)}: {message}" for line, message in sorted(wrong)]
+    return (USAGE if wrong else OK), lines, counts
+
+
+def make_plan(manifest: Manifest, setup: Setup, options: Options, store: Store, records: Mapping[str, Record]) -> Plan:
+    """Compare every row of this shard with what the folder says about it."""
+    plan = Plan()
+    for bad in manifest.bad:
+        if _mine(bad.id, options):
+            plan.bad.append(bad)
+    for line, row in manifest.rows:
+        if not _mine(row.id, options):
+            continue
+        try:
+            job = make_job(row, line, setup, options.seed)
+        except GraftError as error:
+            plan.bad.append(BadRow(row.id, line, row.model_dump_json(), one_line(error)))
+            continue
+        record = records.get(row.id)
+        same = record is not None and record.get("hash") == job.hash and not options.overwrite
+        if same and record["status"] == "ok" and store.holds(record):
+            plan.kept += 1
+        elif same and record["status"] == "failed" and not options.retry_failed:
+            plan.given_up += 1
+        else:
+            plan.jobs.append(job)
+    return plan
+
+
+def _mine(row_id: str, options: Options) -> bool:
+    return options.shard is None or in_shard(row_id, *options.shard)
+
+
+def _clear(store: Store, plan: Plan, records: Mapping[str, Record], setup: Setup) -> None:
+    """Delete old pictures of rows that are made anew; refuse to overwrite pictures of somebody else."""
+    known = {picture["file_name"] for record in records.values() for picture in record.get("pictures", ())}
+    wanted = [name for job in plan.jobs for name in job.files]
+    foreign = store.foreign(wanted, known) if setup.metadata else None
+    if foreign:
+        raise OutputError(f"{foreign} in {str(store.folder)!r} was not made by diffgraft; choose another folder")
+    for row_id in [*(job.id for job in plan.jobs), *(bad.id for bad in plan.bad)]:
+        store.discard(picture["file_name"] for picture in records.get(row_id, {}).get("pictures", ()))
+
+
+def _of_vanished_rows(manifest: Manifest, records: Mapping[str, Record]) -> list[str]:
+    """Records of rows that could not be read and are not in the manifest any more: they were mended."""
+    present = {row.id for _, row in manifest.rows} | {bad.id for bad in manifest.bad}
+    return [name for name, record in records.items() if record.get("error_type") == "BadRow" and name not in present]
+
+
+def _bad_record(manifest: Manifest, bad: BadRow) -> Record:
+    message = f"{manifest.where(bad.line)}: {bad.message}"
+    return {"id": bad.id, "status": "failed", "line": bad.line, "error_type": "BadRow", "message": message}
+
+
+class _Outcome:
+    """Takes the records of a run as they come."""
+
+    def __init__(self, store: Store, records: dict[str, Record], plan: Plan, options: Options) -> None:
+        self.store, self.records, self.options = store, records, options
+        self.total, self.ok, self.failures = len(plan.jobs) + len(plan.bad), 0, []
+        self.pictures = 0
+        self.stopped: str | None = None
+        self.code = OK
+        self.started = time.monotonic()
+        self.progress = Progress(self.total, options.quiet)
+
+    def add(self, record: Record) -> None:
+        """Write a record down."""
+        record["attempt"] = self.records.get(record["id"], {}).get("attempt", 0) + 1
+        self.store.append(record)
+        self.records[record["id"]] = record
+        if record["status"] == "ok":
+            self.ok += 1
+            self.pictures += len(record["pictures"])
+        else:
+            self.failures.append({name: record.get(name) for name in ("id", "line", "error_type", "message")})
+            self.progress.say(f"row {record['id'][:60]!r} failed: {record['message']}")
+        self.progress.advance(len(self.failures))
+
+    def follow(self, results: Iterator[Record]) -> None:
+        """Take everything an engine gives, until it ends, fails as a whole, is interrupted, or too much failed."""
+        try:
+            while not self._enough():
+                record = next(results, None)
+                if record is None:
+                    break
+                self.add(record)
+        except KeyboardInterrupt:
+            self.stopped, self.code = "interrupted", INTERRUPTED
+        except ModelLoadError as error:
+            self.stopped, self.code = one_line(error), NOT_STARTED
+        except GraftError as error:
+            self.stopped, self.code = one_line(error), FAILED
+        finally:
+            results.close()  # type: ignore[attr-defined]
+            self.progress.close()
+
+    def _enough(self) -> bool:
+        most = self.options.max_failures
+        if most is None or len(self.failures) < most:
+            return False
+        self.stopped, self.code = f"stopped after {len(self.failures)} failed rows", FAILED
+        return True
+
+
+def _finish(
+    manifest: Manifest,
+    store: Store,
+    records: dict[str, Record],
+    plan: Plan,
+    outcome: _Outcome,
+    options: Options,
+) -> tuple[int, dict[str, Any]]:
+    """Bring the folder's overview up to date: results, metadata, sheets, summary."""
+    records = store.records()  # other shards may have gone on meanwhile
+    order = {name: line for line, name in [*((line, row.id) for line, row in manifest.rows)]}
+    order |= {bad.id: bad.line for bad in manifest.bad}
+    ordered = sorted(records.values(), key=lambda r: (r["id"] not in order, order.get(r["id"], 0), r["id"]))
+    failed = [record for record in ordered if record["status"] != "ok"]
+    code = outcome.code or (FAILED if failed else OK)
+    summary: dict[str, Any] = {
+        "exit_code": code,
+        "rows": plan.rows,
+        "done": outcome.ok,
+        "failed": len(outcome.failures),
+        "already_done": plan.kept,
+        "failed_before": plan.given_up,
+        "pictures": outcome.pictures,
+        "folder": {"rows": len(ordered), "failed": len(failed)},
+        "seconds": round(time.monotonic() - outcome.started, 2),
+        "stopped": outcome.stopped,
+        "failures": outcome.failures[:100],
+    }
+    try:
+        store.keep_last()
+        store.write_metadata(ordered)
+        store.write_json(f"summary{store.part}.json", summary)
+        if options.sheet:
+            write_sheets(store.folder, ordered)
+    except OutputError as error:  # a full disk must not hide how the run went
+        say(one_line(error))
+        summary["exit_code"] = code = code or FAILED
+    return code, summary
+
+
+def parse_shard(text: str) -> tuple[int, int]:
+    """ "i/n" as two numbers, 0 <= i <= n.
+
+    Raises:
+        ManifestError: anything else.
+    """
+    index, slash, count = text.partition("/")
+    if not (slash and index.isdecimal() and count.isdecimal() and int(index) <= int(count) and int(count)):
+        raise ManifestError(f"--shard {text!r}: write i/n, such as 0/2 and 1/2")
+    return int(index), int(count)

@@ -1,0 +1,126 @@
+"""One row of a manifest: its fields, their ranges, and which of them each task takes."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Mapping
+from functools import cache
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+import diffgraft
+
+from ...attention.errors import GraftError
+from ...pipelines.generate import LONGEST_PROMPT, SEEDS
+from .. import techniques
+from ..errors import ManifestError
+
+FILES = ("image", "mask", "content", "style")
+REQUIRED: Mapping[str, tuple[str, ...]] = {
+    "generate": ("prompt",),
+    "erase": ("image", "mask"),
+    "stylize": ("content", "style"),
+}
+_COMMON = {"id", "task", "seed", "n", "model"}
+
+Text = Field(default=None, max_length=LONGEST_PROMPT)
+Path = Field(default=None, min_length=1, max_length=4096)
+
+
+class Row(BaseModel):
+    """What to make. Everything but what the task needs may be left out."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, hide_input_in_errors=True)
+
+    id: str = Field(min_length=1, max_length=1000)
+    """Names the pictures: DIR/<id>.png. Default: the row's line."""
+    task: Literal["generate", "erase", "stylize"] = "generate"
+    prompt: str | None = Text
+    negative: str | None = Text
+    """Kept away by `NegativeAway`, with or without guidance."""
+    negative_prompt: str | None = Text
+    """The pipeline's own negative prompt, for classifier-free guidance."""
+    seed: int | None = Field(default=None, ge=-1, lt=SEEDS)
+    """Of the first picture. None and -1: from the run's seed and the id."""
+    steps: int | None = Field(default=None, ge=1, le=1000)
+    guidance: float | None = Field(default=None, ge=-100, le=100)
+    n: int = Field(default=1, ge=1, le=1000)
+    """Pictures: DIR/<id>-0.png ... with the seeds seed, seed + 1 ..."""
+    width: int | None = Field(default=None, ge=16, le=8192)
+    height: int | None = Field(default=None, ge=16, le=8192)
+    image: str | None = Path
+    mask: str | None = Path
+    content: str | None = Path
+    style: str | None = Path
+    model: str | None = Field(default=None, min_length=1, max_length=1000)
+    """Default: the run's."""
+    plugins: list[dict[str, Any]] = Field(default_factory=list, max_length=20)
+    """Such as {"plugin": "NegativeAway", "negative": "red"}."""
+
+    @field_validator("id", mode="before")
+    @classmethod
+    def _number_is_a_name(cls, value: Any) -> Any:
+        return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+    def specs(self) -> list[dict[str, Any]]:
+        """Plugin specs, `negative` included."""
+        away = [{"plugin": "NegativeAway", "negative": self.negative}] if self.negative else []
+        return away + self.plugins if self.task == "generate" else list(self.plugins)
+
+
+def make_row(given: Mapping[str, Any], defaults: Mapping[str, Any], line: int, *, strict: bool) -> Row:
+    """A checked row.
+
+    Args:
+        given: what the manifest says.
+        defaults: for fields that it does not; those that the task cannot take are left out.
+        line: the default id.
+        strict: False reads numbers out of text (CSV).
+
+    Raises:
+        ManifestError: everything that is wrong with the row, in one line.
+    """
+    task = given.get("task", defaults.get("task", "generate"))
+    takes = fields_of(task) if task in REQUIRED else set(Row.model_fields)
+    merged = {name: value for name, value in defaults.items() if name in takes} | given
+    merged.setdefault("id", str(line))
+    try:
+        row = Row.model_validate(merged, strict=strict)
+    except ValidationError as error:
+        raise ManifestError("; ".join(_said(e) for e in error.errors(include_url=False))) from None
+    _fits_task(row, given, takes)
+    for spec in row.specs():
+        try:
+            techniques.check(spec)
+        except GraftError as error:
+            raise ManifestError(f"plugins: {error}") from None
+    return row
+
+
+@cache
+def fields_of(task: str) -> set[str]:
+    """The fields that rows of a task may have."""
+    required = set(REQUIRED[task])
+    if task == "generate":
+        return set(Row.model_fields) - set(FILES)
+    parameters = inspect.signature(getattr(diffgraft, task)).parameters
+    return _COMMON | required | (set(Row.model_fields) & set(parameters) - set(FILES))
+
+
+def _fits_task(row: Row, given: Mapping[str, Any], takes: set[str]) -> None:
+    missing = [name for name in REQUIRED[row.task] if getattr(row, name) is None]
+    if missing:
+        raise ManifestError(f"task {row.task!r} needs {', '.join(missing)}")
+    foreign = [name for name, value in given.items() if name not in takes and value is not None]
+    if foreign:
+        raise ManifestError(f"task {row.task!r} takes no {', '.join(foreign)}")
+
+
+def _said(error: Any) -> str:
+    field = ".".join(str(part) for part in error["loc"]) or "row"
+    if error["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(field, list(Row.model_fields), n=1)
+        return f"unknown field {field[:60]!r}" + (f", did you mean {near[0]!r}?" if near else "")
+    return f"{field}: {error['msg']}"
