@@ -23,6 +23,7 @@ class AttentionLayer:
         place: "down", "mid" or "up" of a UNet, "block" of a transformer.
         index: position in execution order among the layers of its kind; in a UNet the number of its transformer
             block, as papers count it (SDXL: 0-23 down, 24-33 mid, 34-69 up).
+        level: how often a UNet has halved the latent where the layer runs, 0 at full resolution.
     """
 
     name: str
@@ -30,6 +31,7 @@ class AttentionLayer:
     kind: Kind
     place: Place
     index: int
+    level: int = 0
 
 
 def find_layers(denoiser: nn.Module) -> list[AttentionLayer]:
@@ -51,7 +53,7 @@ def find_layers(denoiser: nn.Module) -> list[AttentionLayer]:
     layers: list[AttentionLayer] = []
     for name, module in found:
         kind = _kind(module)
-        layers.append(AttentionLayer(name, module, kind, _place(name), counts.get(kind, 0)))
+        layers.append(AttentionLayer(name, module, kind, _place(name), counts.get(kind, 0), _level(name, denoiser)))
         counts[kind] = counts.get(kind, 0) + 1
     return layers
 
@@ -69,3 +71,14 @@ def _kind(module: Any) -> Kind:
 def _place(name: str) -> Place:
     head = name.split("_", 1)[0].split(".", 1)[0]
     return head if head in ("down", "mid", "up") else "block"
+
+
+def _level(name: str, denoiser: Any) -> int:
+    """Blocks of a UNet go down one level each and up again: the last down, the middle and the first up share one."""
+    place, depth = _place(name), len(getattr(denoiser, "up_blocks", ()))
+    if place == "block" or not depth:
+        return 0
+    if place == "mid":
+        return depth - 1
+    number = int(name.split(".", 2)[1])
+    return number if place == "down" else depth - 1 - number

@@ -69,6 +69,9 @@ class Run:
     def token_spans(self, text: str, phrase: str) -> list[list[int]]:
         return self.graft.texts.spans(text, phrase)
 
+    def token_range(self, text: str) -> range:
+        return self.graft.texts.content(text)
+
     def encode_image(self, image: Any, size: tuple[int, int]) -> torch.Tensor:
         return self.graft.encode_image(image, size)
 

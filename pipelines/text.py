@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..attention.errors import UnsupportedPipelineError
+from ..attention.errors import ConceptError, UnsupportedPipelineError
 from .architectures.base import Adapter
 from .running import Running
 
@@ -34,24 +34,50 @@ class Texts:
             self._memo |= {(text, *state): row for text, row in zip(missing, encoded, strict=True)}
         return torch.stack([self._memo[(text, *state)] for text in texts])
 
-    def ids(self, text: str) -> list[int]:
-        """Token ids of a prompt, with start and end marks, cut off where the encoder cuts it off."""
+    def ids(self, text: str, whole: bool = False) -> list[int]:
+        """Token ids of a prompt, with start and end marks, cut off where the encoder cuts it off unless `whole`."""
         tokenizer, pipe = self._tokenizer(), self.adapter.pipe
         if hasattr(pipe, "maybe_convert_prompt"):
             text = pipe.maybe_convert_prompt(text, tokenizer)  # textual inversion: one word, several vectors
         limit = min(tokenizer.model_max_length, 4096)
-        return list(tokenizer(text, truncation=True, max_length=limit).input_ids)
+        return list(tokenizer(text, truncation=not whole, max_length=None if whole else limit).input_ids)
 
     def tokens(self, text: str) -> list[str]:
         """The same as strings."""
         return [str(token) for token in self._tokenizer().convert_ids_to_tokens(self.ids(text))]
 
+    def content(self, text: str) -> range:
+        """Columns of the prompt's own tokens, between the start and the end mark."""
+        ids = self.ids(text)
+        return self._inner(ids)
+
     def spans(self, text: str, phrase: str) -> list[list[int]]:
-        """Columns of each occurrence of `phrase`, whole words only."""
-        special = set(self._tokenizer().all_special_ids)
-        wanted = [i for i in self.ids(phrase) if i not in special]
-        ids, n = self.ids(text), len(wanted)
+        """Columns of each occurrence of `phrase`, whole words only.
+
+        Raises:
+            ConceptError: the encoder cuts the prompt off before the phrase.
+        """
+        found = self._find(self.ids(text), phrase)
+        if not found and self._find(self.ids(text, whole=True), phrase):
+            raise ConceptError(
+                f"{phrase!r} was cut off: the text encoder reads {len(self.content(text))} tokens of this prompt; "
+                "shorten the prompt or move the word forward"
+            )
+        return found
+
+    def _find(self, ids: list[int], phrase: str) -> list[list[int]]:
+        own = self.ids(phrase)
+        wanted = [own[i] for i in self._inner(own)]
+        if self._tokenizer().unk_token_id in wanted:  # every unknown word is the same token
+            return []
+        n = len(wanted)
         return [list(range(i, i + n)) for i in range(len(ids) - n + 1) if n and ids[i : i + n] == wanted]
+
+    def _inner(self, ids: list[int]) -> range:
+        tokenizer = self._tokenizer()
+        marks = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}
+        words = [i for i, token in enumerate(ids) if token not in marks]
+        return range(words[0], words[-1] + 1) if words else range(0)
 
     def _tokenizer(self) -> Any:
         tokenizer = self.adapter.tokenizer()

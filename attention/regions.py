@@ -1,0 +1,83 @@
+"""From concept maps to regions: thresholds, and AttenCraft's masks (arXiv 2405.17965) propagated by self-attention."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+
+Threshold = Literal["max", "std", "quantile", "otsu"]
+
+
+def binarise(maps: torch.Tensor, rule: Threshold = "max", level: float = 0.5) -> torch.Tensor:
+    """Regions of high activation, 0 or 1, detached, in the shape and dtype of `maps` [C, h, w].
+
+    Args:
+        maps: finite.
+        rule: "max": at least `level` times the map's maximum. "std": above mean + level * standard deviation.
+            "quantile": at least that quantile. "otsu": Otsu's threshold, `level` unused.
+        level: 0 to 1 for "max" and "quantile".
+    """
+    flat = maps.detach().flatten(1)
+    if rule == "max":
+        bound = level * flat.amax(1)
+    elif rule == "std":
+        bound = flat.mean(1) + level * flat.std(1)
+    elif rule == "quantile":
+        bound = flat.quantile(level, 1)
+    else:
+        bound = otsu(flat)
+    return (flat >= bound[:, None]).to(maps.dtype).view_as(maps)
+
+
+def otsu(flat: torch.Tensor) -> torch.Tensor:
+    """Otsu's threshold of each row of [C, n]: the value that splits it with the largest variance between the halves."""
+    ordered = flat.sort(1).values
+    n = flat.shape[1]
+    below = torch.arange(1, n, dtype=flat.dtype, device=flat.device)
+    low = ordered.cumsum(1)[:, :-1] / below
+    high = (ordered.sum(1, keepdim=True) - ordered.cumsum(1)[:, :-1]) / (n - below)
+    between = below * (n - below) * (high - low) ** 2
+    return ordered.gather(1, between.argmax(1, keepdim=True) + 1)[:, 0]
+
+
+def propagate(maps: torch.Tensor, affinity: torch.Tensor, power: int = 4) -> torch.Tensor:
+    """Squared, rescaled maps spread along self-attention: M_c = S^power vec(A_c^2), to [0, 1] each.
+
+    Args:
+        maps: [C, h, w], brought to the affinity's grid.
+        affinity: S [h2*w2, h2*w2], the mean of self-attention probabilities; h2 : w2 = h : w.
+        power: of the matrix product. In at least float32: entries of the unnormalised S^4 would leave float16.
+    Returns:
+        [C, h2, w2].
+    """
+    grid = _grid_like(affinity.shape[-1], maps.shape[1], maps.shape[2])
+    maps = F.interpolate(maps[None], grid, mode="bicubic", align_corners=False)[0]
+    seeds = unit_range(maps.flatten(1).clamp_min(0) ** 2)
+    spread = torch.linalg.matrix_power(unit_range(affinity.flatten()[None]).view_as(affinity), power)
+    return unit_range(seeds @ unit_range(spread.flatten()[None]).view_as(spread).T).unflatten(1, grid)
+
+
+def assign(maps: torch.Tensor, margin: float = 0.1) -> torch.Tensor:
+    """Disjoint masks [C, h, w]: a cell is c's where M_c exceeds every other map by more than `margin`."""
+    if len(maps) == 1:
+        return maps > margin
+    best = maps.topk(2, 0)
+    clear = best.values[0] - best.values[1] > margin
+    owner = torch.arange(len(maps), device=maps.device)[:, None, None] == best.indices[:1]
+    return owner & clear
+
+
+def unit_range(rows: torch.Tensor) -> torch.Tensor:
+    """Each row of [C, n] to [0, 1]; a flat row becomes 0."""
+    low = rows.amin(1, keepdim=True)
+    return (rows - low) / (rows.amax(1, keepdim=True) - low).clamp_min(torch.finfo(rows.dtype).tiny)
+
+
+def _grid_like(tokens: int, height: int, width: int) -> tuple[int, int]:
+    """The grid of `tokens` cells with the aspect of height : width, rounded as halving rounds."""
+    rows = max(1, round((tokens * height / width) ** 0.5))
+    candidates = sorted((abs(r - rows), r) for r in range(1, tokens + 1) if tokens % r == 0)
+    best = candidates[0][1]
+    return best, tokens // best

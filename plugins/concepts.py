@@ -1,0 +1,96 @@
+"""Concepts of a prompt, given as words, phrases or token columns, resolved to columns of the text embeddings."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import cast
+
+from ..attention.errors import ConceptError, SettingTypeError
+from .base import Session
+
+Concept = str | int | Sequence[int]
+"""A word or phrase of the prompt, a token column (the start mark is 0), or several columns (a list or a range)."""
+Concepts = Sequence[Concept]
+
+
+@dataclass(frozen=True)
+class Found:
+    """A concept in one prompt: its columns, and what a user should know of the choice ("" mostly)."""
+
+    concept: str
+    columns: list[int]
+    note: str = ""
+
+
+def check_concepts(concepts: Concepts | Sequence[Concepts]) -> list[list[Concept]]:
+    """One list of concepts for every prompt, or one for each: a list of lists that hold words is the latter.
+
+    Raises:
+        SettingTypeError: not a sequence of concepts, or a single string.
+    """
+    if isinstance(concepts, str) or not isinstance(concepts, Sequence):
+        raise SettingTypeError(f"concepts={concepts!r}: a list of words is needed, such as ['ball', 'star']")
+    inner = [c for c in concepts if isinstance(c, (list, tuple)) and any(isinstance(x, (str, list, tuple)) for x in c)]
+    empty = [c for c in concepts if isinstance(c, (list, tuple)) and not c]
+    nested = inner and len(inner) + len(empty) == len(concepts)
+    lists = cast("list[Sequence[Concept]]", list(concepts) if nested else [concepts])
+    return [[_checked(concept) for concept in group] for group in lists]
+
+
+def _checked(concept: Concept) -> Concept:
+    numbers = [concept] if isinstance(concept, int) else concept
+    if isinstance(concept, str) and concept.strip():
+        return concept
+    if isinstance(concept, (str, bool)) or not isinstance(numbers, Sequence) or not numbers:
+        raise SettingTypeError(f"concept {concept!r}: a word of the prompt or its token columns are needed")
+    if not all(isinstance(x, int) and not isinstance(x, bool) for x in numbers):
+        raise SettingTypeError(f"concept {concept!r}: token columns are whole numbers")
+    return concept
+
+
+def for_pictures(lists: list[list[Concept]], session: Session) -> list[list[Concept]]:
+    """The concepts of each picture of this call.
+
+    Raises:
+        ConceptError: several lists, but not one for each prompt.
+    """
+    pictures = session.prompt.pictures
+    prompts = session.prompt.prompts or (len(lists) if pictures % len(lists) == 0 else pictures)
+    if len(lists) not in (1, prompts):
+        raise ConceptError(f"{len(lists)} lists of concepts for {prompts} prompts: give one list for each prompt")
+    return [group for group in lists for _ in range(pictures // len(lists))]
+
+
+def find_concept(session: Session, text: str | None, concept: Concept, length: int) -> Found:
+    """Columns of a concept in a prompt; a repeated phrase is its first occurrence, with a note.
+
+    Args:
+        session: of the running call.
+        text: the prompt, None where the call was given embeddings.
+        concept: see `Concept`.
+        length: columns of the text embeddings, for a call with embeddings.
+    Raises:
+        ConceptError: not in the prompt, cut off, a column outside of it, or words without a prompt.
+    """
+    if not isinstance(concept, str):
+        return _columns(session, text, [concept] if isinstance(concept, int) else list(concept), length)
+    if text is None:
+        raise ConceptError(f"{concept!r} cannot be found in prompt embeddings: give token columns instead of words")
+    spans = session.token_spans(text, concept)
+    if not spans:
+        tokens = session.tokens(text)
+        words = ", ".join(f"{i} {tokens[i]}" for i in session.token_range(text))
+        raise ConceptError(f"{concept!r} is not in the prompt {text!r}; its tokens are: {words}")
+    note = f"occurs {len(spans)} times, the first is meant" if len(spans) > 1 else ""
+    return Found(concept, spans[0], note)
+
+
+def _columns(session: Session, text: str | None, columns: list[int], length: int) -> Found:
+    allowed = range(length) if text is None else session.token_range(text)
+    wrong = [column for column in columns if column not in allowed]
+    if wrong:
+        raise ConceptError(
+            f"token column {wrong[0]} is outside of the prompt: its words are columns {allowed.start}-{allowed.stop - 1}"
+        )
+    return Found(str(columns), columns)
