@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from .plugins.base import Branch as Branch
     from .plugins.base import Plugin as Plugin
     from .plugins.negative_away import NegativeAway as NegativeAway
+    from .plugins.startpoint import StartpointFilter as StartpointFilter
 
 __version__ = "0.1.0"
 
@@ -57,6 +58,7 @@ _HOMES = {
     "pipelines.picturebook": ("picturebook",),
     "plugins.base": ("Branch", "Plugin"),
     "plugins.negative_away": ("NegativeAway",),
+    "plugins.startpoint": ("StartpointFilter",),
 }  # fmt: skip
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 __all__ = ["__version__", *sorted(_HOME)]  # pyright: ignore[reportUnsupportedDunderAll]
