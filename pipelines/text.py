@@ -95,7 +95,8 @@ def _fingerprint(pipe: Any) -> tuple[Any, ...]:
         encoder = getattr(pipe, name, None)
         if encoder is None:
             continue
-        scales = [str(m.scaling) + str(m.active_adapters) for m in encoder.modules() if hasattr(m, "active_adapters")]
+        lora = (m for m in encoder.modules() if hasattr(m, "active_adapters") and hasattr(m, "scaling"))
+        scales = [str(m.scaling) + str(m.active_adapters) for m in lora]
         versions = sum(p._version for p in encoder.parameters() if not p.is_inference())
         marks.append((id(encoder), encoder.dtype, versions, len(scales), hash(tuple(scales))))
     return tuple(marks)
