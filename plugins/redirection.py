@@ -1,0 +1,230 @@
+"""Self-attention redirection: what nothing attends to disappears (Attentive Eraser, arXiv 2412.12974)."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from ..attention.call import AttentionCall
+from ..attention.edit import Edit
+from ..attention.errors import MaskError, SettingError, SettingTypeError
+from ..attention.layer import AttentionLayer
+from ..attention.masks import Bools, as_masks, halved, level_mask
+from ..attention.step import Rows, Step
+from .base import Branch, Plugin, Session, finite
+
+BRANCH = "redirected"
+SCARCE = 0.02
+
+
+def suppress(q: torch.Tensor, masked: torch.Tensor, factor: float) -> torch.Tensor:
+    """Similarity suppression: logits of masked queries times `factor`, as a scale of q [..., N, D]; masked is [N]."""
+    return torch.where(masked[:, None], q * factor, q)
+
+
+def background(tokens: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+    """Keys or values [..., N, D] of the tokens `kept` (indices): what a logit of minus infinity leaves to attend to.
+
+    In the paper masked columns of the logits become minus infinity, for all queries. That is attention over the
+    shorter sequence, whatever the masked tokens hold.
+    """
+    return tokens.index_select(-2, kept)
+
+
+def guide(plain: torch.Tensor, redirected: torch.Tensor, scale: float) -> torch.Tensor:
+    """What is added to the prediction, scale * (redirected - plain): the paper's redirection guidance less eps."""
+    return scale * (redirected - plain)
+
+
+class SelfAttentionRedirection(Plugin):
+    """Removes what a mask covers: the decoder's self-attention sees the background only, and guidance goes there.
+
+    It steers what is generated and pastes nothing: `diffgraft.erase` does the whole task.
+
+    Args:
+        mask: what is to go, for all pictures, or a list with a mask for each (in it, a list is a union); anything
+            `diffgraft.attention.masks.as_mask` takes, at the picture's aspect. It is not grown. A picture with an empty
+            mask is left alone.
+        scale: guidance away from the plain prediction, 0 is neutral, 1 is the redirected prediction itself. The paper
+            uses 9.
+        suppression: factor of the logits of masked queries, so that they do not copy one look-alike; 1 is neutral.
+            The paper uses 0.3.
+        suppression_steps: how many of the first steps it holds for. The paper uses 10 of 50.
+        layers: "up" (as published), "mid", "down", "all", or a list of layer names, prefixes of names or positions in
+            execution order. Everything before the first one is computed once for both branches.
+        start, end: fractions of the steps; outside them nothing is computed twice.
+
+    Raises:
+        MaskError: not a mask, full, of another aspect, one mask too many, or no background token at some level.
+        SettingError: a setting outside its range, or layers that the model does not have.
+    """
+
+    def __init__(
+        self, mask: Any, *, scale: float = 9.0, suppression: float = 0.3, suppression_steps: int = 10,
+        layers: str | Sequence[str | int] = "up", start: float = 0.0, end: float = 1.0,
+    ) -> None:  # fmt: skip
+        super().__init__(start=start, end=end)
+        self.scale = finite(scale, "scale", low=0)
+        self.suppression = finite(suppression, "suppression", low=0)
+        if isinstance(suppression_steps, bool) or not isinstance(suppression_steps, int) or suppression_steps < 0:
+            raise SettingTypeError(f"suppression_steps={suppression_steps!r}: a count of steps is needed, 0 or more")
+        self.suppression_steps = suppression_steps
+        self.layers: str | list[str | int] = layers if isinstance(layers, str) else list(layers)
+        self._masks = as_masks(mask)
+        for number, one in enumerate(self._masks):
+            if one.all():
+                which = f" of picture {number}" if len(self._masks) > 1 else ""
+                raise MaskError(f"the mask{which} covers everything: no background is left; mask the object only")
+        if not any(one.any() for one in self._masks):
+            warnings.warn("the mask is empty: nothing is redirected", stacklevel=2)
+        self._channels = 0
+        self._chosen: set[str] = set()
+        self._levels: dict[str, float] = {}
+        self._tokens: dict[Any, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+
+    @property
+    def neutral(self) -> bool:
+        return self.scale == 0 or self.start == self.end or not any(one.any() for one in self._masks)
+
+    def bind(self, session: Session) -> None:
+        self._chosen = {layer.name for layer in choose_layers(session.layers, self.layers)}
+        self._channels = session.latent_channels
+
+    def unbind(self) -> None:
+        self._tokens = {}
+
+    def begin(self, session: Session, step: Step) -> None:
+        pictures = step.rows["cond"].stop - step.rows["cond"].start
+        if pictures % len(self._masks):
+            raise MaskError(
+                f"{len(self._masks)} masks for {pictures} pictures: give one mask, or one for each picture "
+                "(several masks of one picture are a list of their own, [[a, b]])"
+            )
+        levels = sorted({layer.level for layer in session.layers if layer.name in self._chosen})
+        shares = [level_shares(mask, step.size, levels) for mask in self._masks]
+        self._levels = {grid: max(share[grid] for share in shares) for grid in shares[0]}
+
+    def edits(self) -> Sequence[Edit]:
+        return (_Redirect(self, BRANCH), _Redirect(self, "cond"))
+
+    def branches(self, step: Step) -> Sequence[Branch]:
+        return () if self.alone(step) else (Branch(BRANCH),)
+
+    def combine(self, step: Step, prediction: torch.Tensor, rows: Rows) -> torch.Tensor | None:
+        if BRANCH not in rows:
+            return None
+        plain, redirected = (prediction[rows[group], : self._channels] for group in ("cond", BRANCH))
+        delta = guide(plain, redirected, self.scale)
+        for row, mask in enumerate(spread(self._masks, len(delta))):
+            if not mask.any():
+                delta[row] = 0
+        return delta
+
+    def alone(self, step: Step) -> bool:
+        """Whether the redirected prediction is all that is wanted: at scale 1 without a second guidance."""
+        return self.scale == 1 and "uncond" not in step.rows
+
+    def tokens(self, call: AttentionCall) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """(indices of background tokens, masked [N]) of each picture at a layer."""
+        key = (call.step.size, call.grid, call.q.device)
+        if key not in self._tokens:
+            masks = (level_mask(mask, call.step.size, call.grid).flatten().to(call.q.device) for mask in self._masks)
+            self._tokens[key] = [((~mask).nonzero()[:, 0], mask) for mask in masks]
+        return self._tokens[key]
+
+    def selects(self, layer: AttentionLayer) -> bool:
+        """Whether a layer was chosen."""
+        return layer.name in self._chosen
+
+    def report(self) -> Mapping[str, Any]:
+        coverage = [round(float(one.mean()), 4) for one in self._masks]
+        return {"masked pixels": coverage, "masked tokens (largest share)": self._levels}
+
+
+class _Redirect(Edit):
+    """Computes the attention of its group; only one of the two groups is active at a step."""
+
+    def __init__(self, plugin: SelfAttentionRedirection, group: str) -> None:
+        self.plugin, self.owns = plugin, group
+
+    def selects(self, layer: AttentionLayer) -> bool:
+        return self.plugin.selects(layer)
+
+    def active(self, layer: AttentionLayer, step: Step) -> bool:
+        return step.phase == "predict" and (self.owns == "cond") == self.plugin.alone(step)
+
+    def attention(self, call: AttentionCall) -> torch.Tensor:
+        # One picture after the other: a padded batch needs a mask, which keeps the flash kernel away.
+        tokens = self.plugin.tokens(call)
+        size = len(call.q) // len(tokens)
+        return torch.cat(
+            [
+                self._redirected(call.narrow(slice(i * size, (i + 1) * size)), *picture)
+                for i, picture in enumerate(tokens)
+            ]
+        )
+
+    def _redirected(self, call: AttentionCall, kept: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
+        if len(kept) == len(masked):
+            return call.attend(call.q, call.k, call.v, call.mask)
+        early = call.step.index < self.plugin.suppression_steps and self.plugin.suppression != 1
+        q = suppress(call.q, masked, self.plugin.suppression) if early else call.q
+        mask = None if call.mask is None else call.mask.index_select(-1, kept)
+        return call.attend(q, background(call.k, kept), background(call.v, kept), mask)
+
+
+def spread(masks: Sequence[Bools], pictures: int) -> list[Bools]:
+    """The mask of each picture; prompts' pictures lie together, as diffusers orders them."""
+    return [mask for mask in masks for _ in range(pictures // len(masks))]
+
+
+def choose_layers(layers: Sequence[AttentionLayer], wanted: str | Sequence[str | int]) -> list[AttentionLayer]:
+    """Self-attention layers by place, name, prefix of names, or position in execution order.
+
+    Raises:
+        SettingError: nothing of that name or number; the message lists what there is.
+    """
+    own = [layer for layer in layers if layer.kind == "self"]
+    if wanted == "all":
+        return own
+    if not wanted:
+        raise SettingError("layers is empty: leave it at 'up', or scale=0 to switch redirection off")
+    asked = [wanted] if isinstance(wanted, str) else wanted
+    for item in asked:
+        if not any(_matches(layer, item) for layer in own):
+            names = ", ".join(f"{layer.index} {layer.name}" for layer in own)
+            raise SettingError(f"no self-attention layer {item!r}; choose up, mid, down, all or among: {names}")
+    return [layer for layer in own if any(_matches(layer, item) for item in asked)]
+
+
+def _matches(layer: AttentionLayer, item: str | int) -> bool:
+    if isinstance(item, int):
+        return not isinstance(item, bool) and layer.index == item
+    return item in (layer.place, layer.name) or layer.name.startswith(f"{item}.")
+
+
+def level_shares(mask: Bools, size: tuple[int, int], levels: Sequence[int]) -> dict[str, float]:
+    """Masked share of the tokens at each level of a latent of `size`, by grid ("64x64").
+
+    Raises:
+        MaskError: no background token is left at a level.
+    """
+    shares: dict[str, float] = {}
+    for level in levels:
+        grid = size
+        for _ in range(level):
+            grid = halved(grid)
+        name, tokens = f"{grid[0]}x{grid[1]}", level_mask(mask, size, grid)
+        left = 1 - float(tokens.double().mean())
+        if bool(tokens.all()):
+            raise MaskError(
+                f"no background is left at the level of {name} tokens (the mask covers {mask.mean():.0%} of the pixels): use "
+                "a smaller mask, a larger picture, or layers of a finer level"
+            )
+        if left < SCARCE:
+            warnings.warn(f"only {left:.1%} of the {name} tokens are background; expect a poor fill", stacklevel=2)
+        shares[name] = round(1 - left, 4)
+    return shares
