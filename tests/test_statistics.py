@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+
 from diffgraft.app.bench.statistics import mean, paired_difference, share
 
 

@@ -8,6 +8,7 @@ from itertools import combinations
 
 import numpy as np
 import pytest
+
 from diffgraft.app.bench.backgrounds import BACKGROUNDS
 from diffgraft.app.bench.shapes import COLOURS, SHAPES
 from diffgraft.app.bench.styles import STYLES
@@ -108,7 +109,9 @@ def test_captions_follow_the_grammar_and_leave_words_out() -> None:
     assert all(GRAMMAR.fullmatch(text) for text in texts)
     assert any(not any(c in text.split() for c in COLOURS) for text in texts)
     assert any(not any(b in text.split() for b in BACKGROUNDS) for text in texts)
-    full = caption(Scene((Thing("ball", "red", 0.3, 0.5, 0.2), Thing("star", "blue", 0.7, 0.5, 0.2)), "night", "sketch", 0))
+    full = caption(
+        Scene((Thing("ball", "red", 0.3, 0.5, 0.2), Thing("star", "blue", 0.7, 0.5, 0.2)), "night", "sketch", 0)
+    )
     assert full == "a red ball and a blue star , night , sketch style"
 
 

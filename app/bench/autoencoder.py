@@ -2,8 +2,9 @@
 
     python -m diffgraft.app.bench.autoencoder --minutes 30
 
-Loss on crops of 64 pixels: absolute error, squared error, error of the gradients (edges) and of 8 x 8 means (colours), object pixels
-three times as heavy; the latents get noise, so that the decoder forgives a denoiser's small errors.
+Loss on crops of 64 pixels: absolute error, squared error, error of the gradients (edges) and of 8 x 8 means
+(colours), object pixels three times as heavy; the latents get noise, so that the decoder forgives a denoiser's small
+errors.
 """
 
 from __future__ import annotations
@@ -66,12 +67,16 @@ class Pool:
         self.pictures[i, 3] = torch.from_numpy(masks(drawn).any(0)) * 255
 
     def batch(self, size: int, crop: int, fresh: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
-        """Crops [B, 3, crop, crop] in -1 ... 1 at multiples of 8 (the textures' period), and their object masks [B, 1, crop, crop]."""
+        """Crops [B, 3, crop, crop] in -1 ... 1 at multiples of 8 (the textures' period), and their object masks [B,
+        1, crop, crop].
+        """
         for _ in range(fresh):
             self._refill(int(torch.randint(POOL, ())))
         corners = (torch.randint((128 - crop) // 8 + 1, (size, 2)) * 8).tolist()
         chosen = torch.randint(POOL, (size,)).tolist()
-        cut = torch.stack([self.pictures[n, :, y : y + crop, x : x + crop] for n, (y, x) in zip(chosen, corners, strict=True)])
+        cut = torch.stack(
+            [self.pictures[n, :, y : y + crop, x : x + crop] for n, (y, x) in zip(chosen, corners, strict=True)]
+        )
         return cut[:, :3].float() / 127.5 - 1, cut[:, 3:].float() / 255
 
 
@@ -86,7 +91,9 @@ def loss_of(output: torch.Tensor, picture: torch.Tensor, objects: torch.Tensor) 
 
 
 def whiten(vae: AutoencoderKL, pictures: torch.Tensor) -> None:
-    """Folds a linear map into the two 1 x 1 convolutions around the latent: its channels become uncorrelated, mean 0, deviation 1."""
+    """Folds a linear map into the two 1 x 1 convolutions around the latent: its channels become uncorrelated, mean
+    0, deviation 1.
+    """
     latents = vae.encode(pictures).latent_dist.mean.movedim(1, -1).flatten(0, -2).double()
     mean = latents.mean(0)
     values, vectors = torch.linalg.eigh(torch.cov(latents.T))
@@ -103,7 +110,9 @@ def whiten(vae: AutoencoderKL, pictures: torch.Tensor) -> None:
 
 
 def hue_error(before: np.ndarray, after: np.ndarray) -> float:
-    """Degrees between the hues of two mean colours (RGB, 0 ... 1); 0 where the first is nearly grey, 180 where the second turned grey."""
+    """Degrees between the hues of two mean colours (RGB, 0 ... 1); 0 where the first is nearly grey, 180 where the
+    second turned grey.
+    """
     (h0, s0, _), (h1, s1, _) = colorsys.rgb_to_hsv(*before), colorsys.rgb_to_hsv(*after)
     if s0 < 0.15:
         return 0.0 if s1 < 0.25 else 180.0
@@ -112,17 +121,25 @@ def hue_error(before: np.ndarray, after: np.ndarray) -> float:
 
 @torch.no_grad()
 def measure(vae: AutoencoderKL, count: int = 60) -> dict[str, float]:
-    """PSNR in dB (peak 255) by style and over all, and the share of held-out objects whose mean hue stays within 15 degrees."""
+    """PSNR in dB (peak 255) by style and over all, and the share of held-out objects whose mean hue stays within 15
+    degrees.
+    """
     squares, hues = {}, []
     for style in STYLE_WEIGHTS:
         scenes = [scene(FRESH + i, split="any", style=style) for i in range(count)]
         pictures = to_tensor([render(s) for s in scenes])
-        decoded = torch.cat([vae.decode(vae.encode(part).latent_dist.mean).sample.clamp(-1, 1) for part in pictures.split(16)])
+        decoded = torch.cat(
+            [vae.decode(vae.encode(part).latent_dist.mean).sample.clamp(-1, 1) for part in pictures.split(16)]
+        )
         squares[style] = ((decoded - pictures) / 2).square().mean().item()
         for drawn, truth, found in zip(scenes, (pictures.numpy() + 1) / 2, (decoded.numpy() + 1) / 2, strict=True):
             hues += [hue_error(truth[:, m].mean(1), found[:, m].mean(1)) for m in masks(drawn)]
     psnr = {style: -10 * float(np.log10(error)) for style, error in squares.items()}
-    return {**psnr, "all": -10 * float(np.log10(np.mean(list(squares.values())))), "hue kept": float(np.mean(np.array(hues) < 15))}
+    return {
+        **psnr,
+        "all": -10 * float(np.log10(np.mean(list(squares.values())))),
+        "hue kept": float(np.mean(np.array(hues) < 15)),
+    }
 
 
 def train(minutes: float, device: str, work: Path, fresh_box: bool) -> None:
@@ -150,10 +167,23 @@ def train(minutes: float, device: str, work: Path, fresh_box: bool) -> None:
         step += 1
         if step % 50 == 0:
             psnr = 10 * torch.log10(4 / (output - picture).square().mean()).item()
-            log.info("step %d, %.0f s, loss %.4f, PSNR %.1f dB, latent deviation %.2f", step, box.spent, loss.item(), psnr, scale.item())
+            log.info(
+                "step %d, %.0f s, loss %.4f, PSNR %.1f dB, latent deviation %.2f",
+                step,
+                box.spent,
+                loss.item(),
+                psnr,
+                scale.item(),
+            )
         if time.monotonic() - saved > SAVE_EVERY or box.fraction >= 1:
             saved = time.monotonic()
-            state = {"vae": vae.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "seed": pool.seed, "spent": box.spent}
+            state = {
+                "vae": vae.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "step": step,
+                "seed": pool.seed,
+                "spent": box.spent,
+            }
             save_checkpoint(work / "autoencoder.pt", state)
     finish(vae.cpu().eval(), work)
 

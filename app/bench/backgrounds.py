@@ -22,13 +22,19 @@ def _hill(image: Image.Image, height: float, swing: float, phase: float, colour:
     """Everything below a wave of two sines, around `height` (0 top, 1 bottom)."""
     side = image.width
     ridge = [
-        (x, side * (height + swing * math.sin(5.2 * x / side + phase) + 0.4 * swing * math.sin(9.7 * x / side + 2 * phase)))
+        (
+            x,
+            side
+            * (height + swing * math.sin(5.2 * x / side + phase) + 0.4 * swing * math.sin(9.7 * x / side + 2 * phase)),
+        )
         for x in range(0, side + 4, 4)
     ]
     ImageDraw.Draw(image).polygon([(0, side), *ridge, (side, side)], fill=colour)
 
 
-def _spots(image: Image.Image, rng: random.Random, count: int, top: float, radius: tuple[float, float], colour: Colour) -> None:
+def _spots(
+    image: Image.Image, rng: random.Random, count: int, top: float, radius: tuple[float, float], colour: Colour
+) -> None:
     canvas, side = ImageDraw.Draw(image), image.width
     for _ in range(count):
         x, y, r = rng.uniform(0, side), rng.uniform(top, 1) * side, rng.uniform(*radius) * side
@@ -87,8 +93,19 @@ def desert(side: int, rng: random.Random) -> Image.Image:
     _hill(image, height, 0.04, rng.uniform(0, 6), (234, 188, 118))
     x, foot, unit = rng.uniform(0.08, 0.92), height + 0.12, 0.03
     canvas, green = ImageDraw.Draw(image), (104, 148, 84)
-    for left, top, right, bottom in ((-0.3, -3.4, 0.4, 0.6), (-1.4, -2.4, -0.8, -1.0), (-1.4, -1.5, 0, -0.9), (0.9, -3.0, 1.5, -1.6), (0, -2.1, 1.5, -1.5)):
-        corners = [side * (x + unit * left), side * (foot + unit * top), side * (x + unit * right), side * (foot + unit * bottom)]
+    for left, top, right, bottom in (
+        (-0.3, -3.4, 0.4, 0.6),
+        (-1.4, -2.4, -0.8, -1.0),
+        (-1.4, -1.5, 0, -0.9),
+        (0.9, -3.0, 1.5, -1.6),
+        (0, -2.1, 1.5, -1.5),
+    ):
+        corners = [
+            side * (x + unit * left),
+            side * (foot + unit * top),
+            side * (x + unit * right),
+            side * (foot + unit * bottom),
+        ]
         canvas.rounded_rectangle(corners, radius=side * unit * 0.3, fill=green)
     _hill(image, height + 0.13, 0.035, rng.uniform(0, 6), (222, 170, 98))
     _hill(image, height + 0.3, 0.03, rng.uniform(0, 6), (206, 150, 82))

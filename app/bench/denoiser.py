@@ -47,8 +47,9 @@ def build_text_encoder() -> CLIPTextModel:
 def build_scheduler() -> DDIMScheduler:
     """Stable Diffusion's noise schedule with v-prediction.
 
-    Trailing steps start at the last training time, so sampling begins where training's noise ends; the step after the last one goes to
-    time 0 of the schedule and not to "no noise at all", so that DDIM inversion starts from a time the network was trained at.
+    Trailing steps start at the last training time, so sampling begins where training's noise ends; the step after the
+    last one goes to time 0 of the schedule and not to "no noise at all", so that DDIM inversion starts from a time
+    the network was trained at.
     """
     return DDIMScheduler(
         beta_start=0.00085,
@@ -77,7 +78,9 @@ def pipeline(vae: AutoencoderKL, unet: UNet2DConditionModel, text_encoder: CLIPT
 
 
 class TrainingAttention:
-    """Attention by plain matrix products (faster than the fused kernel's backward pass on a CPU); keeps the maps if asked to."""
+    """Attention by plain matrix products (faster than the fused kernel's backward pass on a CPU); keeps the maps if
+    asked to.
+    """
 
     def __init__(self, keep: bool) -> None:
         self.keep = keep
@@ -102,7 +105,9 @@ class TrainingAttention:
 
 
 def watch_decoder(unet: UNet2DConditionModel) -> list[TrainingAttention]:
-    """Puts `TrainingAttention` everywhere; returns those of the decoder's cross-attention on 16 x 16 cells, which keep their maps."""
+    """Puts `TrainingAttention` everywhere; returns those of the decoder's cross-attention on 16 x 16 cells, which
+    keep their maps.
+    """
     finest = f"up_blocks.{len(unet.up_blocks) - 1}."
     processors = {name: TrainingAttention(name.startswith(finest) and "attn2" in name) for name in unet.attn_processors}
     unet.set_attn_processor(dict(processors))
@@ -127,7 +132,9 @@ def grounding_loss(maps: torch.Tensor, masks: torch.Tensor, columns: torch.Tenso
 
 
 def weighted_loss(error: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
-    """Mean squared error by picture, [B]; object cells eight times as heavy as background (error [B, 4, 16, 16], masks [B, 3, 256])."""
+    """Mean squared error by picture, [B]; object cells eight times as heavy as background (error [B, 4, 16, 16],
+    masks [B, 3, 256]).
+    """
     cover = masks.amax(1).view(-1, 1, *error.shape[-2:])
     weight = 1 + 7 * cover
     return (error.square() * weight).mean((1, 2, 3)) / weight.mean()

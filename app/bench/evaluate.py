@@ -1,8 +1,8 @@
 """Draws fresh captions with the picture book and lets the judge count what is right.
 
-    python -m diffgraft.app.bench.evaluate                       # the table of the model card: 500 captions a row, 25 steps
-    python -m diffgraft.app.bench.evaluate --count 64            # a quick look
-    python -m diffgraft.app.bench.evaluate --model DIR --one-step
+python -m diffgraft.app.bench.evaluate                       # the table of the model card: 500 captions a row, 25 steps
+python -m diffgraft.app.bench.evaluate --count 64            # a quick look
+python -m diffgraft.app.bench.evaluate --model DIR --one-step
 """
 
 from __future__ import annotations
@@ -51,7 +51,9 @@ ROWS = [
 ]
 
 
-def draw(pipe: DiffusionPipeline, prompts: Sequence[str], *, steps: int, guidance: float, seed: int, batch: int = 25) -> torch.Tensor:
+def draw(
+    pipe: DiffusionPipeline, prompts: Sequence[str], *, steps: int, guidance: float, seed: int, batch: int = 25
+) -> torch.Tensor:
     """Pictures [N, 3, 128, 128] in -1 ... 1, eight bits deep; picture i has seed `seed + i`, whatever the batch."""
     drawn = []
     for i in range(0, len(prompts), batch):

@@ -51,7 +51,9 @@ class Verdict:
 
 
 class Judge(nn.Module):
-    """A convolutional network on [B, 3, 128, 128] pictures (-1 ... 1) that looks for each kind where its own map says it is."""
+    """A convolutional network on [B, 3, 128, 128] pictures (-1 ... 1) that looks for each kind where its own map
+    says it is.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -67,7 +69,9 @@ class Judge(nn.Module):
         self.manner = nn.Linear(256, len(MANNERS))
 
     def forward(self, pictures: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Scores: kind maps [B, 10, 16, 16], colour of each kind (0: absent) [B, 10, 9], background [B, 6], style [B, 5]."""
+        """Scores: kind maps [B, 10, 16, 16], colour of each kind (0: absent) [B, 10, 9], background [B, 6], style
+        [B, 5].
+        """
         features = self.trunk(pictures)
         maps = self.where(features)
         focus = maps.flatten(2).softmax(-1)
@@ -80,7 +84,9 @@ class Judge(nn.Module):
 def load_judge(path: Path = WEIGHTS) -> Judge:
     """The trained judge, float32, in evaluation mode."""
     judge = Judge()
-    judge.load_state_dict({name: part.float() if part.is_floating_point() else part for name, part in load_file(path).items()})
+    judge.load_state_dict(
+        {name: part.float() if part.is_floating_point() else part for name, part in load_file(path).items()}
+    )
     return judge.eval()
 
 
@@ -91,7 +97,9 @@ def look(judge: Judge, pictures: Sequence[Image.Image] | torch.Tensor) -> list[V
     found: list[Verdict] = []
     for part in tensor.split(64):
         _, colours, places, manners = judge(part)
-        for paint, place, manner in zip(colours.argmax(-1).tolist(), places.argmax(-1), manners.argmax(-1), strict=True):
+        for paint, place, manner in zip(
+            colours.argmax(-1).tolist(), places.argmax(-1), manners.argmax(-1), strict=True
+        ):
             present = {kind: PAINTS[i - 1] for kind, i in zip(KINDS, paint, strict=True) if i}
             found.append(Verdict(present, PLACES[place], MANNERS[manner]))
     return found
@@ -129,7 +137,9 @@ def kind_maps(truth: Scene) -> torch.Tensor:
 
 
 def judge_loss(scores: tuple[torch.Tensor, ...], truth: tuple[torch.Tensor, ...]) -> torch.Tensor:
-    """Cross entropy of the four answers; the maps' counts a tenth, a kind that is there four times as much as one that is not."""
+    """Cross entropy of the four answers; the maps' counts a tenth, a kind that is there four times as much as one
+    that is not.
+    """
     maps, colours, places, manners = (part.float() for part in scores)
     owner, paint, place, manner = truth
     weight = torch.ones(len(PAINTS) + 1).index_fill(0, torch.arange(1, len(PAINTS) + 1), 4.0)
@@ -173,7 +183,9 @@ def train(minutes: float, work: Path, count: int) -> None:
             log.info("step %d, %.0f s, loss %.4f", step, box.spent, loss.item())
     judge.eval()
     report(judge, vae)
-    save_file({name: part.half() if part.is_floating_point() else part for name, part in judge.state_dict().items()}, WEIGHTS)
+    save_file(
+        {name: part.half() if part.is_floating_point() else part for name, part in judge.state_dict().items()}, WEIGHTS
+    )
 
 
 def report(judge: Judge, vae: AutoencoderKL, count: int = 750) -> dict[str, float]:

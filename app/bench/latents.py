@@ -53,7 +53,9 @@ def encode(vae: AutoencoderKL, first: int, count: int) -> dict[str, torch.Tensor
             latent = vae.encode(to_tensor([render(s) for s in scenes])).latent_dist.mean
         rows["latents"].append(latent.half())
         for drawn in scenes:
-            written = [caption(drawn)] + [caption(drawn, random.Random(f"{drawn.seed} {i}")) for i in range(1, VARIANTS)]
+            written = [caption(drawn)] + [
+                caption(drawn, random.Random(f"{drawn.seed} {i}")) for i in range(1, VARIANTS)
+            ]
             texts += written
             rows["masks"].append(grid_masks(drawn)[None])
             rows["columns"].append(torch.stack([word_columns(drawn, text) for text in written])[None])
@@ -62,7 +64,10 @@ def encode(vae: AutoencoderKL, first: int, count: int) -> dict[str, torch.Tensor
         if start // 64 % 50 == 0:
             log.info("%d of %d scenes", start - first, count)
     tokens = tokenizer()(texts, padding="max_length", max_length=LENGTH, return_tensors="pt").input_ids
-    return {**{name: torch.cat(parts) for name, parts in rows.items()}, "tokens": tokens.byte().view(count, VARIANTS, LENGTH)}
+    return {
+        **{name: torch.cat(parts) for name, parts in rows.items()},
+        "tokens": tokens.byte().view(count, VARIANTS, LENGTH),
+    }
 
 
 def load(work: Path) -> dict[str, torch.Tensor]:

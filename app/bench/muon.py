@@ -1,4 +1,6 @@
-"""Muon (K. Jordan and others, 2024): momentum whose matrices are made orthogonal before the step; about twice as far a sample as AdamW here."""
+"""Muon (K. Jordan and others, 2024): momentum whose matrices are made orthogonal before the step; about twice as far
+a sample as AdamW here.
+"""
 
 from __future__ import annotations
 
@@ -20,9 +22,13 @@ def orthogonalize(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """For weights of two or more dimensions inside the network (convolutions as [out, in * area]); everything else takes AdamW."""
+    """For weights of two or more dimensions inside the network (convolutions as [out, in * area]); everything else
+    takes AdamW.
+    """
 
-    def __init__(self, parameters: Iterable[torch.nn.Parameter], lr: float, momentum: float = 0.95, decay: float = 0.01) -> None:
+    def __init__(
+        self, parameters: Iterable[torch.nn.Parameter], lr: float, momentum: float = 0.95, decay: float = 0.01
+    ) -> None:
         super().__init__(parameters, {"lr": lr, "momentum": momentum, "decay": decay})
 
     @torch.no_grad()
@@ -49,7 +55,12 @@ class Muon(torch.optim.Optimizer):
 class Pair:
     """Muon for the matrices, AdamW for the rest, behind one handle; `rate` is a share of the peak learning rates."""
 
-    def __init__(self, modules: Iterable[torch.nn.Module], peak: float, outside: tuple[str, ...] = ("conv_in", "conv_out", "embedding")) -> None:
+    def __init__(
+        self,
+        modules: Iterable[torch.nn.Module],
+        peak: float,
+        outside: tuple[str, ...] = ("conv_in", "conv_out", "embedding"),
+    ) -> None:
         matrices, rest = [], []
         for module in modules:
             for name, p in module.named_parameters():

@@ -59,7 +59,9 @@ class Pen:
         corners = self._at(points)
         self.canvas.polygon(corners, fill=self._paint(fill))
         if line:
-            self.canvas.line([*corners, *corners[:2]], fill=self._paint(self.ink), width=self._width(line), joint="curve")
+            self.canvas.line(
+                [*corners, *corners[:2]], fill=self._paint(self.ink), width=self._width(line), joint="curve"
+            )
 
     def circle(self, x: float, y: float, radius: float, fill: Colour, line: float = 0.08, flatten: float = 1.0) -> None:
         """A filled circle, `flatten` times as high as wide."""
@@ -74,7 +76,9 @@ class Pen:
         """Two eyes and a smile."""
         for side in (-1, 1):
             self.circle(x + side * 0.42 * size, y, 0.15 * size, DARK, line=0, flatten=1.3)
-        smile = [(x + 0.3 * size * math.cos(a), y + 0.25 * size + 0.25 * size * math.sin(a)) for a in _angles(9, 0.1, 0.4)]
+        smile = [
+            (x + 0.3 * size * math.cos(a), y + 0.25 * size + 0.25 * size * math.sin(a)) for a in _angles(9, 0.1, 0.4)
+        ]
         self.line(smile, DARK, 0.07)
 
 
@@ -163,7 +167,9 @@ def fish(pen: Pen) -> None:
     pen.polygon([(0.5, 0), (1.15, -0.58), (1.0, 0), (1.15, 0.58)], shade(pen.colour, 0.8), line=0.06)
     pen.polygon([(-0.35, -0.5), (0.1, -0.95), (0.32, -0.4)], shade(pen.colour, 0.8), line=0.06)
     pen.circle(-0.18, 0, 0.88, pen.colour, flatten=0.7)
-    pen.line([(-0.3 + 0.2 * math.cos(a), 0.52 * math.sin(a)) for a in _angles(9, -0.22, 0.22)], shade(pen.colour, 0.62), 0.08)
+    pen.line(
+        [(-0.3 + 0.2 * math.cos(a), 0.52 * math.sin(a)) for a in _angles(9, -0.22, 0.22)], shade(pen.colour, 0.62), 0.08
+    )
     pen.polygon([(0.05, 0.1), (0.45, 0.3), (0.1, 0.38)], shade(pen.colour, 0.7), line=0.04)
     pen.circle(-0.62, -0.14, 0.17, (255, 255, 255), line=0.04)
     pen.circle(-0.65, -0.13, 0.09, DARK, line=0)

@@ -23,7 +23,9 @@ class Estimate:
 
 
 def share(outcomes: Sequence[bool]) -> Estimate:
-    """The share of True, with Wilson's score interval (E. B. Wilson, 1927): honest near 0 and 1 and for few outcomes."""
+    """The share of True, with Wilson's score interval (E. B. Wilson, 1927): honest near 0 and 1 and for few
+    outcomes.
+    """
     n = len(outcomes)
     if n == 0:
         raise ValueError("no outcomes: a share needs at least one")
@@ -44,7 +46,9 @@ def mean(values: Sequence[float], *, rounds: int = 2000, seed: int = 0) -> Estim
     return Estimate(float(sample.mean()), float(low), float(high))
 
 
-def paired_difference(after: Sequence[float], before: Sequence[float], *, rounds: int = 2000, seed: int = 0) -> Estimate:
+def paired_difference(
+    after: Sequence[float], before: Sequence[float], *, rounds: int = 2000, seed: int = 0
+) -> Estimate:
     """Mean of `after - before`, pair by pair (same caption, same seed), with its bootstrap interval over the pairs."""
     if len(after) != len(before):
         raise ValueError(f"{len(after)} values after but {len(before)} before: pairs need as many of each")

@@ -1,4 +1,6 @@
-"""The five art styles of the picture-book world. Textures repeat every 8 pixels, the cell of the autoencoder, so that it can keep them."""
+"""The five art styles of the picture-book world. Textures repeat every 8 pixels, the cell of the autoencoder, so
+that it can keep them.
+"""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
 """Trains the picture book's denoiser and text encoder on encoded scenes.
 
-    python -m diffgraft.app.bench.train --minutes 120                            # goes on from .train/denoiser.pt where there is one
-    python -m diffgraft.app.bench.train --minutes 120 --from assets/picturebook  # goes on from weights, with a fresh optimizer
+    python -m diffgraft.app.bench.train --minutes 120                            # from .train/denoiser.pt, if there
+    python -m diffgraft.app.bench.train --minutes 120 --from assets/picturebook  # from weights, fresh optimizer
 
-Each run of a time box ends with the learning rate near zero and leaves `.train/picturebook` (averaged weights, float32). `--export DIR`
-writes those in float16 and ends.
+Each run of a time box ends with the learning rate near zero and leaves `.train/picturebook` (averaged weights,
+float32). `--export DIR` writes those in float16 and ends.
 """
 
 from __future__ import annotations
@@ -77,7 +77,9 @@ class Trainer:
         self.step, self.spent = 0, 0.0
 
     def resume(self, fresh_box: bool) -> None:
-        """Takes the checkpoint up where there is one; a fresh box starts from its averaged weights with a fresh optimizer."""
+        """Takes the checkpoint up where there is one; a fresh box starts from its averaged weights with a fresh
+        optimizer.
+        """
         state = load_checkpoint(self.checkpoint)
         if state is None:
             return
@@ -112,7 +114,9 @@ class Trainer:
         self.plain = self.data["plain"].nonzero()[:, 0]
 
     def batch(self, size: int, easy: float) -> dict[str, torch.Tensor]:
-        """Random scenes: a share `easy` of single plain things, half as many plain ones, the rest as the world draws them."""
+        """Random scenes: a share `easy` of single plain things, half as many plain ones, the rest as the world draws
+        them.
+        """
         luck = torch.rand(size)
         rows = torch.randint(len(self.data["latents"]), (size,))
         rows = torch.where(luck < 1.5 * easy, self.plain[torch.randint(len(self.plain), (size,))], rows)
@@ -133,7 +137,9 @@ class Trainer:
         return {name: part.to(self.device, non_blocking=True) for name, part in found.items()}
 
     def losses(self, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Denoising error of the velocity, and attention that leaves its thing (only as far as the noise lets the thing be seen)."""
+        """Denoising error of the velocity, and attention that leaves its thing (only as far as the noise lets the
+        thing be seen).
+        """
         alpha = self.alphas[batch["time"]].view(-1, 1, 1, 1)
         clean, noise = batch["latent"], batch["noise"]
         noisy = alpha.sqrt() * clean + (1 - alpha).sqrt() * noise
@@ -147,22 +153,32 @@ class Trainer:
         outside = sum(grounding_loss(layer.maps, masks, batch["columns"]) for layer in self.watched) / len(self.watched)
         return denoising, (outside * alpha.flatten().sqrt()).mean()
 
+    def advance(self, size: int, easy: float, rate: float) -> torch.Tensor:
+        """One step on `size` scenes at a share `rate` of the peak learning rate; returns the two losses."""
+        losses = torch.stack(self.losses(self.batch(size, easy)))
+        (losses[0] + GROUNDING * losses[1]).backward()
+        self.optimizer.step(rate)
+        self.ema.update()
+        self.step += 1
+        return losses.detach().cpu()
+
     def run(self, minutes: float) -> None:
         """Trains to the end of the time box."""
-        box, saved, shown, seen = TimeBox(minutes, self.spent), time.monotonic(), time.monotonic(), 0
-        means = torch.zeros(2)
-        began = time.monotonic()
+        box, first, means = TimeBox(minutes, self.spent), self.step, None
+        began = saved = shown = time.monotonic()
         while box.fraction < 1:
             share_cores()
-            losses = self.losses(self.batch(BATCH, easy=0.45 - 0.25 * min(1.0, box.fraction / 0.6)))
-            (losses[0] + GROUNDING * losses[1]).backward()
-            self.optimizer.step(box.rate(self.step))
-            self.ema.update()
-            self.step, seen = self.step + 1, seen + BATCH
-            means = torch.stack(losses).detach().cpu() if seen == BATCH else means.lerp(torch.stack(losses).detach().cpu(), 0.03)
+            losses = self.advance(BATCH, 0.45 - 0.25 * min(1.0, box.fraction / 0.6), box.rate(self.step - first))
+            means = losses if means is None else means.lerp(losses, 0.03)
             if self.step % 20 == 0:
-                rate = seen / (time.monotonic() - began)
-                log.info("step %d, %.0f s, loss %.4f, outside %.3f, %.1f samples/s", self.step, box.spent, *means.tolist(), rate)
+                speed = (self.step - first) * BATCH / (time.monotonic() - began)
+                log.info(
+                    "step %d, %.0f s, loss %.4f, outside %.3f, %.1f samples/s",
+                    self.step,
+                    box.spent,
+                    *means.tolist(),
+                    speed,
+                )
             if time.monotonic() - saved > SAVE_EVERY or box.fraction >= 1:
                 saved = time.monotonic()
                 self.save(box.spent)

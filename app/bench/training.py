@@ -1,4 +1,6 @@
-"""What the trainers share: a time box, a learning rate inside it, averaged weights, checkpoints that survive a cut, pictures as tensors."""
+"""What the trainers share: a time box, a learning rate inside it, averaged weights, checkpoints that survive a cut,
+pictures as tensors.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,9 @@ class TimeBox:
         return self.spent / self.total
 
     def rate(self, step: int, hold: float = 0.4, warm: int = 100) -> float:
-        """Share of the peak learning rate: warm-up over `warm` steps, constant until `hold`, then down to 1% in a line."""
+        """Share of the peak learning rate: warm-up over `warm` steps, constant until `hold`, then down to 1% in a
+        line.
+        """
         decay = 1.0 if self.fraction < hold else max(0.01, (1 - self.fraction) / (1 - hold))
         return min(1.0, (step + 1) / warm) * decay
 
@@ -84,7 +88,9 @@ def load_checkpoint(path: Path, device: str = "cpu") -> dict[str, Any] | None:
 
 
 def share_cores() -> None:
-    """One torch thread while others want the cores, else two: two busy pairs on two cores are three times slower than one thread each."""
+    """One torch thread while others want the cores, else two: two busy pairs on two cores are three times slower
+    than one thread each.
+    """
     if os.cpu_count() == 2:
         torch.set_num_threads(1 if os.getloadavg()[0] > 3.5 else 2)
 
@@ -96,7 +102,9 @@ def arguments(description: str, minutes: float) -> argparse.ArgumentParser:
     parser.add_argument("--minutes", type=float, default=minutes, help="length of the time box")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--work", type=Path, default=Path(".train"), help="folder of checkpoints and contact sheets")
-    parser.add_argument("--fresh-box", action="store_true", help="go on from the checkpoint's weights in a new time box")
+    parser.add_argument(
+        "--fresh-box", action="store_true", help="go on from the checkpoint's weights in a new time box"
+    )
     return parser
 
 

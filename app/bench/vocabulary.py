@@ -1,4 +1,6 @@
-"""The words of the picture book and the tokenizer that knows them: one token a word, so that a word is a column of an attention map."""
+"""The words of the picture book and the tokenizer that knows them: one token a word, so that a word is a column of
+an attention map.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """The picture-book world: scenes that are known in full, so that every effect of a technique is a number.
 
-A scene is one, two or, now and then, three things on a background in a style. `render` draws it, `masks` says where each thing is, and
-`Scene.without`, `Scene.empty` and `Scene.in_style` are the same scene with one change: render them for the true background and style.
+A scene is one, two or, now and then, three things on a background in a style. `render` draws it, `masks` says where
+each thing is, and `Scene.without`, `Scene.empty` and `Scene.in_style` are the same scene with one change: render them
+for the true background and style.
 
 Captions follow one grammar, in lower case, words apart by blanks:
 
@@ -9,8 +10,9 @@ Captions follow one grammar, in lower case, words apart by blanks:
     things     = thing {" and " thing}
     thing      = "a " [colour " "] kind
 
-`caption(scene)` says everything (a plain scene needs no style); given a random stream it leaves colours, background and style out now
-and then, as the training captions do. A third of the pairs of kinds, and all but a few triples, never occur in training (`seen`).
+`caption(scene)` says everything (a plain scene needs no style); given a random stream it leaves colours, background
+and style out now and then, as the training captions do. A third of the pairs of kinds, and all but a few triples,
+never occur in training (`seen`).
 """
 
 from __future__ import annotations
@@ -70,7 +72,9 @@ class Scene:
 
 
 def seen(kinds: Sequence[str]) -> bool:
-    """Whether a scene of these kinds may occur in training: two thirds of the pairs (each kind misses three), three triples."""
+    """Whether a scene of these kinds may occur in training: two thirds of the pairs (each kind misses three), three
+    triples.
+    """
     order = sorted(list(SHAPES).index(kind) for kind in kinds)
     pairs = all((b - a) % 10 not in (3, 5, 7) for a, b in combinations(order, 2))
     return pairs and (len(order) < 3 or sum(order) % 10 == 0)
@@ -87,7 +91,9 @@ def _places(rng: random.Random, count: int) -> list[tuple[float, float, float]]:
     """x, y and radius of each thing, left to right or the other way round, never overlapping."""
     if count == 1:
         return [(rng.uniform(0.3, 0.7), rng.uniform(0.34, 0.66), rng.uniform(0.2, 0.29))]
-    columns, jitter, radii = ((0.26, 0.74), 0.05, (0.155, 0.205)) if count == 2 else ((0.18, 0.5, 0.82), 0.02, (0.12, 0.145))
+    columns, jitter, radii = (
+        ((0.26, 0.74), 0.05, (0.155, 0.205)) if count == 2 else ((0.18, 0.5, 0.82), 0.02, (0.12, 0.145))
+    )
     places = [(x + rng.uniform(-jitter, jitter), rng.uniform(0.3, 0.7), rng.uniform(*radii)) for x in columns]
     rng.shuffle(places)
     return places
@@ -99,15 +105,17 @@ def scene(seed: int, *, count: int | None = None, split: str = "seen", style: st
     Args:
         seed: any integer; the same seed gives the same scene.
         count: number of things, 1 to 3; None draws it as training does.
-        split: "seen" (combinations of kinds that training may use), "unseen" (the others; two or three things) or "any".
-        style: a fixed style; None draws it.
+        split: "seen" (combinations of kinds that training may use), "unseen" (the others; two or three things) or
+        "any". style: a fixed style; None draws it.
 
     Raises:
         ValueError: an unseen combination of one thing was asked for.
     """
     rng = random.Random(f"scene {seed}")
     if split == "unseen" and count not in (2, 3):
-        raise ValueError(f"count={count} with split='unseen': only two or three things make a combination; pass count=2 or 3")
+        raise ValueError(
+            f"count={count} with split='unseen': only two or three things make a combination; pass count=2 or 3"
+        )
     count = count or rng.choices(list(COUNT_WEIGHTS), list(COUNT_WEIGHTS.values()))[0]
     kinds, colours = _kinds(rng, count, split), rng.sample(list(COLOURS), count)
     things = tuple(
@@ -120,7 +128,9 @@ def scene(seed: int, *, count: int | None = None, split: str = "seen", style: st
 
 
 def caption(scene: Scene, rng: random.Random | None = None) -> str:
-    """The scene in words. With `rng` a colour is left out with chance 0.12 (0.5 in one caption of four), the background 0.15, the style 0.08."""
+    """The scene in words. With `rng` a colour is left out with chance 0.12 (0.5 in one caption of four), the
+    background 0.15, the style 0.08.
+    """
     chance = (lambda share: rng.random() < share) if rng else (lambda share: False)
     bare = 0.5 if chance(0.25) else 0.12
     words = [f"a {t.kind}" if chance(bare) else f"a {t.colour} {t.kind}" for t in scene.things]
@@ -134,7 +144,9 @@ def caption(scene: Scene, rng: random.Random | None = None) -> str:
 
 def _draw(canvas: ImageDraw.ImageDraw, thing: Thing, style: str, flat: int | None = None) -> None:
     side, colour = SIDE * _SCALE, COLOURS[thing.colour]
-    pen = Pen(canvas, thing.x * side, thing.y * side, thing.radius * side, colour, ink_of(style, colour), thing.mirrored, flat)
+    pen = Pen(
+        canvas, thing.x * side, thing.y * side, thing.radius * side, colour, ink_of(style, colour), thing.mirrored, flat
+    )
     SHAPES[thing.kind](pen)
 
 

@@ -1,0 +1,205 @@
+"""Distils the picture book into one step, used as sd-turbo is: `num_inference_steps=1, guidance_scale=0`.
+
+    python -m diffgraft.app.bench.student --collect --minutes 40   # the teacher's deterministic trajectories
+    python -m diffgraft.app.bench.student --minutes 60             # the student learns where their points end
+
+Collecting adds files `.train/paths-N.pt` (N: first seed) until its time is up; training reads all of them. The
+student starts as a copy of the teacher and learns the map from any kept point of a trajectory to its end: mostly from
+pure noise, where it will be used.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from functools import partial
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline
+
+from .denoiser import build_scheduler, pipeline, watch_decoder
+from .muon import Pair
+from .train import SHOWN
+from .training import (
+    SAVE_EVERY,
+    Ema,
+    TimeBox,
+    arguments,
+    contact_sheet,
+    load_checkpoint,
+    log,
+    save_checkpoint,
+    share_cores,
+)
+from .world import caption, scene
+
+FIRST_SEED, PART, STEPS, GUIDANCE = 3_000_000, 256, 16, 4.0
+KEPT = (0, 4, 8, 11)  # steps whose noisy latents are kept; the first is pure noise
+PEAK, BATCH, SHARE_OF_NOISE = 8e-4, 64, 0.7
+
+
+def student_scheduler() -> DDIMScheduler:
+    """The teacher's, its last step going to no noise at all: one step lands on the picture."""
+    return DDIMScheduler.from_config(build_scheduler().config, set_alpha_to_one=True)
+
+
+@torch.no_grad()
+def collect(pipe: StableDiffusionPipeline, first: int, count: int, batch: int = 32) -> dict[str, torch.Tensor]:
+    """Trajectories of `count` captions: points [N, 4, 4, 16, 16], their ends [N, 4, 16, 16], token ids [N, 20]."""
+    rows: dict[str, list[torch.Tensor]] = {"points": [], "ends": [], "tokens": []}
+    for start in range(first, first + count, batch):
+        share_cores()
+        texts = [caption(scene(seed), random.Random(f"student {seed}")) for seed in range(start, start + batch)]
+        generator = torch.Generator().manual_seed(start)
+        noise = torch.randn(batch, 4, 16, 16, generator=generator)
+        kept = [noise.half()]
+        ends = pipe(
+            texts,
+            latents=noise,
+            num_inference_steps=STEPS,
+            guidance_scale=GUIDANCE,
+            output_type="latent",
+            callback_on_step_end=partial(_keep, kept),
+        ).images
+        tokens = pipe.tokenizer(texts, padding="max_length", return_tensors="pt").input_ids
+        rows["points"].append(torch.stack(kept, 1))
+        rows["ends"].append(ends.half())
+        rows["tokens"].append(tokens.byte())
+    return {name: torch.cat(parts) for name, parts in rows.items()}
+
+
+def _keep(
+    kept: list[torch.Tensor], _: object, step: int, __: object, given: dict[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """The pipeline's callback: what comes out of step i is the point before step i + 1."""
+    if step + 1 in KEPT:
+        kept.append(given["latents"].half())
+    return given
+
+
+def collect_files(work: Path, teacher: Path, minutes: float) -> None:
+    """Adds trajectory files until the time is up."""
+    pipe = StableDiffusionPipeline.from_pretrained(teacher, torch_dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    box = TimeBox(minutes)
+    while box.fraction < 1:
+        first = FIRST_SEED + PART * len(list(work.glob("paths-*.pt")))
+        torch.save(collect(pipe, first, PART), work / f"paths-{first}.pt")
+        log.info("%d trajectories, %.0f s", first + PART - FIRST_SEED, box.spent)
+
+
+def times() -> torch.Tensor:
+    """The training times of the kept points."""
+    scheduler = build_scheduler()
+    scheduler.set_timesteps(STEPS)
+    return scheduler.timesteps[list(KEPT)]
+
+
+def end_of(velocity: torch.Tensor, noisy: torch.Tensor, alpha: torch.Tensor) -> torch.Tensor:
+    """The clean latent that a velocity points to (Salimans and Ho, 2022, appendix D)."""
+    return alpha.sqrt() * noisy - (1 - alpha).sqrt() * velocity
+
+
+def distance(found: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    """Pseudo-Huber (Song and Dhariwal, 2023): squared near 0, absolute far away, so that ambiguous cells do not
+    rule; by picture.
+    """
+    c = 0.1
+    return ((found - wanted).square().mean(1) + c * c).sqrt().mean((1, 2)) - c
+
+
+class Student:
+    """The one-step network in training."""
+
+    def __init__(self, work: Path, teacher: Path, device: str) -> None:
+        self.work, self.device = work, device
+        given = StableDiffusionPipeline.from_pretrained(teacher, torch_dtype=torch.float32)
+        self.unet, self.text = given.unet.to(device, memory_format=torch.channels_last), given.text_encoder.to(device)
+        self.unet.train()
+        watch_decoder(self.unet)
+        self.optimizer = Pair([self.unet, self.text], PEAK)
+        self.ema = Ema(self.optimizer.parameters)
+        self.times, self.alphas = times().to(device), build_scheduler().alphas_cumprod.to(device)
+        self.step, self.spent = 0, 0.0
+        state = load_checkpoint(work / "student.pt")
+        if state:
+            self.unet.load_state_dict(state["unet"])
+            self.text.load_state_dict(state["text"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.ema.average, self.ema.steps = [mean.to(device) for mean in state["ema"]], state["ema_steps"]
+            self.step, self.spent = state["step"], state["spent"]
+
+    def save(self, spent: float) -> None:
+        """Writes the checkpoint."""
+        save_checkpoint(
+            self.work / "student.pt",
+            {
+                "unet": self.unet.state_dict(),
+                "text": self.text.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "ema": self.ema.average,
+                "ema_steps": self.ema.steps,
+                "step": self.step,
+                "spent": spent,
+            },
+        )
+
+    def loss(self, data: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Distance between where the student lands and where the teacher's trajectory ended."""
+        rows = torch.randint(len(data["ends"]), (BATCH,))
+        point = torch.where(torch.rand(BATCH) < SHARE_OF_NOISE, 0, torch.randint(1, len(KEPT), (BATCH,)))
+        noisy = data["points"][rows, point].float().to(self.device).contiguous(memory_format=torch.channels_last)
+        wanted, tokens = data["ends"][rows].float().to(self.device), data["tokens"][rows].long().to(self.device)
+        time_of = self.times[point.to(self.device)]
+        with torch.autocast(self.device, torch.bfloat16):
+            velocity = self.unet(noisy, time_of, encoder_hidden_states=self.text(tokens)[0]).sample
+        found = end_of(velocity.float(), noisy, self.alphas[time_of].view(-1, 1, 1, 1))
+        return distance(found, wanted).mean()
+
+    def run(self, minutes: float) -> None:
+        """Trains to the end of the time box."""
+        files = sorted(self.work.glob("paths-*.pt"))
+        if not files:
+            raise FileNotFoundError(f"no trajectories in {self.work}: run this with --collect first")
+        parts = [torch.load(file, weights_only=True) for file in files]
+        data = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        box, saved, mean = TimeBox(minutes, self.spent), time.monotonic(), None
+        while box.fraction < 1:
+            share_cores()
+            loss = self.loss(data)
+            loss.backward()
+            self.optimizer.step(box.rate(self.step))
+            self.ema.update()
+            self.step += 1
+            mean = loss.item() if mean is None else 0.97 * mean + 0.03 * loss.item()
+            if self.step % 20 == 0:
+                log.info("step %d, %.0f s, loss %.4f", self.step, box.spent, mean)
+            if time.monotonic() - saved > SAVE_EVERY or box.fraction >= 1:
+                saved = time.monotonic()
+                self.save(box.spent)
+        self.show()
+
+    @torch.no_grad()
+    def show(self) -> None:
+        """Saves the averaged weights as a pipeline that needs one step, and a contact sheet."""
+        self.ema.swap()
+        self.unet.set_default_attn_processor()
+        vae = AutoencoderKL.from_pretrained(self.work / "vae").to(self.device)
+        pipe = pipeline(vae, self.unet, self.text)
+        pipe.scheduler = student_scheduler()
+        pipe.save_pretrained(self.work / "one-step")
+        generator = torch.Generator().manual_seed(3)
+        pictures = pipe(SHOWN, num_inference_steps=1, guidance_scale=0.0, generator=generator).images
+        contact_sheet(pictures, 6).save(self.work / "one-step.png")
+
+
+if __name__ == "__main__":
+    parser = arguments(__doc__ or "", minutes=60)
+    parser.add_argument("--collect", action="store_true", help="let the teacher draw, instead of training")
+    parser.add_argument("--teacher", type=Path, default=Path("assets/picturebook"))
+    args = parser.parse_args()
+    if args.collect:
+        collect_files(args.work, args.teacher, args.minutes)
+    else:
+        Student(args.work, args.teacher, args.device).run(args.minutes)
