@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,9 @@ from .step import Rows, Step
 
 Kernel = Callable[..., torch.Tensor]
 """Anything with the signature of `torch.nn.functional.scaled_dot_product_attention`."""
+
+Project = Callable[[torch.Tensor, torch.Tensor | None], "AttentionCall"]
+"""project(text [n, L, C], mask None or [n, 1, L]): the call that the layer would make for another text."""
 
 
 @dataclass
@@ -30,6 +34,9 @@ class AttentionCall:
         step: where in the run.
         text: columns of the text tokens in a joint sequence, None elsewhere.
         kernel: computes attention for every row that needs no explicit probabilities.
+        project: runs the layer's own projections, norms and masks on another text and gives that call, without
+            attending; its k and v are what matters, its q belongs to one token.
+        aside: notes that an edit keeps from one stage to the next.
     """
 
     layer: AttentionLayer
@@ -44,6 +51,8 @@ class AttentionCall:
     causal: bool = False
     gqa: bool = False
     kernel: Kernel = F.scaled_dot_product_attention
+    project: Project | None = None
+    aside: dict[Any, Any] = field(default_factory=dict[Any, Any])
 
     @property
     def rows(self) -> Rows:
@@ -72,5 +81,5 @@ class AttentionCall:
             mask = mask[rows]
         return AttentionCall(
             self.layer, self.q[rows], self.k[rows], self.v[rows], mask, self.scale, self.number, self.step, self.text,
-            self.causal, self.gqa, self.kernel,
+            self.causal, self.gqa, self.kernel, self.project, self.aside,
         )  # fmt: skip

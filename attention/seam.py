@@ -7,19 +7,22 @@ The processor stays the user's own.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
+import inspect
 import math
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from .call import AttentionCall, Kernel
+from .call import AttentionCall, Kernel, Project
 from .edit import Edit, attend
 from .errors import AttentionNotReachedError
 from .layer import AttentionLayer
@@ -55,9 +58,9 @@ class Source(Protocol):
 class Tap(TorchFunctionMode):
     """While active, sends each scaled dot-product attention through `attend`."""
 
-    def __init__(self, layer: AttentionLayer, work: Work) -> None:
+    def __init__(self, layer: AttentionLayer, work: Work, project: Project | None = None) -> None:
         super().__init__()
-        self.layer, self.task, self.calls = layer, work, 0
+        self.layer, self.task, self.calls, self.project = layer, work, 0, project
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is not _SDPA:
@@ -74,8 +77,48 @@ class Tap(TorchFunctionMode):
         return AttentionCall(
             self.layer, q, given["key"], given["value"], given.get("attn_mask"),
             1 / math.sqrt(q.shape[-1]) if scale is None else scale, number, self.task.step, self.task.text,
-            given.get("is_causal", False), given.get("enable_gqa", False), self.task.kernel,
+            given.get("is_causal", False), given.get("enable_gqa", False), self.task.kernel, self.project,
         )  # fmt: skip
+
+
+class _Listener(Tap):
+    """Keeps the first attention call and ends the forward there."""
+
+    heard: AttentionCall | None = None
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not _SDPA:
+            return func(*args, **(kwargs or {}))
+        self.heard = self._call(dict(zip(_ARGUMENTS, args, strict=False)) | (kwargs or {}), 0)
+        raise StopForward
+
+
+def project_text(
+    layer: AttentionLayer, work: Work, forward: Callable[..., Any], arguments: dict[str, Any],
+    text: torch.Tensor, mask: torch.Tensor | None,
+) -> AttentionCall:  # fmt: skip
+    """The attention call that a layer would make for another text: its own processor runs on one image token, up to
+    its attention, so LoRA, norms, fused projections and mask handling are the layer's own.
+
+    Args:
+        forward, arguments: what is running, and its arguments by name.
+        text: [n, L, C] as this layer takes it. mask: None or additive [n, 1, L].
+    """
+    given = arguments.get("encoder_hidden_states")
+    other = (text, *given[1:]) if isinstance(given, tuple) else text  # the rest is an IP-Adapter's
+    hidden = arguments["hidden_states"][:1, :1].expand(len(text), -1, -1)
+    changed = {"hidden_states": hidden, "encoder_hidden_states": other, "attention_mask": mask}
+    with _Listener(layer, work) as listener, contextlib.suppress(StopForward):
+        forward(**(arguments | changed))
+    assert listener.heard is not None
+    return listener.heard
+
+
+def _named(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    bound = inspect.signature(forward).bind(*args, **kwargs)
+    rest = next((p.name for p in bound.signature.parameters.values() if p.kind is p.VAR_KEYWORD), "")
+    named = dict(bound.arguments)
+    return named | named.pop(rest, {})
 
 
 def run_edited(layer: AttentionLayer, work: Work, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -84,7 +127,11 @@ def run_edited(layer: AttentionLayer, work: Work, forward: Callable[..., Any], *
     Raises:
         AttentionNotReachedError: the layer's processor never called scaled dot-product attention.
     """
-    with Tap(layer, work) as tap:
+
+    def project(text: torch.Tensor, mask: torch.Tensor | None) -> AttentionCall:
+        return project_text(layer, work, forward, _named(forward, args, kwargs), text, mask)
+
+    with Tap(layer, work, project) as tap:
         out = forward(*args, **kwargs)
     if not tap.calls:
         processor = type(getattr(layer.module, "processor", None)).__name__

@@ -8,6 +8,7 @@ from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from types import TracebackType
 from typing import Any, Self
+from weakref import WeakSet
 
 import torch
 
@@ -29,7 +30,7 @@ from .text import Texts
 
 _HERE: ContextVar[tuple[Graft, ...]] = ContextVar("diffgraft_grafts", default=())
 _SUSPENDED: ContextVar[bool] = ContextVar("diffgraft_suspended", default=False)
-_INSTALLED: list[Graft] = []
+_INSTALLED: WeakSet[Graft] = WeakSet()  # weak: a forgotten attached graft goes with its model
 _LOCK = threading.RLock()
 
 
@@ -124,13 +125,15 @@ class Graft:
             self._refuse_second()
             stack = ExitStack()
             try:
-                _INSTALLED.append(self)
-                stack.callback(_INSTALLED.remove, self)
+                _INSTALLED.add(self)
+                stack.callback(_INSTALLED.discard, self)
                 self._bind(stack)
                 stack.enter_context(eager())
                 for name in self.edits:
                     stack.callback(install(next(x for x in self.layers if x.name == name), self))
                 stack.callback(hook_denoiser(denoiser, self))
+                for undo in self.adapter.hooks(lambda: self.run):
+                    stack.callback(undo)
                 self._install_joins(stack)
                 self._stack = stack
                 self.link(self.pipe.scheduler)

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils._pytree import tree_map
 
-from ..attention.errors import GraftError, UnsupportedPipelineError, UnsupportedSchedulerError
+from ..attention.errors import GraftError, SettingError, UnsupportedPipelineError, UnsupportedSchedulerError
 from ..attention.layer import AttentionLayer
 from ..attention.seam import StopForward
 from ..attention.step import Step
-from ..plugins.base import Branch, Plugin, Prompt
+from ..plugins.base import Branch, Plugin, Prompt, Text
 from .architectures.base import Inputs
 from .link import check_moves, discards
 from .running import Running, find_running
@@ -39,6 +39,8 @@ class Run:
         self.joins: torch.Tensor | None = None
         self.join_block: str | None = None
         self.joined, self.base_rows = False, 0
+        self.deltas: list[torch.Tensor] = []
+        self.streams: list[int] = []
 
     # -- Session: what plugins see -----------------------------------------------------------------------------
 
@@ -58,10 +60,25 @@ class Run:
         texts = [asked] if isinstance(asked, str) else list(asked) if asked else None
         if texts:
             texts = [text for text in texts for _ in range(pictures // len(texts))]
-        return Prompt(texts, pictures, getattr(self.running.pipe, "guidance_scale", None))
+        arguments, prompts = self.running.arguments, self.running.arguments.get("batch_size")
+        return Prompt(
+            texts, pictures, getattr(self.running.pipe, "guidance_scale", None),
+            prompts if isinstance(prompts, int) else None,
+            "uncond" in self.step.rows or self.adapter.guided_apart(self.running), arguments.get("negative_prompt"),
+        )  # fmt: skip
+
+    @property
+    def family(self) -> str:
+        return self.adapter.family
+
+    def encode(self, texts: Sequence[str]) -> Text:
+        return self.graft.texts.encode(texts, self.running)
 
     def encode_text(self, texts: Sequence[str]) -> torch.Tensor:
-        return self.graft.texts.encode(texts, self.running)
+        return self.encode(texts).embeddings
+
+    def layer_text(self, text: Text) -> Text:
+        return self.adapter.layer_text(text)
 
     def tokens(self, text: str) -> list[str]:
         return self.graft.texts.tokens(text)
@@ -87,42 +104,58 @@ class Run:
         """The denoiser's inputs after the latent and the branch stage."""
         self.running = find_running(self.adapter.denoiser, self.graft.pipe)
         inputs = self.adapter.bind(args, kwargs)
-        if self.pending is not None:
+        if self.pending is not None and not self._stays_in_step(inputs):
             self.pending = None
             raise GraftError(
                 "a plugin moved the latents, but scheduler.step was not called on the pipeline's own scheduler "
                 "before the next denoiser call: sample with pipe.scheduler"
             )
         self._begin(inputs)
-        for stage in (self._latent_stage, self._branch_stage):
-            inputs = stage(inputs)
+        if "cond" in self.step.rows:
+            for stage in (self._latent_stage, self._branch_stage, self._text_stage):
+                inputs = stage(inputs)
+        self.inputs = inputs
         self.rows_seen.add(max(rows.stop for rows in self.step.rows.values()))
         self.calls += 1
         return inputs
 
     def after(self, output: Any) -> Any:
         """The denoiser's output after the combine stage, with the rows that the pipeline sent in."""
-        step, adapter = self.step, self.adapter
+        step, adapter, self.inputs = self.step, self.adapter, {}
         self._forget_joins()
+        if "cond" not in step.rows:  # guidance's other call gets what the first one was given
+            return self._folded(output, self.deltas, len(adapter.prediction(output)), tuple(step.rows))
         combiners = [p for p in self.graft.active(step) if type(p).combine is not Plugin.combine]
         prediction = adapter.prediction(output)
         kept = max(rows.stop for name, rows in step.rows.items() if name not in step.likes)
         if not combiners and kept == len(prediction):
             return output
         full = prediction.to(torch.promote_types(prediction.dtype, torch.float32))
-        deltas = [d for plugin in combiners if (d := plugin.combine(step, full, step.rows)) is not None]
+        self.deltas = [d for plugin in combiners if (d := plugin.combine(step, full, step.rows)) is not None]
+        return self._folded(output, self.deltas, kept, ("uncond", "cond"))
+
+    def _folded(self, output: Any, deltas: Sequence[torch.Tensor], kept: int, groups: Sequence[str]) -> Any:
+        """The first `kept` rows of the output, moved by the deltas.
+
+        u + g (c - u) moves by exactly d when both halves do, whatever g is.
+        """
+        prediction = self.adapter.prediction(output)
         if not deltas:
-            return adapter.with_prediction(output, prediction[:kept])
-        folded = full[:kept].clone()
-        for name in ("uncond", "cond"):  # u + g (c - u) moves by exactly d when both halves do, whatever g is
-            if name in step.rows:
+            same = kept == len(prediction)
+            return output if same else self.adapter.with_prediction(output, prediction[:kept])
+        folded = prediction[:kept].to(torch.promote_types(prediction.dtype, torch.float32), copy=True)
+        for name in groups:
+            if name in self.step.rows:
                 for delta in deltas:
-                    folded[step.rows[name], : delta.shape[1]] += delta
-        return adapter.with_prediction(output, folded.to(prediction.dtype))
+                    folded[self.step.rows[name], : delta.shape[1]] += delta
+        return self.adapter.with_prediction(output, folded.to(prediction.dtype))
 
     def sample_for_step(self, sample: torch.Tensor) -> torch.Tensor:
         """What the scheduler's step starts from."""
         self.clock.tick()
+        if self.clock.over:
+            for plugin in self.graft.effective:
+                plugin.finish()
         moved, self.pending = self.pending, None
         return sample if moved is None else moved.to(sample.dtype)
 
@@ -141,6 +174,9 @@ class Run:
         rows = self.adapter.groups(inputs, self.running)
         self.step = Step(index, total, timestep, self.adapter.grid(inputs), rows)
         self._forget_joins()
+        self.streams = []
+        if "cond" in rows:
+            self.deltas = []
         if fresh:
             self.adapter.check()
             for plugin in self.graft.effective:
@@ -193,6 +229,26 @@ class Run:
             self.joins, self.join_block, self.base_rows = index, block, len(inputs[self.adapter.sample])
             return inputs
         return self._own_inputs(self.adapter.take(inputs, index), branches)
+
+    def _text_stage(self, inputs: Inputs) -> Inputs:
+        """Append the streams of text that a plugin carries beside the prompt's."""
+        wanted = [texts for plugin in self.graft.active(self.step) if (texts := plugin.streams(self.step))]
+        if not wanted:
+            return inputs
+        if len(wanted) > 1:
+            raise SettingError(
+                "two plugins steer away from negatives at once on a joint-attention model: give all negatives to one "
+                "NegativeAway({'first': 1.0, 'second': 1.0})"
+            )
+        pictures = self.step.rows["cond"].stop - self.step.rows["cond"].start
+        batch = len(inputs[self.adapter.sample])
+        rows = [_by_picture(text, batch, pictures) for text in wanted[0]]
+        self.streams = [self.adapter.text_length(inputs), *(text.embeddings.shape[1] for text in rows)]
+        return self.adapter.extend_text(inputs, rows)
+
+    def _stays_in_step(self, inputs: Inputs) -> bool:
+        """Whether this call is guidance's second one at the same step."""
+        return "cond" not in self.adapter.groups(inputs, self.running)
 
     def _own_inputs(self, inputs: Inputs, branches: Sequence[Branch]) -> Inputs:
         """Give the branches that ask for it their own latent and text."""
@@ -273,3 +329,12 @@ class Run:
 def _ordinary(value: Any) -> Any:
     """A tensor that autograd accepts, also under `torch.inference_mode`."""
     return value.clone() if isinstance(value, torch.Tensor) and value.is_inference() else value
+
+
+def _by_picture(text: Text, batch: int, pictures: int) -> Text:
+    """Rows of texts, one or one a prompt, for every row of a batch whose groups hold `pictures` rows each."""
+    if len(text.embeddings) == 1:
+        mask = None if text.mask is None else text.mask.expand(batch, -1)
+        return Text(text.embeddings.expand(batch, -1, -1), mask)
+    index = torch.arange(batch, device=text.embeddings.device) % pictures // (pictures // len(text.embeddings))
+    return Text(text.embeddings[index], None if text.mask is None else text.mask[index])

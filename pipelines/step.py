@@ -22,7 +22,7 @@ class Clock:
 
     def start(self, scheduler: Any, timestep: Any) -> bool:
         """Note a denoiser call at `timestep`; True if it is the first of a new run."""
-        fresh = scheduler.timesteps is not self.schedule or self._over()
+        fresh = scheduler.timesteps is not self.schedule or self.over
         if fresh:
             self.schedule = scheduler.timesteps
             self.times = [float(t) for t in scheduler.timesteps]  # once a run: on a GPU this waits
@@ -45,7 +45,9 @@ class Clock:
         total = max(1, -(-entries // order))
         return min(self.done // order, total - 1), total
 
-    def _over(self) -> bool:
+    @property
+    def over(self) -> bool:
+        """Whether every step of the schedule was taken."""
         return self.schedule is not None and self.begin + self.done >= len(self.times)
 
     def _first(self, scheduler: Any, timestep: Any) -> int:

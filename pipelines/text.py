@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from ..attention.errors import ConceptError, UnsupportedPipelineError
+from ..plugins.base import Text
 from .architectures.base import Adapter
 from .running import Running
 
@@ -19,20 +21,21 @@ class Texts:
 
     def __init__(self, adapter: Adapter) -> None:
         self.adapter = adapter
-        self._memo: dict[tuple[Any, ...], torch.Tensor] = {}
+        self._memo: dict[tuple[Any, ...], Text] = {}
 
-    def encode(self, texts: Sequence[str], running: Running) -> torch.Tensor:
-        """Embeddings [n, L, D] of the texts by the pipeline's encoders, with this call's `clip_skip` and LoRA scale."""
+    def encode(self, texts: Sequence[str], running: Running) -> Text:
+        """The texts by the pipeline's encoders, with this call's `clip_skip`, LoRA scale and text length."""
         scale = (running.arguments.get("cross_attention_kwargs") or {}).get("scale")
-        state = (running.clip_skip, scale, _fingerprint(self.adapter.pipe))
+        length = running.arguments.get("max_sequence_length")
+        state = (running.clip_skip, scale, length, _fingerprint(self.adapter.pipe))
         missing = [text for text in dict.fromkeys(texts) if (text, *state) not in self._memo]
         if missing:
             if len(self._memo) > _LIMIT:
                 self._memo.clear()
             with torch.inference_mode(False), torch.no_grad():  # remembered tensors outlive the caller's mode
                 encoded = self.adapter.encode_text(missing, running)
-            self._memo |= {(text, *state): row for text, row in zip(missing, encoded, strict=True)}
-        return torch.stack([self._memo[(text, *state)] for text in texts])
+            self._memo |= {(text, *state): _row(encoded, i) for i, text in enumerate(missing)}
+        return _stack([self._memo[(text, *state)] for text in texts])
 
     def ids(self, text: str, whole: bool = False) -> list[int]:
         """Token ids of a prompt, with start and end marks, cut off where the encoder cuts it off unless `whole`."""
@@ -86,6 +89,24 @@ class Texts:
                 f"{type(self.adapter.pipe).__name__} has no tokenizer: give token indices or embeddings, not words"
             )
         return tokenizer
+
+
+def _row(text: Text, i: int) -> Text:
+    return Text(text.embeddings[i], None if text.mask is None else text.mask[i])
+
+
+def _stack(rows: Sequence[Text]) -> Text:
+    """Rows [L, D] as one [n, L, D]; rows of different lengths are padded, and the padding masked."""
+    longest = max(len(row.embeddings) for row in rows)
+    uneven = any(len(row.embeddings) != longest for row in rows)
+    if not uneven and all(row.mask is None for row in rows):
+        return Text(torch.stack([row.embeddings for row in rows]))
+    masks = [row.embeddings.new_ones(len(row.embeddings), dtype=torch.bool) if row.mask is None else row.mask
+             for row in rows]  # fmt: skip
+    return Text(
+        torch.stack([F.pad(row.embeddings, (0, 0, 0, longest - len(row.embeddings))) for row in rows]),
+        torch.stack([F.pad(mask, (0, longest - len(mask))) for mask in masks]),
+    )
 
 
 def _fingerprint(pipe: Any) -> tuple[Any, ...]:

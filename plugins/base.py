@@ -43,11 +43,30 @@ class Prompt:
         texts: one string a picture (prompts repeated for `num_images_per_prompt`), None for a call with embeddings.
         pictures: pictures in this call.
         guidance_scale: the call's, None where the pipeline has none.
+        prompts: how many prompts the pictures come from, None where that cannot be seen.
+        guided: whether this call runs classifier-free guidance.
+        negative: the call's own `negative_prompt`, as given.
     """
 
     texts: list[str] | None
     pictures: int
     guidance_scale: float | None = None
+    prompts: int | None = None
+    guided: bool = False
+    negative: Any = None
+
+
+@dataclass(frozen=True)
+class Text:
+    """Encoded texts.
+
+    Attributes:
+        embeddings: [n, L, D] as the denoiser takes them.
+        mask: [n, L] boolean, False at padding that the model hides from attention; None where it hides none.
+    """
+
+    embeddings: torch.Tensor
+    mask: torch.Tensor | None = None
 
 
 class Session(Protocol):
@@ -68,12 +87,33 @@ class Session(Protocol):
         """The running call's prompt."""
         ...
 
+    @property
+    def family(self) -> str:
+        """The model family, such as "sd15", "sdxl" or "flux"; "unet" for a UNet of unknown text width."""
+        ...
+
+    def encode(self, texts: Sequence[str]) -> Text:
+        """The texts by the pipeline's own encoders, as its denoiser takes them; remembered."""
+        ...
+
     def encode_text(self, texts: Sequence[str]) -> torch.Tensor:
-        """Text embeddings [n, L, D] by the pipeline's own encoders, as its denoiser takes them; remembered."""
+        """The embeddings of `encode`, [n, L, D]."""
+        ...
+
+    def layer_text(self, text: Text) -> Text:
+        """`text` as the cross-attention layers get it, behind the denoiser's own caption projection."""
         ...
 
     def token_spans(self, text: str, phrase: str) -> list[list[int]]:
-        """Columns of each occurrence of `phrase` in the denoiser's text tokens for the prompt `text`."""
+        """Columns of each occurrence of `phrase` in the denoiser's text tokens for the prompt `text`.
+
+        Raises:
+            ConceptError: the text encoder cuts the prompt off before it.
+        """
+        ...
+
+    def token_range(self, text: str) -> range:
+        """Columns of the prompt's own tokens, without start mark, end mark and padding."""
         ...
 
     def tokens(self, text: str) -> list[str]:
@@ -125,8 +165,19 @@ class Plugin:
     def begin(self, session: Session, step: Step) -> None:
         """Called once a pipeline call, before its first step is computed: encode, resize, forget the last run."""
 
+    def finish(self) -> None:
+        """Called after the last step of a pipeline call that ran through: drop what was only for it."""
+
     def edits(self) -> Sequence[Edit]:
         """The edits of attention, asked once at attach."""
+        return ()
+
+    def streams(self, step: Step) -> Sequence[Text]:
+        """Texts, n = 1 or one a prompt, that a joint-attention model carries beside the prompt's own at this step.
+
+        Their tokens are appended to the text of the sequence, so that the model's own layers see them; the plugin's
+        edits must keep them out of everybody's attention.
+        """
         return ()
 
     def branches(self, step: Step) -> Sequence[Branch]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_map
 from ...attention.errors import UnsupportedPipelineError
 from ...attention.layer import AttentionLayer, find_layers
 from ...attention.step import Rows
+from ...plugins.base import Text
 from ..running import Running
 
 Inputs = dict[str, Any]
@@ -73,16 +74,54 @@ class Adapter:
         return min(config.in_channels, config.out_channels)
 
     def groups(self, inputs: Inputs, running: Running) -> Rows:
-        """Row groups of the batch that the pipeline made."""
-        raise NotImplementedError
+        """Row groups of the batch that the pipeline made; without "cond" in a second call of the same step."""
+        batch = len(inputs[self.sample])
+        names = ["uncond", "cond"] if self.guided(inputs, running) else ["cond"]
+        n = batch // len(names)
+        return {name: slice(i * n, (i + 1) * n) for i, name in enumerate(names)}
+
+    def guided(self, inputs: Inputs, running: Running) -> bool:
+        """Whether this batch holds a guided pair [uncond, cond]."""
+        if running.found:
+            return bool(getattr(running.pipe, "do_classifier_free_guidance", False))
+        return _looks_guided(inputs[self.sample], inputs[self.text])
+
+    def guided_apart(self, running: Running) -> bool:
+        """Whether the pipeline runs guidance in a denoiser call of its own."""
+        return False
 
     def grid(self, inputs: Inputs) -> tuple[int, int]:
         """(height, width) of the image tokens at full resolution."""
         raise NotImplementedError
 
+    # -- text in the sequence ----------------------------------------------------------------------------------
+
     def text_slice(self, layer: AttentionLayer, inputs: Inputs) -> slice | None:
-        """Columns of the text in a joint layer's sequence."""
+        """Columns of the text in a joint layer's sequence, None in other layers."""
         return None
+
+    def text_length(self, inputs: Inputs) -> int:
+        """Text tokens of this call."""
+        return inputs[self.text].shape[1]
+
+    def extend_text(self, inputs: Inputs, texts: Sequence[Text]) -> Inputs:
+        """The same call with the texts' tokens behind the prompt's; their rows are those of the batch."""
+        words = inputs[self.text]
+        return {**inputs, self.text: torch.cat([words, *(text.embeddings.to(words) for text in texts)], 1)}
+
+    def layer_text(self, text: Text) -> Text:
+        """A text as the cross-attention layers get it: moved to the denoiser, behind its caption projection."""
+        return self.to_denoiser(text)
+
+    def to_denoiser(self, text: Text) -> Text:
+        """A text on the denoiser's device in the dtype that it computes in."""
+        like: Any = self.denoiser
+        mask = None if text.mask is None else text.mask.to(self.pipe._execution_device)
+        return Text(text.embeddings.to(self.pipe._execution_device, like.dtype), mask)
+
+    def hooks(self, run: Callable[[], Any]) -> Sequence[Callable[[], None]]:
+        """Hooks that this family needs on its denoiser while grafted, as their undos; `run()` is this thread's run."""
+        return ()
 
     # -- branches ----------------------------------------------------------------------------------------------
 
@@ -96,11 +135,29 @@ class Adapter:
 
     # -- text --------------------------------------------------------------------------------------------------
 
-    def encode_text(self, texts: Sequence[str], running: Running) -> torch.Tensor:
-        """Text embeddings [n, L, D] as the denoiser takes them, by the pipeline's own encoders."""
+    @property
+    def family(self) -> str:
+        """Name of the model family in tables of defaults."""
+        return "unknown"
+
+    def encode_text(self, texts: Sequence[str], running: Running) -> Text:
+        """Texts as the denoiser takes them, by the pipeline's own encoders."""
         raise UnsupportedPipelineError(
             f"{type(self.pipe).__name__} encodes no text that diffgraft knows of: pass embeddings instead of strings"
         )
+
+    def conditions(self, texts: Sequence[str], latents: torch.Tensor) -> Inputs:
+        """What the denoiser takes besides latents and timestep, one row a text, for a loop of our own."""
+        raise UnsupportedPipelineError(f"{type(self.pipe).__name__} can be sampled, but not be inverted yet")
+
+    def call(self, latents: torch.Tensor, timestep: torch.Tensor, conditions: Inputs) -> torch.Tensor:
+        """The prediction for latents [B, C, h, w] in the scheduler's scaling for the model, [B, C, h, w]."""
+        inputs = {self.sample: latents, self.timestep: timestep, **conditions}
+        return self.prediction(self.denoiser(**inputs, return_dict=False))[:, : latents.shape[1]]
+
+    def timing(self, latents: torch.Tensor, steps: int) -> dict[str, Any]:
+        """What the pipeline adds to the scheduler's `set_timesteps` for latents of this size."""
+        return {}
 
     def tokenizer(self) -> Any:
         """The tokenizer whose tokens are the columns of the text embeddings."""
@@ -117,6 +174,15 @@ class Adapter:
         found = _obstacle(self.denoiser)
         if found:
             raise UnsupportedPipelineError(f"{type(self.denoiser).__name__} has {found}, then attach again")
+
+
+def _looks_guided(sample: torch.Tensor, text: Any) -> bool:
+    """Guidance in a hand-written loop: the same latents twice, with different text."""
+    text = text[0] if isinstance(text, tuple) else text
+    n, odd = divmod(len(sample), 2)
+    if odd or not n or not torch.equal(sample[:n], sample[n:]):
+        return False
+    return not torch.equal(text[:n], text[n:])
 
 
 def _obstacle(denoiser: Any) -> str | None:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import nn
 
 from ...attention.errors import UnsupportedPipelineError
 from ...attention.step import Rows
+from ...plugins.base import Text
 from ..running import Running
 from .base import Adapter, Inputs
 
@@ -26,15 +26,12 @@ class UNetAdapter(Adapter):
     batched = tuple(name for name in positional if name not in ("cross_attention_kwargs", "return_dict"))
 
     def groups(self, inputs: Inputs, running: Running) -> Rows:
-        batch = len(inputs["sample"])
-        names = ["cond"]
-        pipe = running.pipe
+        batch, pipe = len(inputs["sample"]), running.pipe
         if "InstructPix2Pix" in type(pipe).__name__:
             raise UnsupportedPipelineError(
                 f"{type(pipe).__name__} guides by image and text at once; use it without plugins"
             )
-        if _guided(inputs) if not running.found else getattr(pipe, "do_classifier_free_guidance", False):
-            names.insert(0, "uncond")
+        names = ["uncond", "cond"] if self.guided(inputs, running) else ["cond"]
         if running.found and getattr(pipe, "do_perturbed_attention_guidance", False):
             names.append("perturbed")
         n = batch // len(names)
@@ -53,7 +50,21 @@ class UNetAdapter(Adapter):
         # ControlNet's middle residual is added behind the middle block, for the rows that came in.
         return block != "mid_block" or inputs.get("mid_block_additional_residual") is None
 
-    def encode_text(self, texts: Sequence[str], running: Running) -> torch.Tensor:
+    @property
+    def family(self) -> str:
+        config: Any = self.denoiser.config
+        width = config.cross_attention_dim
+        width = width if isinstance(width, int) else width[0]
+        return {128: "picturebook", 768: "sd15", 1024: "sd2", 2048: "sdxl"}.get(width, "unet")
+
+    def layer_text(self, text: Text) -> Text:
+        unet: Any = self.denoiser
+        text = self.to_denoiser(text)
+        if unet.config.encoder_hid_dim_type == "text_proj":
+            return Text(unet.encoder_hid_proj(text.embeddings), text.mask)
+        return text
+
+    def encode_text(self, texts: Sequence[str], running: Running) -> Text:
         pipe = self.pipe
         if getattr(pipe, "tokenizer", None) is None and getattr(pipe, "tokenizer_2", None) is None:
             return super().encode_text(texts, running)
@@ -63,14 +74,4 @@ class UNetAdapter(Adapter):
             list(texts), device=device, num_images_per_prompt=1, do_classifier_free_guidance=False,
             clip_skip=running.clip_skip, lora_scale=scale,
         )  # fmt: skip
-        return encoded[0]
-
-
-def _guided(inputs: Inputs) -> bool:
-    """Guidance in a hand-written loop: the same latents twice, with different text."""
-    sample, text = inputs["sample"], inputs["encoder_hidden_states"]
-    text = text[0] if isinstance(text, tuple) else text
-    n, odd = divmod(len(sample), 2)
-    if odd or not n or not torch.equal(sample[:n], sample[n:]):
-        return False
-    return not torch.equal(text[:n], text[n:])
+        return Text(encoded[0])
