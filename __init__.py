@@ -35,7 +35,10 @@ if TYPE_CHECKING:
     from .pipelines.picturebook import picturebook as picturebook
     from .plugins.base import Branch as Branch
     from .plugins.base import Plugin as Plugin
+    from .plugins.losses import LOSSES as LOSSES
+    from .plugins.losses import Maps as Maps
     from .plugins.negative_away import NegativeAway as NegativeAway
+    from .plugins.segregation import AttentionSegregation as AttentionSegregation
     from .plugins.startpoint import StartpointFilter as StartpointFilter
 
 __version__ = "0.1.0"
@@ -57,7 +60,9 @@ _HOMES = {
     "pipelines.load": ("load",),
     "pipelines.picturebook": ("picturebook",),
     "plugins.base": ("Branch", "Plugin"),
+    "plugins.losses": ("LOSSES", "Maps"),
     "plugins.negative_away": ("NegativeAway",),
+    "plugins.segregation": ("AttentionSegregation",),
     "plugins.startpoint": ("StartpointFilter",),
 }  # fmt: skip
 _HOME = {name: module for module, names in _HOMES.items() for name in names}

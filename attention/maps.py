@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from .call import AttentionCall
 from .edit import Edit, masked_scores
-from .errors import AttentionNotReachedError, SettingError, UnsupportedPipelineError
+from .errors import AttentionNotReachedError, ConceptError, SettingError, UnsupportedPipelineError
 from .layer import AttentionLayer, Kind
 from .seam import stop_probe
 from .step import Phase, Step
@@ -227,7 +227,12 @@ def concept_maps(
             "max", "minmax" and "sum1" scale each concept's map after it; "none".
         smoothing: see `smooth`.
         tokens: columns of the prompt's own tokens, needed to tell marks from words by "ae" and "eot".
+    Raises:
+        ConceptError: a column that the text does not have.
     """
+    wrong = [column for group in columns for column in group if not 0 <= column < len(maps)]
+    if wrong:
+        raise ConceptError(f"token column {wrong[0]} does not exist: the text has {len(maps)} tokens")
     if normalisation in ("ae", "eot"):
         tokens = tokens if tokens is not None else range(1, len(maps) - 1)
         maps = sharpen(maps, tokens.start, tokens.stop if normalisation == "eot" else len(maps) - 1)

@@ -42,6 +42,14 @@ def otsu(flat: torch.Tensor) -> torch.Tensor:
     return ordered.gather(1, between.argmax(1, keepdim=True) + 1)[:, 0]
 
 
+def to_grid(mask: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """A mask [H, W] at the grid and dtype of `like`, 0 or 1: cells at least half covered, or touched if none is."""
+    height, width = like.shape[-2:]
+    share = F.adaptive_avg_pool2d(mask.to(like)[None], (height, width))[0]
+    half = share >= 0.5
+    return (half if half.any() else share > 0).to(like.dtype)
+
+
 def propagate(maps: torch.Tensor, affinity: torch.Tensor, power: int = 4) -> torch.Tensor:
     """Squared, rescaled maps spread along self-attention: M_c = S^power vec(A_c^2), to [0, 1] each.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import TypeVar, cast
 
 from ..attention.errors import ConceptError, SettingTypeError
 from .base import Session
@@ -12,6 +12,8 @@ from .base import Session
 Concept = str | int | Sequence[int]
 """A word or phrase of the prompt, a token column (the start mark is 0), or several columns (a list or a range)."""
 Concepts = Sequence[Concept]
+T = TypeVar("T")
+_UNKNOWN = 4096  # columns of prompt embeddings whose text is not known
 
 
 @dataclass(frozen=True)
@@ -49,32 +51,31 @@ def _checked(concept: Concept) -> Concept:
     return concept
 
 
-def for_pictures(lists: list[list[Concept]], session: Session) -> list[list[Concept]]:
-    """The concepts of each picture of this call.
+def for_pictures(lists: Sequence[T], session: Session, name: str) -> list[T]:
+    """What belongs to each picture of this call, of one for all prompts or one for each.
 
     Raises:
-        ConceptError: several lists, but not one for each prompt.
+        ConceptError: several, but not one for each prompt.
     """
     pictures = session.prompt.pictures
     prompts = session.prompt.prompts or (len(lists) if pictures % len(lists) == 0 else pictures)
     if len(lists) not in (1, prompts):
-        raise ConceptError(f"{len(lists)} lists of concepts for {prompts} prompts: give one list for each prompt")
+        raise ConceptError(f"{name}= has {len(lists)} lists for {prompts} prompts: give one list for each prompt")
     return [group for group in lists for _ in range(pictures // len(lists))]
 
 
-def find_concept(session: Session, text: str | None, concept: Concept, length: int) -> Found:
+def find_concept(session: Session, text: str | None, concept: Concept) -> Found:
     """Columns of a concept in a prompt; a repeated phrase is its first occurrence, with a note.
 
     Args:
         session: of the running call.
         text: the prompt, None where the call was given embeddings.
         concept: see `Concept`.
-        length: columns of the text embeddings, for a call with embeddings.
     Raises:
         ConceptError: not in the prompt, cut off, a column outside of it, or words without a prompt.
     """
     if not isinstance(concept, str):
-        return _columns(session, text, [concept] if isinstance(concept, int) else list(concept), length)
+        return _columns(session, text, [concept] if isinstance(concept, int) else list(concept))
     if text is None:
         raise ConceptError(f"{concept!r} cannot be found in prompt embeddings: give token columns instead of words")
     spans = session.token_spans(text, concept)
@@ -86,11 +87,11 @@ def find_concept(session: Session, text: str | None, concept: Concept, length: i
     return Found(concept, spans[0], note)
 
 
-def _columns(session: Session, text: str | None, columns: list[int], length: int) -> Found:
-    allowed = range(length) if text is None else session.token_range(text)
+def _columns(session: Session, text: str | None, columns: list[int]) -> Found:
+    allowed = range(_UNKNOWN) if text is None else session.token_range(text)
     wrong = [column for column in columns if column not in allowed]
     if wrong:
         raise ConceptError(
-            f"token column {wrong[0]} is outside of the prompt: its words are columns {allowed.start}-{allowed.stop - 1}"
+            f"token column {wrong[0]} is outside of the prompt: words are columns {allowed.start} to {allowed.stop - 1}"
         )
     return Found(str(columns), columns)

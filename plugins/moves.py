@@ -1,0 +1,35 @@
+"""How far and in which direction a gradient moves a latent. All are pure functions on [n, C, h, w]."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+
+def step_factor(index: int, total: int, decay: float) -> float:
+    """sqrt of the line from 1 at the first step to `decay` at the last: Attend-and-Excite's schedule for decay 0.5."""
+    return (1 - (1 - decay) * index / max(1, total - 1)) ** 0.5
+
+
+def gradient_step(gradient: torch.Tensor, factor: float, signal: tuple[float, float]) -> torch.Tensor:
+    """factor * (alpha^2 + sigma^2) * gradient: the same move of the picture in every scheduler's space.
+
+    A latent is alpha * clean + sigma * noise; the sum of squares is 1 in variance-preserving schedulers and
+    sigma^2 + 1 where the latent is the clean one plus noise (Euler).
+    """
+    return factor * (signal[0] ** 2 + signal[1] ** 2) * gradient
+
+
+def relative_step(gradient: torch.Tensor, factor: float, latent: torch.Tensor) -> torch.Tensor:
+    """The gradient of each picture brought to `factor` times the norm of its latent [n, C, h, w]."""
+    dims = tuple(range(1, latent.ndim))
+    norm = torch.linalg.vector_norm(gradient, dim=dims, keepdim=True)
+    size = factor * torch.linalg.vector_norm(latent, dim=dims, keepdim=True)
+    return gradient * (size / norm.clamp_min(torch.finfo(norm.dtype).tiny))
+
+
+def low_pass(gradient: torch.Tensor, cell: int) -> torch.Tensor:
+    """[n, C, h, w] averaged over cell x cell blocks and interpolated back, linearly."""
+    height, width = gradient.shape[-2:]
+    coarse = F.adaptive_avg_pool2d(gradient, (-(-height // cell), -(-width // cell)))
+    return F.interpolate(coarse, (height, width), mode="bilinear", align_corners=False)
