@@ -1,6 +1,7 @@
 """Trains the picture book's autoencoder: 128 x 128 pictures to 16 x 16 latents of four whitened channels.
 
     python -m diffgraft.app.bench.autoencoder --minutes 30
+    python -m diffgraft.app.bench.autoencoder --minutes 20 --decoder-only   # later: the latents, and all that knows them, stay
 
 Loss on crops of 64 pixels: absolute error, squared error, error of the gradients (edges) and of 8 x 8 means
 (colours), object pixels three times as heavy; the latents get noise, so that the decoder forgives a denoiser's small
@@ -142,56 +143,65 @@ def measure(vae: AutoencoderKL, count: int = 60) -> dict[str, float]:
     }
 
 
-def train(minutes: float, device: str, work: Path, fresh_box: bool) -> None:
-    """Trains inside the time box and leaves `work`/vae, whitened, in diffusers format."""
-    vae = build().to(device, memory_format=torch.channels_last)
-    optimizer = Pair([vae], PEAK)
-    state = load_checkpoint(work / "autoencoder.pt")
-    step, spent, pool = 0, 0.0, Pool(state["seed"] if state else 0)
-    if state:
-        vae.load_state_dict(state["vae"])
-        optimizer.load_state_dict(state["optimizer"])
-        step, spent = state["step"], 0.0 if fresh_box else state["spent"]
-    box, saved = TimeBox(minutes, spent), time.monotonic()
-    while box.fraction < 1:
-        share_cores()
-        picture, objects = (part.to(device) for part in pool.batch(BATCH, CROP))
+class Trainer:
+    """The autoencoder, its pool of pictures and its optimizer; with `decoder_only` the finished encoder stays as it
+    is.
+    """
+
+    def __init__(self, work: Path, device: str, decoder_only: bool) -> None:
+        self.work, self.device, self.decoder_only = work, device, decoder_only
+        self.checkpoint = work / ("decoder.pt" if decoder_only else "autoencoder.pt")
+        self.vae = AutoencoderKL.from_pretrained(work / "vae") if decoder_only else build()
+        self.vae.to(device, memory_format=torch.channels_last)
+        self.optimizer = Pair([self.vae.decoder, self.vae.post_quant_conv] if decoder_only else [self.vae], PEAK)
+        self.step, self.spent, seed = 0, 0.0, 0
+        state = load_checkpoint(self.checkpoint)
+        if state:
+            self.vae.load_state_dict(state["vae"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.step, self.spent, seed = state["step"], state["spent"], state["seed"]
+        self.pool = Pool(seed)
+
+    def save(self, spent: float) -> None:
+        """Writes the checkpoint."""
+        state = {"vae": self.vae.state_dict(), "optimizer": self.optimizer.state_dict()}
+        save_checkpoint(self.checkpoint, {**state, "step": self.step, "seed": self.pool.seed, "spent": spent})
+
+    def advance(self, rate: float) -> tuple[float, float]:
+        """One step; returns the loss and the PSNR of its crops in dB."""
+        picture, objects = (part.to(self.device) for part in self.pool.batch(BATCH, CROP))
         picture = picture.contiguous(memory_format=torch.channels_last)
-        with torch.autocast(device, torch.bfloat16):
-            latent = vae.encode(picture).latent_dist.mean
-            scale = latent.detach().float().std()
-            output = vae.decode(latent + torch.randn_like(latent) * NOISE * scale).sample.float()
+        with torch.autocast(self.device, torch.bfloat16):
+            with torch.set_grad_enabled(not self.decoder_only):
+                latent = self.vae.encode(picture).latent_dist.mean
+            noise = torch.randn_like(latent) * NOISE * latent.detach().float().std()
+            output = self.vae.decode(latent + noise).sample.float()
         loss = loss_of(output, picture, objects) + 1e-4 * latent.float().square().mean()
         loss.backward()
-        optimizer.step(box.rate(step))
-        step += 1
-        if step % 50 == 0:
-            psnr = 10 * torch.log10(4 / (output - picture).square().mean()).item()
-            log.info(
-                "step %d, %.0f s, loss %.4f, PSNR %.1f dB, latent deviation %.2f",
-                step,
-                box.spent,
-                loss.item(),
-                psnr,
-                scale.item(),
-            )
-        if time.monotonic() - saved > SAVE_EVERY or box.fraction >= 1:
-            saved = time.monotonic()
-            state = {
-                "vae": vae.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "step": step,
-                "seed": pool.seed,
-                "spent": box.spent,
-            }
-            save_checkpoint(work / "autoencoder.pt", state)
-    finish(vae.cpu().eval(), work)
+        self.optimizer.step(rate)
+        self.step += 1
+        return loss.item(), 10 * torch.log10(4 / (output - picture).square().mean()).item()
+
+    def run(self, minutes: float) -> None:
+        """Trains to the end of the time box and leaves `work`/vae, whitened, in diffusers format."""
+        box, saved = TimeBox(minutes, self.spent), time.monotonic()
+        while box.fraction < 1:
+            share_cores()
+            loss, psnr = self.advance(box.rate(self.step))
+            if self.step % 50 == 0:
+                log.info("step %d, %.0f s, loss %.4f, PSNR %.1f dB", self.step, box.spent, loss, psnr)
+            if time.monotonic() - saved > SAVE_EVERY or box.fraction >= 1:
+                saved = time.monotonic()
+                self.save(box.spent)
+        vae = self.vae.cpu().eval()
+        if not self.decoder_only:
+            whiten(vae, to_tensor([render(scene(i)) for i in range(400)]))
+        finish(vae, self.work)
 
 
 @torch.no_grad()
 def finish(vae: AutoencoderKL, work: Path) -> None:
-    """Whitens, measures, draws a contact sheet (renders above, decoded below) and saves."""
-    whiten(vae, to_tensor([render(scene(i)) for i in range(400)]))
+    """Measures, draws a contact sheet (renders above, decoded below) and saves."""
     log.info("held out: %s", {name: round(value, 3) for name, value in measure(vae).items()})
     pictures = [render(scene(FRESH + i, style=style)) for style in STYLE_WEIGHTS for i in range(10)]
     decoded = to_images(vae.decode(vae.encode(to_tensor(pictures)).latent_dist.mean).sample)
@@ -201,5 +211,7 @@ def finish(vae: AutoencoderKL, work: Path) -> None:
 
 
 if __name__ == "__main__":
-    args = arguments(__doc__ or "", minutes=30).parse_args()
-    train(args.minutes, args.device, args.work, args.fresh_box)
+    parser = arguments(__doc__ or "", minutes=30)
+    parser.add_argument("--decoder-only", action="store_true", help="better pictures from the latents that exist")
+    args = parser.parse_args()
+    Trainer(args.work, args.device, args.decoder_only).run(args.minutes)

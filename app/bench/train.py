@@ -162,16 +162,16 @@ class Trainer:
         self.step += 1
         return losses.detach().cpu()
 
-    def run(self, minutes: float) -> None:
+    def run(self, minutes: float, batch: int = BATCH) -> None:
         """Trains to the end of the time box."""
         box, first, means = TimeBox(minutes, self.spent), self.step, None
         began = saved = shown = time.monotonic()
         while box.fraction < 1:
             share_cores()
-            losses = self.advance(BATCH, 0.45 - 0.25 * min(1.0, box.fraction / 0.6), box.rate(self.step - first))
+            losses = self.advance(batch, 0.45 - 0.25 * min(1.0, box.fraction / 0.6), box.rate(self.step - first))
             means = losses if means is None else means.lerp(losses, 0.03)
             if self.step % 20 == 0:
-                speed = (self.step - first) * BATCH / (time.monotonic() - began)
+                speed = (self.step - first) * batch / (time.monotonic() - began)
                 log.info(
                     "step %d, %.0f s, loss %.4f, outside %.3f, %.1f samples/s",
                     self.step,
@@ -210,6 +210,7 @@ def export(work: Path, target: Path) -> None:
 if __name__ == "__main__":
     parser = arguments(__doc__ or "", minutes=120)
     parser.add_argument("--from", dest="source", type=Path, help="a pipeline to go on from, instead of the checkpoint")
+    parser.add_argument("--batch", type=int, default=BATCH, help="scenes a step; 512 on a GPU")
     parser.add_argument("--export", type=Path, help="write the averaged weights in float16 to this folder and end")
     args = parser.parse_args()
     if args.export:
@@ -219,4 +220,4 @@ if __name__ == "__main__":
         if not args.source:
             trainer.resume(args.fresh_box)
         trainer.load_data()
-        trainer.run(args.minutes)
+        trainer.run(args.minutes, args.batch)
