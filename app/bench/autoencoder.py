@@ -1,7 +1,7 @@
 """Trains the picture book's autoencoder: 128 x 128 pictures to 16 x 16 latents of four whitened channels.
 
     python -m diffgraft.app.bench.autoencoder --minutes 30
-    python -m diffgraft.app.bench.autoencoder --minutes 20 --decoder-only   # later: the latents, and all that knows them, stay
+    python -m diffgraft.app.bench.autoencoder --minutes 20 --decoder-only   # later: the latents stay as they are
 
 Loss on crops of 64 pixels: absolute error, squared error, error of the gradients (edges) and of 8 x 8 means
 (colours), object pixels three times as heavy; the latents get noise, so that the decoder forgives a denoiser's small

@@ -209,6 +209,9 @@ def export(work: Path, target: Path) -> None:
 
 if __name__ == "__main__":
     parser = arguments(__doc__ or "", minutes=120)
+    parser.add_argument(
+        "--fresh-box", action="store_true", help="go on from the checkpoint's weights in a new time box"
+    )
     parser.add_argument("--from", dest="source", type=Path, help="a pipeline to go on from, instead of the checkpoint")
     parser.add_argument("--batch", type=int, default=BATCH, help="scenes a step; 512 on a GPU")
     parser.add_argument("--export", type=Path, help="write the averaged weights in float16 to this folder and end")

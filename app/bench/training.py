@@ -102,9 +102,6 @@ def arguments(description: str, minutes: float) -> argparse.ArgumentParser:
     parser.add_argument("--minutes", type=float, default=minutes, help="length of the time box")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--work", type=Path, default=Path(".train"), help="folder of checkpoints and contact sheets")
-    parser.add_argument(
-        "--fresh-box", action="store_true", help="go on from the checkpoint's weights in a new time box"
-    )
     return parser
 
 
