@@ -1,0 +1,94 @@
+"""Sampling that regenerates a hole and keeps the rest: blended latents on any image-to-image or inpainting pipeline."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..attention.errors import UnsupportedPipelineError
+
+Callback = Callable[[Any, int, Any, dict[str, Any]], dict[str, Any]]
+
+
+class Blend:
+    """A step callback: after every step, what is outside the hole becomes the source at the new noise level.
+
+    One noise serves all levels (blended latent diffusion, arXiv 2206.02779), so that the surroundings denoise as the
+    source would; after the last step they are the source itself.
+
+    Args:
+        clean: [n, C, h, w] latents of the source.
+        noise: [n, C, h, w], the noise that the start was made with.
+        hole: [h, w] boolean.
+        then: the user's own callback, called after the blend.
+    """
+
+    def __init__(
+        self, clean: torch.Tensor, noise: torch.Tensor, hole: torch.Tensor, then: Callback | None = None
+    ) -> None:
+        self.clean, self.noise, self.hole, self.then = clean, noise, hole, then
+        self.begin = 0
+
+    def __call__(self, pipe: Any, index: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        latents = tensors["latents"]
+        known = self.known(pipe.scheduler, index, timestep).to(latents)
+        tensors = {**tensors, "latents": torch.where(self.hole.to(latents.device), latents, known)}
+        return tensors if self.then is None else self.then(pipe, index, timestep, tensors)
+
+    def known(self, scheduler: Any, index: int, timestep: Any) -> torch.Tensor:
+        """The source at the noise level that step `index` of this call ends on."""
+        times = scheduler.timesteps
+        if index == 0:
+            begin = getattr(scheduler, "begin_index", None)
+            self.begin = int((times == timestep).nonzero()[0]) if begin is None else begin
+        following = self.begin + index + 1
+        if following >= len(times):
+            return self.clean
+        return scheduler.add_noise(self.clean, self.noise, times[following : following + 1])
+
+
+def sibling(pipe: Any) -> tuple[Any, bool]:
+    """A pipeline of the same parts that starts from a picture, and whether its denoiser wants the mask as input.
+
+    Raises:
+        UnsupportedPipelineError: no such pipeline in diffusers.
+    """
+    import diffusers
+
+    inpainting = _channels(pipe) == 9
+    for base in type(pipe).__mro__:
+        plain = base.__name__.removesuffix("Pipeline").replace("Img2Img", "").replace("Inpaint", "")
+        kind = getattr(diffusers, f"{plain}{'Inpaint' if inpainting else 'Img2Img'}Pipeline", None)
+        if plain != "Diffusion" and kind is not None:
+            return (pipe if type(pipe) is kind else _same_parts(pipe, kind)), inpainting
+    raise UnsupportedPipelineError(
+        f"diffusers has no {'inpainting' if inpainting else 'image-to-image'} form of {type(pipe).__name__}: "
+        "use a pipeline of SD1, SD2 or SDXL, with ControlNet or not"
+    )
+
+
+def _channels(pipe: Any) -> int:
+    denoiser = getattr(pipe, "unet", None)
+    if not isinstance(denoiser, nn.Module):
+        raise UnsupportedPipelineError(f"{type(pipe).__name__} has no UNet: use a pipeline of SD1, SD2 or SDXL")
+    config: Any = getattr(denoiser, "_orig_mod", denoiser).config
+    if config.in_channels not in (4, 9):
+        raise UnsupportedPipelineError(
+            f"the UNet takes {config.in_channels} channels: only latents (4) or latents, mask and masked picture (9) work"
+        )
+    return config.in_channels
+
+
+def _same_parts(pipe: Any, kind: Any) -> Any:
+    """A pipeline of class `kind` on the very same components; `from_pipe` would cast them to float32."""
+    parts, options = kind._get_signature_keys(kind)
+    given = {name: part for name, part in pipe.components.items() if name in parts}
+    given |= {name: pipe.config[name] for name in options if name in pipe.config}
+    if "add_watermarker" in options:
+        given["add_watermarker"] = getattr(pipe, "watermark", None) is not None
+    made = kind(**given)
+    made.set_progress_bar_config(**getattr(pipe, "_progress_bar_config", {}))
+    return made

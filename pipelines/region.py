@@ -1,0 +1,152 @@
+"""The part of a picture that a model works on: cut out, padded, and pasted back without touching anything else."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+
+from ..attention.errors import SettingError, SettingTypeError
+from ..attention.masks import Bools, fit
+
+CONTEXT = 2.0
+"""A crop is at least this many times as wide and as high as the hole."""
+LARGEST = 1.5
+"""A crop longer than this many times the model's native side is made smaller for the model."""
+_BLENDED = ("L", "LA", "RGB", "RGBA", "CMYK", "YCbCr")
+_HARD = ("1", "P", "HSV")
+
+
+@dataclass(frozen=True)
+class Region:
+    """A rectangle of a picture, and the size at which the model sees it.
+
+    Attributes:
+        box: (left, top, right, bottom) in the picture.
+        size: (width, height) of the rectangle as the model sees it; smaller than the box only for large holes.
+        padded: the same, rounded up to what the model can take; what is added mirrors the border.
+    """
+
+    box: tuple[int, int, int, int]
+    size: tuple[int, int]
+    padded: tuple[int, int]
+
+    def cut(self, image: Image.Image) -> Image.Image:
+        """The rectangle as an RGB picture of size `padded`."""
+        part = image.convert("RGB").crop(self.box)
+        if part.size != self.size:
+            part = part.resize(self.size, Image.Resampling.LANCZOS)
+        return Image.fromarray(self._pad(np.asarray(part)))
+
+    def cut_mask(self, mask: Bools) -> Bools:
+        """The rectangle of a mask, [height, width] of `padded`."""
+        left, top, right, bottom = self.box
+        return self._pad(fit(mask[top:bottom, left:right], self.size[::-1]))
+
+    def uncut(self, generated: Image.Image) -> Image.Image:
+        """A generated RGB picture of size `padded` at the size of the box."""
+        part = generated.crop((0, 0, *self.size))
+        size = (self.box[2] - self.box[0], self.box[3] - self.box[1])
+        return part if part.size == size else part.resize(size, Image.Resampling.LANCZOS)
+
+    def _pad(self, values: NDArray[Any]) -> NDArray[Any]:
+        missing = [(0, wanted - found) for wanted, found in zip(self.padded[::-1], values.shape[:2], strict=True)]
+        return np.pad(values, missing + [(0, 0)] * (values.ndim - 2), mode="symmetric")
+
+
+def plan_region(mask: Bools, native: int, multiple: int, crop: bool = True) -> Region:
+    """What the model is to see of a picture with this hole.
+
+    Args:
+        mask: [h, w], the hole.
+        native: the side in pixels that the model was made for.
+        multiple: what sides must be multiples of.
+        crop: False takes the whole picture at its own size. True takes the surroundings of the hole, at least `native`
+            pixels wide and high and at least twice the hole, at the picture's own resolution; only a hole that is
+            large against `native` is generated at a lower one.
+    """
+    height, width = mask.shape
+    if not crop:
+        return Region((0, 0, width, height), (width, height), (_up(width, multiple), _up(height, multiple)))
+    left, right = _around(mask.any(0), native, multiple)
+    top, bottom = _around(mask.any(1), native, multiple)
+    scale = min(1.0, LARGEST * native / max(right - left, bottom - top))
+    size = max(1, round((right - left) * scale)), max(1, round((bottom - top) * scale))
+    return Region((left, top, right, bottom), size, (_up(size[0], multiple), _up(size[1], multiple)))
+
+
+def _around(masked: Bools, native: int, multiple: int) -> tuple[int, int]:
+    """Start and end, along one axis, of the surroundings of what is masked."""
+    first, last = (int(i) for i in np.flatnonzero(masked)[[0, -1]])
+    side = min(len(masked), _up(max(native, round(CONTEXT * (last + 1 - first))), multiple))
+    start = min(max(0, (first + last + 1 - side) // 2), len(masked) - side)
+    return start, start + side
+
+
+def _up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
+
+
+def as_picture(image: Any) -> Image.Image:
+    """An upright PIL picture from a PIL image, a path, an array [h, w(, c)] or a tensor [c, h, w] (uint8 or 0...1).
+
+    Raises:
+        SettingTypeError: none of these. SettingError: unreadable, not finite, or a mode that cannot be given back.
+    """
+    if isinstance(image, (str, os.PathLike)):
+        try:
+            with Image.open(cast("str | os.PathLike[str]", image)) as opened:
+                opened.load()
+                image = opened.copy()
+        except (OSError, SyntaxError, ValueError) as error:
+            raise SettingError(f"{os.fspath(image)!r} cannot be read as a picture: {error}") from error
+    if isinstance(image, torch.Tensor):
+        image = image.detach().movedim(-3, -1).cpu().float().numpy() if image.ndim == 3 else image.cpu().numpy()
+    if isinstance(image, np.ndarray):
+        image = _of_array(cast("NDArray[Any]", image))
+    if not isinstance(image, Image.Image):
+        raise SettingTypeError(f"a {type(image).__name__} is not a picture: give a PIL image, a path or an array")
+    if image.mode not in _BLENDED + _HARD:
+        raise SettingError(f"a picture of mode {image.mode!r} cannot be edited in place: convert it to RGB or L first")
+    return ImageOps.exif_transpose(image)
+
+
+def _of_array(values: NDArray[Any]) -> Image.Image:
+    if values.ndim == 3 and values.shape[2] == 1:
+        values = values[..., 0]
+    if np.issubdtype(values.dtype, np.floating):
+        if not (np.isfinite(values).all() and values.min() >= 0 and values.max() <= 1):
+            raise SettingError("a picture of floats holds values outside 0...1: scale it, or give uint8")
+        values = (values * 255).round().astype(np.uint8)
+    if values.dtype != np.uint8 or values.ndim not in (2, 3) or (values.ndim == 3 and values.shape[2] not in (3, 4)):
+        raise SettingTypeError(f"an array of {values.dtype} {values.shape} is not a picture: give uint8 [h, w, 3]")
+    return Image.fromarray(values)
+
+
+def paste(source: Image.Image, generated: Image.Image, corner: tuple[int, int], opacity: NDArray[Any]) -> Image.Image:
+    """`source` with `generated` laid over it; where the opacity is 0 not a byte changes.
+
+    Args:
+        source: of any mode in which pictures come in; keeps its mode, its alpha and its palette.
+        generated: RGB.
+        corner: (left, top) of `generated` in `source`.
+        opacity: [h, w] of `generated`, 0 ... 1. Modes that cannot be blended take it as 0 or 1.
+    """
+    box = (*corner, corner[0] + generated.width, corner[1] + generated.height)
+    out, below = source.copy(), source.crop(box)
+    if source.mode == "P":
+        above = generated.quantize(palette=below, dither=Image.Dither.NONE)
+    else:
+        above = generated.convert(source.mode)
+    if source.mode in ("LA", "RGBA"):
+        above.putalpha(below.getchannel("A"))
+    hard = source.mode in _HARD
+    values = np.where(opacity >= 0.5, 255, 0) if hard else np.round(opacity * 255)
+    mask = Image.fromarray(values.astype(np.uint8))
+    out.paste(above, box, mask.convert("1") if hard else mask)
+    return out
