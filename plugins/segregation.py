@@ -64,7 +64,8 @@ class AttentionSegregation(Plugin):
         binding: weight of a further term that keeps each word of `attributes` with its concept.
         attributes: attribute of a concept by the concept as given: {"ball": "blue"}; for several prompts one for each.
         normalisation: of the maps. "max": each by its maximum; "minmax"; "sum1"; "none"; "ae": softmax of 100 A over
-            all tokens but the start mark, "eot" over those before the end mark. Default "max"; "paper" and Attend-and-Excite "ae".
+            all tokens but the start mark, "eot" over those before the end mark. Default "max"; "ae" in "paper" and for
+            Attend-and-Excite.
         smoothing: 3x3 filter, "mean", "gaussian" or "none". Default "mean", "paper" "gaussian".
         rule: "relative": the move has `size` times the latent's norm (default, 0.05). "gradient": it is `size` times
             the gradient, in units of a variance-preserving scheduler ("paper", 20).
@@ -172,6 +173,7 @@ class AttentionSegregation(Plugin):
         self._used: MapCapture | None = None
         self._pictures: list[_Picture] = []
         self._before: list[torch.Tensor | None] = []
+        self._last: list[torch.Tensor] = []
         self._scale = 1.0
 
     # -- life --------------------------------------------------------------------------------------------------
@@ -229,6 +231,7 @@ class AttentionSegregation(Plugin):
             latent = torch.where(keep, latent - move, latent)
             if goal is not None:  # a picture that has reached its goal had its last update
                 waiting = [on and float(loss) > goal for on, loss in zip(waiting, losses, strict=True)]
+        self._remember_probed()
         return None if latent is before else latent
 
     def _move(
@@ -242,8 +245,7 @@ class AttentionSegregation(Plugin):
         concepts = self._concept_maps(self._probed)
         grid, scale = self._probed.grid, self._scale_for(self._probed.dtype)
         losses = [self._loss_of(i, *maps) for i, maps in enumerate(concepts)]
-        if self.previous == "pre":
-            self._remember(concepts)
+        self._last = [maps.detach() for maps, _ in concepts]
         gradient = _gradient(torch.stack(losses).sum(), z, scale)
         self._probed.clear()
         usable = self._usable(gradient)
@@ -301,12 +303,17 @@ class AttentionSegregation(Plugin):
     def _remember_used(self) -> None:
         """Regions from the maps of the previous step's own call."""
         if self._used is not None and self._used.maps:
-            self._remember(self._concept_maps(self._used))
+            self._remember([maps for maps, _ in self._concept_maps(self._used)])
             self._used.clear()
 
-    def _remember(self, maps: Sequence[tuple[torch.Tensor, Any]]) -> None:
+    def _remember_probed(self) -> None:
+        """Regions from the maps that this step's update was computed from."""
+        if self.previous == "pre":
+            self._remember(self._last)
+
+    def _remember(self, maps: Sequence[torch.Tensor]) -> None:
         rule = self.threshold, self.level
-        self._before = [binarise(concepts, *rule) if len(concepts) else None for concepts, _ in maps]
+        self._before = [binarise(concepts, *rule) if len(concepts) else None for concepts in maps]
 
     def _regions(self, number: int, concepts: torch.Tensor) -> torch.Tensor | None:
         if self.layout is None:
