@@ -21,7 +21,7 @@ OK, FAILED, USAGE, NOT_STARTED, INTERRUPTED = 0, 1, 2, 3, 130
 @contextmanager
 def reported(verbose: bool) -> Iterator[None]:
     """Turn what a command raises into one line on stderr and its exit code; a traceback only if `verbose`."""
-    _quiet_libraries(verbose)
+    quiet_libraries(verbose)
     try:
         yield
     except KeyboardInterrupt:
@@ -55,7 +55,7 @@ def say(text: str) -> None:
     typer.echo(f"diffgraft: {text}", err=True)
 
 
-def _quiet_libraries(verbose: bool) -> None:
+def quiet_libraries(verbose: bool = False) -> None:
     """Loading bars and advice about other packages are not what the person asked for."""
     warnings.showwarning = _show_warning
     if verbose:

@@ -88,7 +88,8 @@ def sample(
     **call: Any,
 ) -> list[Image.Image]:
     """One call of the pipeline: picture i from prompt i and a CPU generator of its own with seed i."""
-    _check(prompts, negative_prompt, steps, guidance, width, height)
+    _check(prompts, negative_prompt, steps, guidance)
+    _check_size(width, height, getattr(pipe, "vae_scale_factor", 8))
     given = {"guidance_scale": guidance, "width": width, "height": height}
     given |= {"negative_prompt": None if negative_prompt is None else [negative_prompt] * len(prompts)}
     call |= {name: value for name, value in given.items() if value is not None}
@@ -155,14 +156,7 @@ def _count(value: Any, name: str, most: int) -> int:
     return value
 
 
-def _check(
-    prompts: Sequence[str],
-    negative_prompt: str | None,
-    steps: int,
-    guidance: float | None,
-    width: int | None,
-    height: int | None,
-) -> None:
+def _check(prompts: Sequence[str], negative_prompt: str | None, steps: int, guidance: float | None) -> None:
     for text in (*prompts, negative_prompt or ""):
         if not isinstance(text, str):
             raise SettingTypeError(f"a prompt is a text, not {type(text).__name__}")
@@ -173,6 +167,9 @@ def _check(
     _count(steps, "steps", 1000)
     if guidance is not None and not math.isfinite(guidance):
         raise SettingError(f"guidance={guidance}: must be finite")
+
+
+def _check_size(width: int | None, height: int | None, multiple: int) -> None:
     for name, value in (("width", width), ("height", height)):
-        if value is not None:
-            _count(value, name, 8192)
+        if value is not None and _count(value, name, 8192) % multiple:
+            raise SettingError(f"{name}={value}: this model makes multiples of {multiple}")

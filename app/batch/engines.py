@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -12,8 +13,10 @@ from multiprocessing.connection import Connection, wait
 from typing import Any, Protocol
 
 import torch
+from tqdm import tqdm
 
 from ...attention.errors import GraftError, SettingError
+from ..console import quiet_libraries
 from ..extras import need
 from .plan import Job, Setup
 from .worker import Record, Worker, failed
@@ -39,6 +42,8 @@ def processes(setup: Setup, batches: Sequence[list[Job]], workers: int) -> Itera
 
 def ray(setup: Setup, batches: Sequence[list[Job]], workers: int) -> Iterator[Record]:
     """In `workers` Ray actors: of the cluster at RAY_ADDRESS, else of a local one. The folders must be shared."""
+    if not batches:  # a cluster is not started for nothing
+        return
     need("ray", "ray")
     yield from _drive(_Ray(setup, min(workers, len(batches))), batches)
 
@@ -142,10 +147,11 @@ class _Processes:
 
     def close(self) -> None:
         running = [(p, c) for _, p, c in self._idle] + [(p, c) for c, (_, p, _) in self._busy.items()]
+        for _, connection in running:
+            connection.close()  # an idle worker ends by itself
         for process, connection in running:
-            connection.close()
-            process.terminate()
-        for process, _ in running:
+            if connection in self._busy:
+                process.terminate()
             process.join()
 
     def _start(self, index: int) -> tuple[int, Any, Connection]:
@@ -159,6 +165,8 @@ class _Processes:
 def _serve(connection: Connection, setup: Setup) -> None:
     """A worker process: batches in, records out, until the other end closes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
+    tqdm.set_lock(threading.RLock())  # its default is a semaphore that a killed process leaves behind
+    quiet_libraries()
     worker = Worker(setup)
     try:
         while True:

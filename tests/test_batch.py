@@ -1,0 +1,373 @@
+"""Batch runs on a tiny real model: what is on disk afterwards, whatever happened in between."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+
+import psutil
+import pytest
+import tiny
+import torch
+from PIL import Image
+
+from diffgraft.app.batch.engines import ENGINES
+from diffgraft.app.batch.plan import Job, Setup, make_job
+from diffgraft.app.batch.run import Options, dry_run, parse_shard, run_batch
+from diffgraft.app.batch.schema import make_row
+from diffgraft.app.batch.worker import Worker
+from diffgraft.app.errors import ManifestError, OutputError
+from diffgraft.app.metadata import read_settings
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model")
+    tiny.sd15().save_pretrained(path)
+    return str(path)
+
+
+@pytest.fixture
+def folder(tmp_path, model):
+    return Folder(tmp_path, model)
+
+
+class Folder:
+    """A manifest and where its pictures go."""
+
+    def __init__(self, root, model):
+        self.root, self.model, self.out = root, model, root / "out"
+        self.manifest = root / "jobs.jsonl"
+
+    def write(self, rows):
+        self.manifest.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+        return self
+
+    def setup(self, **options):
+        given = {"model": self.model, "device": "cpu", "metadata": True} | options
+        return Setup(out=self.out, base=self.root, **given)
+
+    def run(self, setup=None, **options):
+        given = {"defaults": {"steps": 1, "guidance": 1.0}, "quiet": True, "sheet": False} | options
+        return run_batch(self.manifest, self.setup(**(setup or {})), Options(**given))
+
+    def command(self, *words):
+        words = ["batch", str(self.manifest), "--out", str(self.out), "--model", self.model, "--device", "cpu", *words]
+        words += ["--steps", "1", "--guidance", "1", "--no-contact-sheet"]
+        return [sys.executable, "-m", "diffgraft.app.cli", *words]
+
+    def bytes(self):
+        """What is promised to be equal: pictures and metadata."""
+        paths = [*self.out.glob("*.png"), self.out / "metadata.jsonl"]
+        return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
+
+    def lines(self, name):
+        return [json.loads(line) for line in (self.out / name).read_text().splitlines()]
+
+
+def rows(count, **more):
+    return [{"id": f"row-{i}", "prompt": f"a red ball {i}"} | more for i in range(count)]
+
+
+def test_a_run_and_what_it_leaves(folder):
+    given = rows(3) + [{"prompt": "a blue star", "n": 2, "negative": "red", "seed": 5}]
+    code, summary = folder.write(given).run(sheet=True)
+    assert code == 0 and summary["done"] == 4 and summary["pictures"] == 5
+    pictures = {"row-0.png", "row-1.png", "row-2.png", "4-0.png", "4-1.png"}
+    names = {path.name for path in folder.out.iterdir()}
+    assert names == pictures | {"metadata.jsonl", "results.jsonl", "summary.json", "contact-sheet.png"}
+    lines = folder.lines("metadata.jsonl")
+    assert [line["file_name"] for line in lines] == ["row-0.png", "row-1.png", "row-2.png", "4-0.png", "4-1.png"]
+    assert all(next(iter(line)) == "file_name" for line in lines)
+    assert [line["seed"] for line in lines[3:]] == [5, 6]
+    said = read_settings(folder.out / "4-1.png")
+    assert said["seed"] == 6 and said["plugins"][0] | {"negative": "red"} == said["plugins"][0]
+    assert said["model"] == os.path.basename(folder.model) and str(folder.root) not in json.dumps(said)
+    assert json.loads((folder.out / "summary.json").read_text())["exit_code"] == 0
+
+
+def test_pictures_of_a_row_are_those_of_the_library(folder):
+    import diffgraft
+
+    folder.write([{"id": "a", "prompt": "a red ball", "seed": 3, "n": 2}]).run()
+    torch.set_num_threads(1)
+    pictures = diffgraft.generate(diffgraft.load(folder.model), "a red ball", seed=3, n=2, steps=1, guidance=1.0)
+    for i, picture in enumerate(pictures):
+        assert Image.open(folder.out / f"a-{i}.png").tobytes() == picture.tobytes()
+
+
+POISON = {
+    "not JSON": '{"prompt": ',
+    "unknown field": {"prompt": "a", "colour": "red"},
+    "missing file": {"prompt": "a", "plugins": [{"plugin": "NegativeAway", "negative": "x", "mask": "no.png"}]},
+    "refused by the plugin": {"prompt": "a", "plugins": [{"plugin": "NegativeAway", "negative": "x", "scale": "much"}]},
+    "refused by the pipeline": {"prompt": "a", "width": 33},
+    "model that is not there": {"prompt": "a", "model": "/no/such/model"},
+    "text that is no text": '{"prompt": "\\ud800"}',
+}
+
+
+@pytest.mark.parametrize("kind", POISON)
+def test_a_bad_row_never_kills_the_run(folder, kind):
+    code, summary = folder.write([*rows(2), POISON[kind], *rows(4)[2:]]).run()
+    assert code == 1 and summary["done"] == 4 and summary["failed"] == 1
+    assert len(list(folder.out.glob("*.png"))) == 4
+    [failure] = summary["failures"]
+    assert failure["line"] == 3 and failure["message"] and "\n" not in failure["message"]
+    assert [r["id"] for r in folder.lines("results.jsonl") if r["status"] == "failed"] == [failure["id"]]
+
+
+def test_a_second_run_makes_only_what_is_missing(folder):
+    folder.write(rows(5)).run()
+    before, made = folder.bytes(), {p.name: p.stat().st_mtime_ns for p in folder.out.glob("*.png")}
+    (folder.out / "row-1.png").unlink()
+    (folder.out / "row-2.png").write_bytes((folder.out / "row-2.png").read_bytes()[:100])
+    code, summary = folder.run()
+    assert (code, summary["done"], summary["already_done"]) == (0, 2, 3)
+    assert folder.bytes() == before
+    again = {p.name for p in folder.out.glob("*.png") if p.stat().st_mtime_ns != made[p.name]}
+    assert again == {"row-1.png", "row-2.png"}
+    assert [r["id"] for r in folder.lines("results.jsonl")].count("row-1") == 1
+
+
+def test_a_changed_row_is_made_again_and_its_old_pictures_go(folder):
+    folder.write([*rows(2), {"id": "x", "prompt": "a", "n": 3}]).run()
+    code, summary = folder.write([*rows(2), {"id": "x", "prompt": "b"}]).run()
+    assert (code, summary["done"]) == (0, 1)
+    assert {p.name for p in folder.out.glob("*.png")} == {"row-0.png", "row-1.png", "x.png"}
+    assert folder.run(overwrite=True)[1]["done"] == 3
+
+
+def test_failed_rows_are_tried_again_only_when_asked_and_speak_for_the_folder(folder, model):
+    other = folder.root / "later"
+    folder.write([*rows(2), {"id": "x", "prompt": "a", "model": "../later-model"}])
+    assert folder.run()[0] == 1
+    code, summary = folder.run()
+    assert (code, summary["done"], summary["failed_before"], summary["folder"]["failed"]) == (1, 0, 1, 1)
+    assert folder.write([*rows(2), {"id": "x", "prompt": "a", "width": 33}]).run()[1]["failed"] == 1
+    assert folder.run(retry_failed=True)[1]["failed"] == 1
+    assert folder.lines("results.jsonl")[-1]["attempt"] == 3
+    assert folder.write([*rows(2), {"id": "x", "prompt": "a"}]).run()[0] == 0
+    assert not other.exists()
+
+
+def test_a_mended_line_takes_its_failure_along(folder):
+    assert folder.write([*rows(1), '{"prompt": ']).run()[0] == 1
+    assert folder.write([*rows(1), {"id": "mended", "prompt": "a"}]).run()[0] == 0
+
+
+@pytest.mark.parametrize(("options", "done"), [({"max_failures": 1}, 2), ({"max_failures": 2}, 3)])
+def test_stopping_after_failures(folder, options, done):
+    bad = {"prompt": "a", "model": "/no/such/model", "steps": 1}
+    given = [*rows(2), {"id": "x"} | bad, {"id": "row-8", "prompt": "a", "steps": 2}, {"id": "y"} | bad]
+    code, summary = folder.write([*given, {"id": "z"} | bad]).run(**options)
+    assert code == 1 and summary["failed"] == options["max_failures"] and "stopped after" in summary["stopped"]
+
+
+def test_shards_and_a_whole_run_are_the_same_files(folder, model, tmp_path):
+    folder.write(rows(10)).run()
+    parts = Folder(tmp_path / "parts", model)
+    parts.root.mkdir()
+    parts.write(rows(10))
+    done = [parts.run(shard=parse_shard(f"{i}/2"))[1]["done"] for i in (0, 1)]
+    assert sum(done) == 10 and all(done)
+    assert parts.bytes() == folder.bytes()
+    assert len(parts.lines("results-0of2.jsonl")) == done[0]
+
+
+@pytest.mark.parametrize("text", ["2", "3/2", "a/b", "-1/2", "1/0", "1/2/3"])
+def test_shards_that_are_none(text):
+    with pytest.raises(ManifestError, match="write i/n"):
+        parse_shard(text)
+
+
+@pytest.mark.parametrize("engine", [name for name in ENGINES if name != "local"])
+def test_every_engine_gives_the_same_bytes(folder, model, tmp_path, engine):
+    given = [*rows(5), {"id": "steered", "prompt": "a blue star", "negative": "red", "n": 2}]
+    folder.write(given).run()
+    other = Folder(tmp_path / engine, model)
+    other.root.mkdir()
+    code, summary = other.write(given).run(engine=engine, workers=2)
+    assert (code, summary["done"]) == (0, 6)
+    assert other.bytes() == folder.bytes()
+
+
+@pytest.mark.parametrize("batch_size", [2, 3])
+def test_batches_start_from_the_same_noise(folder, model, tmp_path, batch_size):
+    folder.write(rows(5, n=2)).run()
+    other = Folder(tmp_path / "batched", model)
+    other.root.mkdir()
+    other.write(rows(5, n=2)).run(setup={"batch_size": batch_size})
+    for path in folder.out.glob("*.png"):
+        first, second = (torch.tensor(list(Image.open(d / path.name).tobytes())) for d in (folder.out, other.out))
+        assert (first - second).abs().max() <= 1
+
+
+def start(command):
+    return subprocess.Popen(command, env=os.environ | {"HF_HUB_OFFLINE": "1"}, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for_pictures(process, out, count):
+    while len(list(out.glob("*.png"))) < count:
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.01)
+
+
+def test_kill_9_and_resume(folder, model, tmp_path):
+    folder.write(rows(60))
+    process = start(folder.command())
+    wait_for_pictures(process, folder.out, random.Random(time.time()).randint(1, 40))
+    process.kill()
+    process.wait()
+    assert (folder.out / ".diffgraft-lock").exists() and len(list(folder.out.glob("*.png"))) < 60
+    (folder.out / ".diffgraft-1-row-9.png.tmp").write_bytes(b"half a pic")
+    with (folder.out / "results.jsonl").open("a") as file:
+        file.write('{"id": "row-59", "status": "o')
+    code, summary = folder.run()
+    assert code == 0 and summary["already_done"] > 0 and summary["done"] + summary["already_done"] == 60
+    assert not list(folder.out.glob(".diffgraft*"))
+    whole = Folder(tmp_path / "whole", model)
+    whole.root.mkdir()
+    whole.write(rows(60)).run()
+    assert folder.bytes() == whole.bytes()
+    ids = [record["id"] for record in folder.lines("results.jsonl")]
+    assert len(ids) == len(set(ids)) == 60
+
+
+@pytest.mark.parametrize("engine", ["local", "processes"])
+def test_ctrl_c(folder, engine):
+    folder.write(rows(200))
+    process = start(folder.command("--engine", engine))
+    wait_for_pictures(process, folder.out, 3)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in said and "interrupted" in said
+    done = folder.lines("results.jsonl")
+    assert 0 < len(done) < 200 and len(folder.lines("metadata.jsonl")) == len(done)
+    for path in folder.out.glob("*.png"):
+        Image.open(path).load()
+    assert not list(folder.out.glob(".diffgraft*"))
+    assert json.loads((folder.out / "summary.json").read_text())["stopped"] == "interrupted"
+
+
+@dataclass(frozen=True)
+class Deadly(Job):
+    """A row that kills the process that runs it."""
+
+    @property
+    def alike(self):
+        return "deadly"
+
+    def __getattribute__(self, name):
+        if name == "settings" and os.environ.get("DIFFGRAFT_TEST_PARENT") != str(os.getpid()):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().__getattribute__(name)
+
+
+@pytest.mark.parametrize("engine", ["processes"])
+def test_a_row_that_kills_its_worker_fails_and_the_rest_is_made(folder, engine, monkeypatch):
+    monkeypatch.setenv("DIFFGRAFT_TEST_PARENT", str(os.getpid()))
+    folder.out.mkdir()
+    setup = folder.setup()
+    made = [
+        make_job(make_row(r, {"steps": 1, "guidance": 1.0}, i, strict=True), i, setup, 0) for i, r in enumerate(rows(4))
+    ]
+    made[1] = Deadly(**vars(made[1]))
+    records = {r["id"]: r for r in ENGINES[engine](setup, [made[:3], made[3:]], 2)}
+    assert {name: record["status"] for name, record in records.items()} == {
+        "row-0": "ok", "row-1": "failed", "row-2": "ok", "row-3": "ok",
+    }  # fmt: skip
+    assert records["row-1"]["error_type"] == "WorkerDied" and len(list(folder.out.glob("*.png"))) == 3
+
+
+def test_out_of_memory_halves_the_batch_and_goes_on(folder):
+    folder.out.mkdir()
+    setup = folder.setup(batch_size=8)
+    worker, pipe = Worker(setup), tiny.sd15()
+    worker._model = (folder.model, pipe)
+    tried = []
+
+    def too_many(module, args, kwargs):
+        tried.append(len(args[0]))
+        if len(args[0]) > 3:
+            raise torch.OutOfMemoryError("out of memory")
+
+    pipe.unet.register_forward_pre_hook(too_many, with_kwargs=True)
+    made = [
+        make_job(make_row(r, {"steps": 1, "guidance": 1.0}, i, strict=True), i, setup, 0) for i, r in enumerate(rows(8))
+    ]
+    records = worker.run(made)
+    assert [record["status"] for record in records] == ["ok"] * 8
+    assert tried == [8, 4, 2, 2, 2, 2] and worker.batch_size == 2
+
+    def always(module, args, kwargs):
+        raise torch.OutOfMemoryError("out of memory")
+
+    hook = pipe.unet.register_forward_pre_hook(always, with_kwargs=True)
+    assert [record["error_type"] for record in worker.run(made[:2])] == ["OutOfMemoryError"] * 2
+    hook.remove()
+    assert worker.run(made[:1])[0]["status"] == "ok"
+
+
+def test_two_runs_in_one_folder(folder):
+    folder.write(rows(2)).run()
+    lock = folder.out / ".diffgraft-lock"
+    me = psutil.Process()
+    owner = {"pid": me.pid, "started": me.create_time(), "host": socket.gethostname()}
+    for live in (owner, owner | {"host": "another-machine", "pid": 1}):
+        lock.write_text(json.dumps(live))
+        with pytest.raises(OutputError, match=f"process {live['pid']} on {live['host']}.* is writing"):
+            folder.run()
+        with pytest.raises(OutputError, match="is writing"):
+            folder.run(shard=(0, 2))
+    for dead in (json.dumps(owner | {"started": 1.0}), json.dumps(owner | {"pid": 2**22 + 5}), "torn"):
+        lock.write_text(dead)
+        assert folder.run()[0] == 0 and not lock.exists()
+
+
+def test_pictures_of_somebody_else_are_not_overwritten(folder):
+    folder.out.mkdir()
+    Image.new("RGB", (16, 16)).save(folder.out / "row-0.png")
+    with pytest.raises(OutputError, match="row-0.png .* was not made by diffgraft"):
+        folder.write(rows(2)).run()
+    assert [path.name for path in folder.out.iterdir()] == ["row-0.png"] or not (folder.out / "row-1.png").exists()
+
+
+def test_dry_run_lists_everything_and_writes_nothing(folder):
+    Image.new("L", (32, 32)).save(folder.root / "empty.png")
+    (folder.root / "broken.png").write_bytes(b"no picture")
+    erase = {"task": "erase", "image": "broken.png", "mask": "empty.png"}
+    folder.write([*rows(2), "{", {"prompt": 3}, erase, {"prompt": "a", "negative": "b", "seed": 1}])
+    options = Options(defaults={"steps": 1}, quiet=True)
+    code, errors, counts = dry_run(folder.manifest, folder.setup(), options)
+    assert code == 2 and [line.split(": ")[0] for line in errors] == [f"jobs.jsonl:{i}" for i in (3, 4, 5)]
+    assert "not a supported image" in errors[2]
+    assert (counts["rows"], counts["to_do"], counts["errors"]) == (6, 4, 3) and not folder.out.exists()
+    assert dry_run(folder.write(rows(2)).manifest, folder.setup(), options)[:2] == (0, [])
+
+
+def test_the_runs_own_model_missing_is_exit_3(folder):
+    code, summary = folder.write(rows(2)).run(setup={"model": "/no/such/model"})
+    assert code == 3 and "does not exist" in summary["stopped"] and not list(folder.out.glob("*.png"))
+
+
+def test_sheets(folder):
+    folder.write([*rows(81), {"id": "bad <script>", "prompt": 3}]).run(sheet=True)
+    sheets = sorted(path.name for path in folder.out.glob("contact-sheet*"))
+    assert sheets == ["contact-sheet-2.png", "contact-sheet.png"]
+    assert Image.open(folder.out / "contact-sheet.png").size == (1352, 1988)
+    folder.run(sheet=True, overwrite=False)
+    assert len(list(folder.out.glob("*.png"))) == 83
+
+
+def test_no_metadata(folder):
+    folder.write(rows(1)).run(setup={"metadata": False})
+    assert Image.open(folder.out / "row-0.png").info == {}
