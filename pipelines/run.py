@@ -71,6 +71,10 @@ class Run:
     def family(self) -> str:
         return self.adapter.family
 
+    @property
+    def text_width(self) -> int:
+        return self.inputs[self.adapter.text].shape[-1]
+
     def encode(self, texts: Sequence[str]) -> Text:
         return self.graft.texts.encode(texts, self.running)
 
@@ -174,7 +178,7 @@ class Run:
         rows = self.adapter.groups(inputs, self.running)
         self.step = Step(index, total, timestep, self.adapter.grid(inputs), rows)
         self._forget_joins()
-        self.streams = []
+        self.streams, self.inputs = [], inputs
         if "cond" in rows:
             self.deltas = []
         if fresh:

@@ -92,6 +92,11 @@ class Session(Protocol):
         """The model family, such as "sd15", "sdxl" or "flux"; "unet" for a UNet of unknown text width."""
         ...
 
+    @property
+    def text_width(self) -> int:
+        """Width of the text embeddings that the running call gives to the denoiser."""
+        ...
+
     def encode(self, texts: Sequence[str]) -> Text:
         """The texts by the pipeline's own encoders, as its denoiser takes them; remembered."""
         ...

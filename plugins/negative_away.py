@@ -1,77 +1,268 @@
-"""Negative-away steering: NASA (SNOOPI, arXiv 2412.02687)."""
+"""Negative-away steering: NASA (SNOOPI, arXiv 2412.02687), NAG (arXiv 2505.21179) and VSF (arXiv 2508.10931).
+
+All three combine the same four tensors inside an attention layer: the attention Z+ over the prompt, the attention Z-
+over the negative prompt, and the log-sum-exp of each one's logits.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+import threading
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 
-from ..attention.call import AttentionCall
 from ..attention.edit import Edit
+from ..attention.errors import SettingError, SettingTypeError
 from ..attention.layer import AttentionLayer
 from ..attention.step import Step
-from .base import Plugin, Session, finite
+from .base import Plugin, Prompt, Session, Text, finite
+from .negative_defaults import Default, default
+from .negative_edits import Call, CrossAway, CutStreams, JointAway
+
+Negative = str | Sequence[str] | Mapping[str, float] | torch.Tensor | None
 
 
-def nasa(positive: torch.Tensor, negative: torch.Tensor, scale: float) -> torch.Tensor:
-    """Z = Z+ - scale * Z-, equation 9 of NASA, on attention outputs before the output projection."""
-    return positive - scale * negative
+def nasa(
+    z_pos: torch.Tensor, lse_pos: torch.Tensor | None, z_neg: torch.Tensor, lse_neg: torch.Tensor | None,
+    *, scale: float,
+) -> torch.Tensor:  # fmt: skip
+    """Z = Z+ - scale * Z-, equation 9 of NASA, on attention outputs before the output projection.
+
+    Args:
+        z_pos, z_neg: [B, H, L, D]. lse_pos, lse_neg: not used. scale: NASA's alpha, 0 is neutral.
+    """
+    return _wide(z_pos) - scale * _wide(z_neg)
+
+
+def nag(
+    z_pos: torch.Tensor, lse_pos: torch.Tensor | None, z_neg: torch.Tensor, lse_neg: torch.Tensor | None,
+    *, scale: float, tau: float, alpha: float,
+) -> torch.Tensor:  # fmt: skip
+    """Normalised attention guidance, equations 7 to 10 of NAG; finite also where Z+ is zero.
+
+    Args:
+        z_pos, z_neg: [B, H, L, D]. lse_pos, lse_neg: not used.
+        scale: phi, 0 is neutral; the official `nag_scale` is phi + 1.
+        tau: cap on the growth of a token's L1 norm, taken over all heads together.
+        alpha: blend in [0, 1], 0 is neutral.
+    """
+    z_pos, z_neg = _wide(z_pos), _wide(z_neg)
+    away = z_pos + scale * (z_pos - z_neg)
+    size, grown = (z.abs().sum((-3, -1), keepdim=True) for z in (z_pos, away))
+    capped = away * (tau * size / grown.clamp_min(torch.finfo(grown.dtype).tiny)).clamp_max(1.0)
+    return z_pos + alpha * (capped - z_pos)
+
+
+def vsf(
+    z_pos: torch.Tensor, lse_pos: torch.Tensor | None, z_neg: torch.Tensor, lse_neg: torch.Tensor | None,
+    *, scale: float, offset: float = 0.0,
+) -> torch.Tensor:  # fmt: skip
+    """Value sign flip: one softmax over the keys of both texts, the negative's values multiplied by -scale.
+
+    Z = W Z+ - scale (1 - W) Z-, with W = sigmoid(lse+ - lse- + offset).
+
+    Args:
+        z_pos, z_neg: [B, H, L, D]. lse_pos, lse_neg: [B, H, L], at least float32; -inf where nothing is visible.
+        scale: strength; 0 still gives attention to the negative, so there is no neutral scale.
+        offset: taken from the negative's logits.
+    """
+    assert lse_pos is not None and lse_neg is not None
+    lead = torch.where(lse_neg == -torch.inf, torch.inf, lse_pos - lse_neg + offset)
+    weight = lead.sigmoid()[..., None]
+    return weight * _wide(z_pos) - scale * (1 - weight) * _wide(z_neg)
+
+
+def _wide(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+RULES: Mapping[str, Callable[..., torch.Tensor]] = {"nasa": nasa, "nag": nag, "vsf": vsf}
 
 
 class NegativeAway(Plugin):
-    """Steers away from a negative prompt inside cross-attention, without guidance's second pass.
+    """Steers away from a negative prompt inside the text attention: no second pass, also at one step.
+
+    Works on UNet, PixArt and Sana pipelines (cross-attention) and on FLUX.1, SD3 and Qwen-Image pipelines (joint
+    attention, the image computed once). Under guidance only the conditional half is steered.
 
     Args:
-        negative: the negative prompt for every picture, or a list with one for each.
-        scale: strength, 0 is neutral.
+        negative: what to steer away from. A string for all pictures, a list with one string for each prompt, a
+            mapping text -> weight (finite, >= 0) for several at once, or embeddings [L, D], [1, L, D] or
+            [prompts, L, D] as the denoiser takes them. None is neutral; "" is not, it is a prompt like others.
+        rule: "nasa", "nag" or "vsf", see the functions of these names.
+        scale: strength in [0, 100]; 0 is neutral except for "vsf". None: the family's default for this rule, with or
+            without guidance, see `negative_defaults`; families that nobody measured say so in `Graft.report()`.
+        tau: NAG's cap, > 0.
+        alpha: NAG's blend in [0, 1], 0 is neutral; None: the family's default.
+        offset: VSF's beta.
+        joint: what NASA subtracts in a joint sequence. "text": the negative words' share of the attention over
+            [negative text, image]. "full": the whole of it, image included, which shrinks the image by 1 - scale.
+        layers: places ("down", "mid", "up", "block"), names or indices of the text-attention layers to steer in;
+            None is all, [] is neutral.
+        mask: for embeddings, [n, L] boolean, True where the token is not padding.
         start, end: fractions of the steps.
+    Raises:
+        SettingError, SettingTypeError: an argument out of range; at sampling: a count of negatives that is not the
+            count of prompts, embeddings of another width.
+    Example:
+        >>> with graft(pipe, NegativeAway("red")):
+        ...     image = pipe("a ball , sky", num_inference_steps=1, guidance_scale=0).images[0]
     """
 
     def __init__(
-        self, negative: str | Sequence[str], *, rule: str = "nasa", scale: float | None = None,
+        self, negative: Negative, *, rule: str = "nasa", scale: float | None = None, tau: float = 2.5,
+        alpha: float | None = None, offset: float = 0.0, joint: str = "text",
+        layers: Sequence[int | str] | None = None, mask: torch.Tensor | None = None,
         start: float = 0.0, end: float = 1.0,
     ) -> None:  # fmt: skip
         super().__init__(start=start, end=end)
-        self.negative = negative if isinstance(negative, str) else list(negative)
-        self.rule = rule
-        self.scale = finite(0.3 if scale is None else scale, "scale")
-        self._text: torch.Tensor | None = None
+        if rule not in RULES:
+            raise SettingError(f"rule={rule!r}: choose one of {', '.join(RULES)}")
+        if joint not in ("text", "full"):
+            raise SettingError(f"joint={joint!r}: choose 'text' or 'full'")
+        self.negative, self.mask = _checked(negative), _checked_mask(mask, negative)
+        self.rule, self.joint = rule, joint
+        self.scale = None if scale is None else finite(scale, "scale", 0.0, 100.0)
+        self.tau = finite(tau, "tau", 1e-6)
+        self.alpha = None if alpha is None else finite(alpha, "alpha", 0.0, 1.0)
+        self.offset = finite(offset, "offset")
+        self.layers = None if layers is None else list(layers)
+        self._calls: dict[int, Call] = {}
+        self._used: dict[str, Any] = {}
+        self._joint = False
 
     @property
     def neutral(self) -> bool:
-        return self.scale == 0
+        silent = isinstance(self.negative, dict) and not any(self.negative.values())
+        off = self.rule != "vsf" and self.scale == 0 or self.rule == "nag" and self.alpha == 0
+        return self.negative is None or silent or off or self.layers == []
 
-    def begin(self, session: Session, step: Step) -> None:
-        texts = [self.negative] if isinstance(self.negative, str) else self.negative
-        self._text = session.encode_text(texts)
+    def bind(self, session: Session) -> None:
+        self._joint = any(layer.kind == "joint" for layer in session.layers)
+        for wanted in self.layers or ():
+            if not any(_named(layer, wanted) for layer in session.layers if layer.kind in ("cross", "joint")):
+                raise SettingError(f"layers: no text-attention layer is called {wanted!r} here")
 
     def unbind(self) -> None:
-        self._text = None
+        self._calls.clear()
+
+    def begin(self, session: Session, step: Step) -> None:
+        prompt = session.prompt
+        self._warn_of_ignored(prompt)
+        texts, weights = self._texts(session)
+        _check_fit(texts, session)
+        known = default(self.rule, session.family, prompt.guided)
+        scale = known.scale if self.scale is None else self.scale
+        strength = scale if self.rule == "vsf" else scale * sum(weights)
+        self._calls[threading.get_ident()] = Call(
+            session.layer_text, texts, weights, prompt.pictures, self.rule, self._combine(known, strength), self.joint
+        )
+        given = self.scale is not None
+        self._used = {"rule": self.rule, "scale": scale, "scale_from": "given" if given else known.source}
+
+    def finish(self) -> None:
+        self._calls.pop(threading.get_ident(), None)
+
+    def streams(self, step: Step) -> Sequence[Text]:
+        return self.call().texts if self._joint else ()
 
     def edits(self) -> Sequence[Edit]:
-        return (_Away(self),)
+        return (CutStreams(self), JointAway(self)) if self._joint else (CrossAway(self),)
+
+    def report(self) -> Mapping[str, Any]:
+        return dict(self._used)
+
+    def call(self) -> Call:
+        """What this thread's pipeline call holds."""
+        return self._calls[threading.get_ident()]
+
+    def chooses(self, layer: AttentionLayer) -> bool:
+        """Whether this layer is one of `layers`."""
+        return self.layers is None or any(_named(layer, wanted) for wanted in self.layers)
+
+    # -- the negative ------------------------------------------------------------------------------------------
+
+    def _combine(self, known: Default, scale: float) -> Callable[..., torch.Tensor]:
+        more: dict[str, float] = {
+            "nasa": {},
+            "nag": {"tau": self.tau, "alpha": known.alpha if self.alpha is None else self.alpha},
+            "vsf": {"offset": self.offset},
+        }[self.rule]
+        return functools.partial(RULES[self.rule], scale=scale, **more)
+
+    def _texts(self, session: Session) -> tuple[list[Text], list[float]]:
+        """One text a negative, its rows one or one a prompt, with its weight."""
+        negative = self.negative
+        if isinstance(negative, torch.Tensor):
+            embeddings = negative if negative.ndim == 3 else negative[None]
+            mask = None if self.mask is None else self.mask.expand(len(embeddings), -1)
+            return [Text(embeddings, mask)], [1.0]
+        if isinstance(negative, dict):
+            kept = {text: weight for text, weight in negative.items() if weight}
+            return [session.encode([text]) for text in kept], list(kept.values())
+        assert negative is not None
+        return [session.encode([negative] if isinstance(negative, str) else negative)], [1.0]
+
+    def _warn_of_ignored(self, prompt: Prompt) -> None:
+        asked = [prompt.negative] if isinstance(prompt.negative, str) else prompt.negative or []
+        if any(asked) and not prompt.guided:
+            warnings.warn(
+                f"the call's negative_prompt={prompt.negative!r} does nothing: the pipeline runs without guidance "
+                f"(guidance_scale={prompt.guidance_scale}). NegativeAway steers away from {self.negative!r} only; "
+                "give it that text too",
+                stacklevel=2,
+            )
 
 
-class _Away(Edit):
-    rows = ("cond",)
+def _checked(negative: Any) -> str | list[str] | dict[str, float] | torch.Tensor | None:
+    """The negative in its plain form, or a typed error."""
+    if negative is None or isinstance(negative, str):
+        return negative
+    if isinstance(negative, torch.Tensor):
+        if negative.ndim not in (2, 3) or not negative.is_floating_point() or not negative.numel():
+            raise SettingError(f"negative embeddings {list(negative.shape)}: give floats [L, D] or [prompts, L, D]")
+        if not bool(negative.isfinite().all()):
+            raise SettingError("the negative embeddings hold NaN or infinity")
+        return negative.detach()
+    if isinstance(negative, Mapping):
+        found = {text: finite(weight, f"weight of {text!r}", 0.0) for text, weight in negative.items()}
+    else:
+        found = list(negative) if isinstance(negative, Sequence) else [negative]
+    if not found:
+        raise SettingError("negative is empty: give a text, or None to steer away from nothing")
+    for text in found:
+        if not isinstance(text, str):
+            raise SettingTypeError(f"a negative is a text, not {type(text).__name__}")
+    return found
 
-    def __init__(self, plugin: NegativeAway) -> None:
-        self.plugin = plugin
 
-    def selects(self, layer: AttentionLayer) -> bool:
-        return layer.kind == "cross"
+def _checked_mask(mask: Any, negative: Any) -> torch.Tensor | None:
+    if mask is None:
+        return None
+    if not isinstance(mask, torch.Tensor) or not isinstance(negative, torch.Tensor):
+        raise SettingTypeError("mask= is a tensor for negative embeddings; texts bring their own")
+    rows = mask.bool() if mask.ndim == 2 else mask.bool()[None]
+    if rows.shape[1] != negative.shape[-2] or len(rows) not in (1, len(negative)):
+        raise SettingError(f"mask {list(mask.shape)} does not fit the embeddings {list(negative.shape)}")
+    if not bool(rows.any(1).all()):
+        raise SettingError("mask: a negative is all padding; leave it out instead")
+    return rows
 
-    def out(self, call: AttentionCall, out: torch.Tensor) -> torch.Tensor:
-        rows = call.select("cond")
-        text, module = self.plugin._text, call.layer.module
-        assert text is not None
-        heads = call.q.shape[1]
-        k, v = (
-            project(text.to(call.q.dtype)).unflatten(-1, (heads, -1)).transpose(1, 2)
-            for project in (module.to_k, module.to_v)
-        )
-        q = call.q[rows]
-        k, v = (t.repeat_interleave(len(q) // len(t), 0) for t in (k, v))
-        out = out.clone()
-        out[rows] = nasa(out[rows], call.attend(q, k, v, None), self.plugin.scale)
-        return out
+
+def _check_fit(texts: Sequence[Text], session: Session) -> None:
+    """Refuse a wrong number of negatives, or embeddings that the denoiser would not take."""
+    prompt, width = session.prompt, session.text_width
+    prompts = prompt.prompts or prompt.pictures
+    for text in texts:
+        n, _, found = text.embeddings.shape
+        if n != 1 and (n != prompts or prompt.pictures % n):
+            raise SettingError(f"{n} negatives for {prompts} prompts: give one for all, or one for each prompt")
+        if found != width:
+            raise SettingError(f"negative embeddings of width {found}: this model takes {width}")
+
+
+def _named(layer: AttentionLayer, wanted: int | str) -> bool:
+    return wanted in (layer.index, layer.place, layer.name)

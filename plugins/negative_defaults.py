@@ -1,0 +1,61 @@
+"""Default strengths of negative-away steering, a row a model family, with where each number is from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+
+class Default(NamedTuple):
+    """A rule's default on a family.
+
+    Attributes:
+        scale: strength without guidance. guided: strength under guidance. alpha: NAG's blend.
+        source: where the unguided numbers are from; "unmeasured" is a guess from related families.
+    """
+
+    scale: float
+    guided: float
+    alpha: float = 0.5
+    source: str = "unmeasured"
+
+
+_NASA, _NAG, _VSF = "NASA, section 5", "NAG, table 5", "VSF's own settings"
+_BOOK = "measured on the picture book"
+
+DEFAULTS: Mapping[str, Mapping[str, Default]] = {
+    "nasa": {
+        "picturebook": Default(0.3, 0.8, source=_BOOK),
+        "sd15": Default(0.1, 0.1, source=_NASA),
+        "sd2": Default(0.2, 0.2, source=_NASA),
+        "pixart": Default(0.5, 0.5, source=_NASA),
+        "other": Default(0.2, 0.2),
+    },
+    "nag": {
+        "picturebook": Default(4.0, 4.0, source=_BOOK),
+        "sd15": Default(2.0, 2.0, 0.375, _NAG),
+        "sdxl": Default(2.0, 2.0, 0.5, _NAG),
+        "pixart": Default(4.0, 4.0, 0.375, _NAG),
+        "sana": Default(4.0, 4.0, 0.375, _NAG),
+        "flux": Default(4.0, 4.0, 0.25, _NAG),
+        "sd3": Default(4.0, 4.0, 0.125, _NAG),
+        "other": Default(2.0, 2.0, 0.375),
+    },
+    "vsf": {
+        "picturebook": Default(1.0, 1.0, source=_BOOK),
+        "flux": Default(3.5, 3.5, source=_VSF),
+        "sd3": Default(3.5, 3.5, source=_VSF),
+        "other": Default(1.0, 1.0),
+    },
+}
+"""Rule -> family -> default. Under guidance no paper gives a number: outside of the picture book it is the same."""
+
+
+def default(rule: str, family: str, guided: bool) -> Default:
+    """The default of a rule on a family, its `scale` the one for guidance on or off."""
+    rows = DEFAULTS[rule]
+    row = rows.get(family, rows["other"])
+    if not guided:
+        return row
+    source = row.source if row.source == _BOOK else "unmeasured under guidance"
+    return row._replace(scale=row.guided, source=source)

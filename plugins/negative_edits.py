@@ -1,0 +1,308 @@
+"""How a negative text gets into attention: beside the prompt in cross-attention, as its own stream in joint attention.
+
+Cross-attention: the layer itself projects the negative's keys and values, once a pipeline call, and they are kept.
+
+Joint attention: the negative's tokens ride behind the prompt's through the whole model, so every norm, gate and MLP of
+the text side serves them as it is. In attention they are cut out again, the image attends to itself once, and its
+attention over the prompt and over the negative are merged with that by log-sum-exp. No image token is computed twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..attention.call import AttentionCall, Kernel
+from ..attention.edit import Edit
+from ..attention.layer import AttentionLayer
+from ..attention.partial import Partial, attend_with_lse, merge, sum_weighted
+from ..attention.step import Step
+from .base import Text
+
+if TYPE_CHECKING:
+    from .negative_away import NegativeAway
+
+_LSE, _STREAMS, _SHARED = "positive lse", "streams cut out", "attention over the image"
+_FIRST, _LAST = -1000, 1000
+
+
+@dataclass
+class Call:
+    """What one pipeline call needs of its negatives.
+
+    Attributes:
+        layer_text: brings a text to the form that cross-attention layers get.
+        texts, weights: one a negative; rows of a text are one, or one a prompt.
+        pictures: rows of the conditional group.
+        rule, combine: the rule's name and its function of the four tensors, settings bound.
+        joint: NASA's form in a joint sequence.
+    """
+
+    layer_text: Callable[[Text], Text]
+    texts: list[Text]
+    weights: list[float]
+    pictures: int
+    rule: str
+    combine: Callable[..., torch.Tensor]
+    joint: str
+    seen: list[Text] = field(default_factory=list[Text])
+    keys: dict[tuple[str, int], tuple[Any, ...]] = field(default_factory=dict[tuple[str, int], tuple[Any, ...]])
+
+    def steer(self, positive: torch.Tensor, lse: torch.Tensor | None, negatives: Sequence[Partial]) -> torch.Tensor:
+        """Z of Z+ [B, H, L, D] and the negatives, in the dtype of Z+."""
+        one = pooled(self.rule, negatives, self.weights)
+        return self.combine(positive, lse, one.out, one.lse).to(positive.dtype)
+
+    def projected(self, call: AttentionCall, number: int, rows: int) -> tuple[torch.Tensor, ...]:
+        """Keys, values and mask of a negative in this layer for `rows` rows; projected at the first use."""
+        module = call.layer.module
+        mark = (call.q.dtype, call.q.device, *(_lora(getattr(module, name, None)) for name in ("to_k", "to_v")))
+        kept = self.keys.get((call.layer.name, number))
+        if kept is None or kept[0] != mark:
+            assert call.project is not None
+            text = self._layer_text(number)
+            made = call.project(text.embeddings.to(call.q), _bias(text.mask, call.q.dtype))
+            kept = self.keys[call.layer.name, number] = mark, made.k, made.v, made.mask
+        return tuple(self._rows(tensor, rows) for tensor in kept[1:])
+
+    def _layer_text(self, number: int) -> Text:
+        if not self.seen:
+            self.seen = [self.layer_text(text) for text in self.texts]
+        return self.seen[number]
+
+    def _rows(self, tensor: Any, rows: int) -> Any:
+        if tensor is None:
+            return None
+        n = len(tensor)
+        if n == 1:
+            return tensor.expand(rows, *tensor.shape[1:])
+        return tensor[torch.arange(rows, device=tensor.device) % self.pictures // (self.pictures // n)]
+
+
+def pooled(rule: str, parts: Sequence[Partial], weights: Sequence[float]) -> Partial:
+    """Several negatives as one: their weighted mean, whose sum of weights then belongs into the scale; for VSF their
+    weighted sum within one softmax over all their keys.
+    """
+    if len(parts) == 1 and weights[0] == 1:
+        return parts[0]
+    if rule == "vsf":
+        lse = torch.stack([part.lse for part in parts]).logsumexp(0)
+        scaled = [Partial(part.out * weight, part.lse) for part, weight in zip(parts, weights, strict=True)]
+        return Partial(sum_weighted(scaled, lse), lse)
+    share = sum(weights)
+    out = sum(part.out * (weight / share) for part, weight in zip(parts, weights, strict=True))
+    assert isinstance(out, torch.Tensor)
+    return Partial(out, parts[0].lse)
+
+
+class _TextEdit(Edit):
+    """An edit of the conditional rows of the text-attention layers."""
+
+    rows = ("cond",)
+    kind = "cross"
+
+    def __init__(self, plugin: NegativeAway) -> None:
+        self.plugin = plugin
+
+    def selects(self, layer: AttentionLayer) -> bool:
+        return layer.kind == self.kind
+
+    def active(self, layer: AttentionLayer, step: Step) -> bool:
+        return step.phase == "predict" and "cond" in step.rows
+
+
+class CrossAway(_TextEdit):
+    """Steers a cross-attention layer."""
+
+    def selects(self, layer: AttentionLayer) -> bool:
+        return super().selects(layer) and self.plugin.chooses(layer)
+
+    def qkv(self, call: AttentionCall) -> None:
+        if self.plugin.rule == "vsf":
+            call.kernel = _keeping_lse(call.aside)
+
+    def out(self, call: AttentionCall, out: torch.Tensor) -> torch.Tensor:
+        rows, state = call.select("cond"), self.plugin.call()
+        some = call.narrow(rows)
+        lse, negatives = None, list[Partial]()
+        for number in range(len(state.texts)):
+            k, v, mask = state.projected(call, number, len(some.q))
+            negatives.append(self._attend(some, k, v, mask))
+        if self.plugin.rule == "vsf":
+            kept: torch.Tensor | None = call.aside.get(_LSE)
+            if kept is not None and len(kept) == len(call.q):
+                lse = kept[rows]
+            else:  # another edit took the kernel's place
+                lse = attend_with_lse(some.q, some.k, some.v, some.mask, some.scale).lse
+        return _placed(out, rows, state.steer(out[rows], lse, negatives))
+
+    def _attend(self, call: AttentionCall, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> Partial:
+        if self.plugin.rule == "vsf":
+            return attend_with_lse(call.q, k, v, mask, call.scale)
+        out = call.attend(call.q, k, v, mask)
+        return Partial(out, out.new_empty(0))
+
+
+class CutStreams(_TextEdit):
+    """Takes the negatives' tokens out of a joint layer before any other edit sees it, and shares the image's part."""
+
+    kind, order = "joint", _FIRST
+
+    def qkv(self, call: AttentionCall) -> None:
+        assert call.text is not None
+        lengths = [text.embeddings.shape[1] for text in self.plugin.call().texts]
+        start, stop = call.text.stop - sum(lengths), call.text.stop
+        call.aside[_STREAMS] = [_columns(call, start + sum(lengths[:i]), n) for i, n in enumerate(lengths)]
+        call.q, call.k, call.v = (_without(t, slice(start, stop), -2) for t in (call.q, call.k, call.v))
+        call.mask = None if call.mask is None else _without(call.mask, slice(start, stop), -1)
+        call.text = slice(call.text.start, start)
+        call.kernel = _sharing_image(call)
+
+
+class JointAway(_TextEdit):
+    """Steers the image tokens of a joint layer, and puts the negatives' own attention back."""
+
+    kind, order = "joint", _LAST
+
+    def out(self, call: AttentionCall, out: torch.Tensor) -> torch.Tensor:
+        assert call.text is not None
+        rows, text = call.select("cond"), call.text
+        streams = [stream.narrow(rows) for stream in call.aside.pop(_STREAMS)]
+        if self.plugin.chooses(call.layer):
+            steered = self._steered(call, _without(out, text, -2), rows, streams)
+            out = _joined(out[:, :, text], steered, text)
+        own = _placed(
+            out.new_zeros(len(out), out.shape[1], sum(s.q.shape[-2] for s in streams), out.shape[-1]),
+            rows, torch.cat([_own_attention(call.narrow(rows), stream) for stream in streams], -2),
+        )  # fmt: skip
+        return torch.cat([out[:, :, : text.stop], own, out[:, :, text.stop :]], -2)
+
+    def _steered(
+        self, call: AttentionCall, out: torch.Tensor, rows: slice | list[int], streams: list[AttentionCall]
+    ) -> torch.Tensor:
+        """Image tokens of all rows, those of `rows` steered."""
+        state = self.plugin.call()
+        image, positive = _shared_for(call, rows)
+        q = _image(call.narrow(rows).q, call.text)
+        words = [attend_with_lse(q, s.k, s.v, s.mask, s.scale) for s in streams]
+        if state.rule == "nasa" and state.joint == "text":
+            negatives = [Partial(sum_weighted([w], torch.logaddexp(w.lse, image.lse)), w.lse) for w in words]
+        elif state.rule == "vsf":
+            negatives = words
+        else:
+            negatives = [merge([w, image]) for w in words]
+        return _placed(out, rows, state.steer(out[rows], positive.lse, negatives))
+
+
+# -- kernels that keep what the rules need -------------------------------------------------------------------------
+# They hold `aside` and not the call, which holds them: a cycle would keep every layer's tensors alive.
+
+
+def _keeping_lse(aside: dict[Any, Any]) -> Kernel:
+    def kernel(
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, attn_mask: torch.Tensor | None = None, **rest: Any
+    ) -> torch.Tensor:
+        part = attend_with_lse(q, k, v, attn_mask, rest["scale"])
+        aside[_LSE] = part.lse
+        return part.out
+
+    return kernel
+
+
+def _sharing_image(call: AttentionCall) -> Kernel:
+    """Attention of [text, image] whose image tokens keep their attention over the image alone for the negatives."""
+    plain, text, aside = call.kernel, call.text, call.aside
+    assert text is not None
+
+    def kernel(
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, attn_mask: torch.Tensor | None = None, **rest: Any
+    ) -> torch.Tensor:
+        image, positive = _in_parts(_image(q, text), k, v, attn_mask, rest["scale"], text)
+        aside[_SHARED] = image, positive
+        words = plain(q[:, :, text], k, v, attn_mask=attn_mask, **rest)
+        return _joined(words, positive.out, text)
+
+    return kernel
+
+
+def _in_parts(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float, text: slice
+) -> tuple[Partial, Partial]:
+    """(attention over the image, attention over all keys) of image queries."""
+    seen = None if mask is None else _without(mask, text, -1)
+    image = attend_with_lse(q, _image(k, text), _image(v, text), seen, scale)
+    words = attend_with_lse(q, k[:, :, text], v[:, :, text], None if mask is None else mask[..., text], scale)
+    return image, merge([image, words])
+
+
+def _shared_for(call: AttentionCall, rows: slice | list[int]) -> tuple[Partial, Partial]:
+    """The kept attention of these rows; computed where another edit took the kernel's place."""
+    assert call.text is not None
+    kept: tuple[Partial, Partial] | None = call.aside.get(_SHARED)
+    if kept is not None and len(kept[0].out) == len(call.q):
+        image, positive = kept
+        return Partial(image.out[rows], image.lse[rows]), Partial(positive.out[rows], positive.lse[rows])
+    some = call.narrow(rows)
+    return _in_parts(_image(some.q, call.text), some.k, some.v, some.mask, some.scale, call.text)
+
+
+def _own_attention(call: AttentionCall, stream: AttentionCall) -> torch.Tensor:
+    """A stream's tokens attend to themselves and the image, as the prompt's do."""
+    assert call.text is not None
+    k, v = (torch.cat([a, _image(b, call.text)], -2) for a, b in ((stream.k, call.k), (stream.v, call.v)))
+    mask = None
+    if call.mask is not None and stream.mask is not None:
+        mask = torch.cat([stream.mask, _without(call.mask, call.text, -1)], -1)
+    return stream.attend(stream.q, k, v, mask)
+
+
+# -- tensors of a sequence -----------------------------------------------------------------------------------------
+
+
+def _columns(call: AttentionCall, start: int, length: int) -> AttentionCall:
+    """The call for some of its tokens, as it arrived."""
+    part = replace(call, aside={})
+    part.q, part.k, part.v = (t[:, :, start : start + length] for t in (call.q, call.k, call.v))
+    part.mask = None if call.mask is None else call.mask[..., start : start + length]
+    return part
+
+
+def _without(tensor: torch.Tensor, columns: slice, dim: int) -> torch.Tensor:
+    """`tensor` less some columns of `dim`; a view where they are at an end."""
+    length = tensor.shape[dim]
+    head, tail = tensor.narrow(dim, 0, columns.start), tensor.narrow(dim, columns.stop, length - columns.stop)
+    return tail if not columns.start else head if columns.stop == length else torch.cat([head, tail], dim)
+
+
+def _image(tensor: torch.Tensor, text: slice | None) -> torch.Tensor:
+    assert text is not None
+    return _without(tensor, text, -2)
+
+
+def _joined(words: torch.Tensor, image: torch.Tensor, text: slice) -> torch.Tensor:
+    """A sequence of its text and its image tokens again."""
+    return torch.cat([image[:, :, : text.start], words, image[:, :, text.start :]], -2)
+
+
+def _placed(tensor: torch.Tensor, rows: slice | list[int], new: torch.Tensor) -> torch.Tensor:
+    """`tensor` with some rows replaced."""
+    if len(new) == len(tensor):
+        return new
+    tensor = tensor.clone()
+    tensor[rows] = new
+    return tensor
+
+
+def _bias(mask: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
+    """Padding as diffusers' cross-attention models write it, [n, 1, L]."""
+    return None if mask is None else (1 - mask.to(dtype))[:, None] * -10000.0
+
+
+def _lora(linear: Any) -> tuple[Any, ...]:
+    """Changes whenever the LoRA state of a projection does."""
+    if not hasattr(linear, "active_adapters"):
+        return ()
+    return (*linear.scaling.items(), *linear.active_adapters, linear.disable_adapters, *linear.merged_adapters)
