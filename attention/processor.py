@@ -30,8 +30,13 @@ class EditProcessor:
         self, layer: AttentionLayer, inner: Callable[..., Any], edits: list[Edit], step: Step | Callable[[], Step]
     ) -> None:
         self.layer, self.inner, self.edits, self.step = layer, inner, edits, step
+
+        @functools.wraps(inner.__call__)  # pyright: ignore[reportFunctionMemberAccess]
+        def call(*args: Any, **kwargs: Any) -> Any:
+            return self._run(*args, **kwargs)
+
         # An instance attribute, because diffusers reads inspect.signature(processor.__call__).
-        self.__dict__["__call__"] = functools.wraps(inner.__call__)(self._run)  # pyright: ignore
+        self.__dict__["__call__"] = call
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._run(*args, **kwargs)

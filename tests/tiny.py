@@ -120,7 +120,7 @@ def sdxl(seed: int = 1, cls: Any = StableDiffusionXLPipeline, **parts: Any) -> A
 
 def controlnet(model: UNet2DConditionModel, seed: int = 5) -> ControlNetModel:
     torch.manual_seed(seed)
-    net = ControlNetModel.from_unet(model, conditioning_channels=3)
+    net = ControlNetModel.from_unet(model, conditioning_embedding_out_channels=(16, 32), conditioning_channels=3)
     for parameter in net.parameters():  # its zero convolutions would hide every mistake
         torch.nn.init.normal_(parameter, std=0.05)
     return net.eval()
