@@ -43,10 +43,10 @@ def hook_denoiser(denoiser: nn.Module, graft: Graft) -> Callable[[], None]:
     def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         if not graft.here or graft.run.step.probing:
             return None
-        return graft.run.after(output)
+        return graft.run.aborted() if output is None else graft.run.after(output)
 
     first = denoiser.register_forward_pre_hook(Hook(before), with_kwargs=True, prepend=True)
-    last = denoiser.register_forward_hook(Hook(after), with_kwargs=True)
+    last = denoiser.register_forward_hook(Hook(after), with_kwargs=True, always_call=True)
 
     def undo() -> None:
         first.remove()

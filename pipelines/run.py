@@ -138,6 +138,11 @@ class Run:
         self.deltas = [d for plugin in combiners if (d := plugin.combine(step, full, step.rows)) is not None]
         return self._folded(output, self.deltas, kept, ("uncond", "cond"))
 
+    def aborted(self) -> None:
+        """The denoiser raised: this pipeline call will not step."""
+        self.pending, self.inputs = None, {}
+        self._forget_joins()
+
     def _folded(self, output: Any, deltas: Sequence[torch.Tensor], kept: int, groups: Sequence[str]) -> Any:
         """The first `kept` rows of the output, moved by the deltas.
 

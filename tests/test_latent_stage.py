@@ -270,3 +270,20 @@ def test_batches_equal_single_runs(sd15):
         with dg.graft(sd15, single, Guide(), Scaled(0.5)):
             one = tiny.sample(sd15, prompts[i // 2], generator=seeds()[i])
         assert (batch[i] - one[0]).abs().max() < 1e-4 * one.abs().max()
+
+
+def test_a_call_that_failed_is_forgotten(sd15):
+    with dg.graft(sd15, Climb(), Guide()):
+        expected = tiny.sample(sd15)
+        with pytest.raises(RuntimeError, match="size|shape|multiplied"):
+            tiny.sample(sd15, prompt=None, prompt_embeds=torch.zeros(1, 77, 8), guidance_scale=1.0)
+        hook = sd15.unet.up_blocks[1].register_forward_pre_hook(fail)
+        with pytest.raises(RuntimeError, match="boom"):
+            tiny.sample(sd15)
+        hook.remove()
+        assert torch.equal(tiny.sample(sd15), expected)
+
+
+def fail(module, args):
+    if not torch.is_grad_enabled():
+        raise RuntimeError("boom")
