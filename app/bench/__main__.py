@@ -1,0 +1,43 @@
+"""`python -m diffgraft.app.bench [TABLE ...] [--full]`: print the benchmark tables of the README again."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+import time
+
+TABLES = {
+    "overhead": "session overhead with no active edit",
+    "negative_cost": "FLOPs of negatives inside attention",
+    "negative_effect": "what a negative removes from one-step and guided pictures",
+    "segregation_cost": "FLOPs and saved activations of attention guidance",
+    "segregation_effect": "whether every object appears, with its colour",
+    "redirection_cost": "FLOPs and memory of object removal",
+    "redirection_effect": "holes against the true background",
+    "startpoint_cost": "denoiser passes of inversions",
+    "style_effect": "style transfer against the true re-rendering",
+    "evaluate": "what the embedded model draws, judged",
+}
+"""Module of this package with `run(full: bool) -> None`, and what its table shows."""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="diffgraft.app.bench", description=__doc__)
+    parser.add_argument("tables", nargs="*", metavar="TABLE", help=f"some of: {', '.join(TABLES)} (default: all)")
+    parser.add_argument("--full", action="store_true", help="every sample of the table, for hours, resumable")
+    options = parser.parse_args()
+    unknown = [name for name in options.tables if name not in TABLES]
+    if unknown:
+        parser.error(f"no table {', '.join(unknown)}; there are: {', '.join(TABLES)}")
+    for name in options.tables or TABLES:
+        start = time.monotonic()
+        sys.stdout.write(f"\n## {name}: {TABLES[name]} ({'full' if options.full else 'quick'} mode)\n\n")
+        importlib.import_module(f"{__package__}.{name}").run(options.full)
+        sys.stdout.write(f"\n({time.monotonic() - start:.0f} s)\n")
+        sys.stdout.flush()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
