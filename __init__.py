@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from .pipelines.generate import generate as generate
     from .pipelines.graft import Graft as Graft
     from .pipelines.graft import graft as graft
+    from .pipelines.inversion import Inversion as Inversion
+    from .pipelines.inversion import invert as invert
     from .pipelines.load import load as load
     from .pipelines.picturebook import picturebook as picturebook
     from .plugins.base import Branch as Branch
@@ -40,6 +42,7 @@ if TYPE_CHECKING:
     from .plugins.negative_away import NegativeAway as NegativeAway
     from .plugins.segregation import AttentionSegregation as AttentionSegregation
     from .plugins.startpoint import StartpointFilter as StartpointFilter
+    from .plugins.style_injection import StyleInjection as StyleInjection
 
 __version__ = "0.1.0"
 
@@ -57,6 +60,7 @@ _HOMES = {
     "attention.step": ("Step",),
     "pipelines.generate": ("generate",),
     "pipelines.graft": ("Graft", "graft"),
+    "pipelines.inversion": ("Inversion", "invert"),
     "pipelines.load": ("load",),
     "pipelines.picturebook": ("picturebook",),
     "plugins.base": ("Branch", "Plugin"),
@@ -64,6 +68,7 @@ _HOMES = {
     "plugins.negative_away": ("NegativeAway",),
     "plugins.segregation": ("AttentionSegregation",),
     "plugins.startpoint": ("StartpointFilter",),
+    "plugins.style_injection": ("StyleInjection",),
 }  # fmt: skip
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 __all__ = ["__version__", *sorted(_HOME)]  # pyright: ignore[reportUnsupportedDunderAll]

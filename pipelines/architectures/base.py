@@ -146,19 +146,6 @@ class Adapter:
             f"{type(self.pipe).__name__} encodes no text that diffgraft knows of: pass embeddings instead of strings"
         )
 
-    def conditions(self, texts: Sequence[str], latents: torch.Tensor) -> Inputs:
-        """What the denoiser takes besides latents and timestep, one row a text, for a loop of our own."""
-        raise UnsupportedPipelineError(f"{type(self.pipe).__name__} can be sampled, but not be inverted yet")
-
-    def call(self, latents: torch.Tensor, timestep: torch.Tensor, conditions: Inputs) -> torch.Tensor:
-        """The prediction for latents [B, C, h, w] in the scheduler's scaling for the model, [B, C, h, w]."""
-        inputs = {self.sample: latents, self.timestep: timestep, **conditions}
-        return self.prediction(self.denoiser(**inputs, return_dict=False))[:, : latents.shape[1]]
-
-    def timing(self, latents: torch.Tensor, steps: int) -> dict[str, Any]:
-        """What the pipeline adds to the scheduler's `set_timesteps` for latents of this size."""
-        return {}
-
     def tokenizer(self) -> Any:
         """The tokenizer whose tokens are the columns of the text embeddings."""
         return getattr(self.pipe, "tokenizer", None)

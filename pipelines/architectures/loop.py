@@ -1,0 +1,168 @@
+"""How a sampling loop of our own calls a denoiser: what the pipelines do around theirs, by family."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from ...attention.errors import UnsupportedPipelineError
+from ...plugins.startpoint import pack, unpack
+from .base import Inputs
+
+
+class Loop:
+    """UNet2DConditionModel; other families override what differs. Latents are always [B, C, h, w] here.
+
+    Args:
+        pipe: the pipeline whose encoders, denoiser and sizes are used.
+        denoiser: its UNet or transformer.
+    """
+
+    def __init__(self, pipe: Any, denoiser: Any) -> None:
+        self.pipe, self.denoiser = pipe, denoiser
+
+    def conditions(self, texts: Sequence[str], size: tuple[int, int]) -> Inputs:
+        """What the denoiser takes besides latents of `size` (h, w) and timestep, one row a text."""
+        encoded = self._encode(texts, do_classifier_free_guidance=False)
+        inputs: Inputs = {"encoder_hidden_states": encoded[0]}
+        if self.denoiser.config.addition_embed_type == "text_time":  # SDXL: pooled text, and sizes in pixels
+            factor = 2 ** (len(self.pipe.vae.config.block_out_channels) - 1)
+            height, width = (factor * side for side in size)
+            sizes = torch.tensor([[height, width, 0, 0, height, width]] * len(texts)).to(encoded[2])
+            inputs["added_cond_kwargs"] = {"text_embeds": encoded[2], "time_ids": sizes}
+        return inputs
+
+    def with_images(self, inputs: Inputs, pictures: Sequence[Any] | None) -> Inputs:
+        """Adds what a loaded IP-Adapter wants: a picture for each row, or empty ones."""
+        if getattr(self.denoiser.config, "encoder_hid_dim_type", None) != "ip_image_proj":
+            return inputs
+        adapters = len(self.denoiser.encoder_hid_proj.image_projection_layers)
+        rows: list[list[torch.Tensor]] = []
+        for picture in pictures or [_BLACK]:
+            given = [picture] * adapters
+            pairs = self.pipe.prepare_ip_adapter_image_embeds(given, None, self.pipe._execution_device, 1, True)
+            rows.append([pair.chunk(2)[1 if pictures else 0] for pair in pairs])
+        rows = rows * (len(inputs["encoder_hidden_states"]) // len(rows))
+        embeds = [torch.cat([row[i] for row in rows]) for i in range(adapters)]
+        return {**inputs, "added_cond_kwargs": {**inputs.get("added_cond_kwargs", {}), "image_embeds": embeds}}
+
+    def predict(self, latents: torch.Tensor, timestep: torch.Tensor, inputs: Inputs) -> torch.Tensor:
+        """The denoiser's prediction, [B, C, h, w]."""
+        return self.denoiser(latents, timestep, **inputs, return_dict=False)[0]
+
+    def timing(self, size: tuple[int, int], steps: int, scheduler: Any) -> dict[str, Any]:
+        """What the pipeline adds to `set_timesteps` for latents of this size."""
+        return {}
+
+    def hand_over(self, latents: torch.Tensor) -> torch.Tensor:
+        """Latents as the pipeline's `latents=` takes them."""
+        return latents
+
+    def _encode(self, texts: Sequence[str], **options: Any) -> Any:
+        device = self.pipe._execution_device
+        return self.pipe.encode_prompt(list(texts), device=device, num_images_per_prompt=1, **options)
+
+
+class PixArtLoop(Loop):
+    """PixArt: a text mask, one timestep a row, and a learned variance behind the prediction."""
+
+    def conditions(self, texts: Sequence[str], size: tuple[int, int]) -> Inputs:
+        embeddings, mask, *_ = self._encode(texts, do_classifier_free_guidance=False)
+        sizes: Inputs = {"resolution": None, "aspect_ratio": None}
+        if getattr(self.denoiser, "use_additional_conditions", False):
+            factor = 2 ** (len(self.pipe.vae.config.block_out_channels) - 1)
+            pixels = torch.tensor([[factor * side for side in size]] * len(texts))
+            ratio = torch.full((len(texts), 1), size[0] / size[1])
+            sizes = {"resolution": pixels.to(embeddings), "aspect_ratio": ratio.to(embeddings)}
+        return {"encoder_hidden_states": embeddings, "encoder_attention_mask": mask, "added_cond_kwargs": sizes}
+
+    def predict(self, latents: torch.Tensor, timestep: torch.Tensor, inputs: Inputs) -> torch.Tensor:
+        output = self.denoiser(latents, timestep=timestep.expand(len(latents)), **inputs, return_dict=False)[0]
+        return output[:, : latents.shape[1]]
+
+
+class SD3Loop(Loop):
+    """Stable Diffusion 3: flow matching on spatial latents."""
+
+    def conditions(self, texts: Sequence[str], size: tuple[int, int]) -> Inputs:
+        encoded = self._encode(texts, prompt_2=None, prompt_3=None, do_classifier_free_guidance=False)
+        return {"encoder_hidden_states": encoded[0], "pooled_projections": encoded[2]}
+
+    def predict(self, latents: torch.Tensor, timestep: torch.Tensor, inputs: Inputs) -> torch.Tensor:
+        return self.denoiser(latents, timestep=timestep.expand(len(latents)), **inputs, return_dict=False)[0]
+
+    def timing(self, size: tuple[int, int], steps: int, scheduler: Any) -> dict[str, Any]:
+        if not scheduler.config.get("use_dynamic_shifting"):
+            return {}
+        patch = self.denoiser.config.patch_size
+        return {"mu": dynamic_shift((size[0] // patch) * (size[1] // patch), scheduler, 1.16)}
+
+
+class FluxLoop(Loop):
+    """FLUX.1: packed latents. A guidance-distilled model runs at guidance 1, where inversion is stable."""
+
+    def conditions(self, texts: Sequence[str], size: tuple[int, int]) -> Inputs:
+        embeddings, pooled, text_ids = self._encode(texts)
+        device, grid = self.pipe._execution_device, (size[0] // 2, size[1] // 2)
+        ids = self.pipe._prepare_latent_image_ids(1, *grid, device, embeddings.dtype)
+        guided = self.denoiser.config.guidance_embeds
+        guidance = torch.ones(len(texts), device=device) if guided else None
+        return {
+            "encoder_hidden_states": embeddings,
+            "pooled_projections": pooled,
+            "txt_ids": text_ids,
+            "img_ids": ids,
+            "guidance": guidance,
+        }
+
+    def predict(self, latents: torch.Tensor, timestep: torch.Tensor, inputs: Inputs) -> torch.Tensor:
+        height, width = latents.shape[-2:]
+        time = timestep.expand(len(latents)).to(latents.dtype) / 1000
+        output = self.denoiser(hidden_states=pack(latents), timestep=time, **inputs, return_dict=False)[0]
+        return unpack(output, (height // 2, width // 2))
+
+    def timing(self, size: tuple[int, int], steps: int, scheduler: Any) -> dict[str, Any]:
+        sigmas = [1 - i / steps for i in range(steps)]
+        return {"sigmas": sigmas, "mu": dynamic_shift((size[0] // 2) * (size[1] // 2), scheduler, 1.15)}
+
+    def hand_over(self, latents: torch.Tensor) -> torch.Tensor:
+        return pack(latents)
+
+
+LOOPS: dict[str, type[Loop]] = {
+    "UNet2DConditionModel": Loop,
+    "PixArtTransformer2DModel": PixArtLoop,
+    "SD3Transformer2DModel": SD3Loop,
+    "FluxTransformer2DModel": FluxLoop,
+}
+
+
+def loop_for(pipe: Any, denoiser: Any) -> Loop:
+    """The loop of a denoiser's family.
+
+    Raises:
+        UnsupportedPipelineError: a family without one.
+    """
+    for base in type(denoiser).__mro__:
+        if base.__name__ in LOOPS:
+            return LOOPS[base.__name__](pipe, denoiser)
+    raise UnsupportedPipelineError(f"{type(denoiser).__name__} cannot be inverted; {', '.join(LOOPS)} can")
+
+
+def dynamic_shift(tokens: int, scheduler: Any, most: float) -> float:
+    """The time shift `mu` of the pipelines: linear in the number of image tokens."""
+    config = scheduler.config
+    few, many = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
+    low, high = config.get("base_shift", 0.5), config.get("max_shift", most)
+    return low + (high - low) * (tokens - few) / (many - few)
+
+
+def _black() -> Any:
+    from PIL import Image
+
+    return Image.new("RGB", (64, 64))
+
+
+_BLACK = _black()

@@ -1,0 +1,197 @@
+"""What an inversion steers away from: a text, a picture by way of an IP-Adapter, or a picture by way of attention."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Generator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from PIL import Image
+
+from ..attention.edit import Edit
+from ..attention.errors import SettingError, SettingTypeError, UnsupportedPipelineError
+from ..attention.layer import AttentionLayer
+from ..attention.seam import Work, install
+from ..attention.step import Step
+from ..plugins.style_injection import AttendTo, ImagePrompt, block_of
+from . import latents
+from .architectures.base import Adapter
+from .schedule import Level
+
+LAYOUT_BLOCK = "down_blocks.2.attentions.1"
+"""Where an IP-Adapter passes on layout rather than style (InstantStyle, arXiv 2404.02733)."""
+
+
+class Negative:
+    """Nothing to steer away from: one row. An IP-Adapter on the pipe adds nothing.
+
+    Attributes:
+        kind: for the report.
+        rows: batch rows for each picture: [towards], [away, towards] or [away, towards, reference].
+        pictures: what an IP-Adapter is shown, one a row.
+    """
+
+    kind, rows = "none", 1
+    pictures: list[Any] | None = None
+
+    def __init__(self, adapter: Adapter) -> None:
+        self.adapter = adapter
+
+    def texts(self, prompts: Sequence[str]) -> list[str]:
+        """The prompt of every row."""
+        return list(prompts)
+
+    def batch(self, x: torch.Tensor, level: Level) -> torch.Tensor:
+        """Latents of all rows at a step."""
+        return x
+
+    def edits(self) -> list[Edit]:
+        """What attention does differently."""
+        return [ImagePrompt({})]
+
+    @contextmanager
+    def edited(self, n: int, timestep: torch.Tensor) -> Generator[None]:
+        """Around one denoiser call on n pictures."""
+        rows = {name: slice(i * n, i * n + n) for i, name in enumerate(("uncond", "cond", "reference")[: self.rows])}
+        with editing(self.adapter.layers, self.edits(), Step(timestep=timestep, rows=rows)):
+            yield
+
+    def guided(self, rows: torch.Tensor, weight: float) -> torch.Tensor:
+        """One prediction a picture, out of those of all rows: e+ + weight * (e+ - e-)."""
+        if self.rows == 1:
+            return rows
+        n = len(rows) // self.rows
+        away, towards = rows[:n], rows[n : 2 * n]
+        return towards + weight * (towards - away)
+
+
+class TextNegative(Negative):
+    """Steers away from texts."""
+
+    kind, rows = "text", 2
+
+    def __init__(self, adapter: Adapter, texts: Sequence[str]) -> None:
+        super().__init__(adapter)
+        self.negatives = list(texts)
+
+    def texts(self, prompts: Sequence[str]) -> list[str]:
+        """The prompt of every row."""
+        away = self.negatives * len(prompts) if len(self.negatives) == 1 else self.negatives
+        if len(away) != len(prompts):
+            raise SettingError(f"{len(away)} negatives for {len(prompts)} pictures: one for each, or one for all")
+        return [*away, *prompts]
+
+    def batch(self, x: torch.Tensor, level: Level) -> torch.Tensor:
+        """Latents of all rows at a step."""
+        return torch.cat([x, x])
+
+
+class ImageNegative(Negative):
+    """The IP-Adapter shows the negative picture to one row and the content to the other, in the layout block only."""
+
+    kind, rows = "image", 2
+
+    def __init__(self, adapter: Adapter, away: list[Any], towards: list[Any]) -> None:
+        super().__init__(adapter)
+        self.pictures = [*(away * len(towards) if len(away) == 1 else away), *towards]
+
+    def texts(self, prompts: Sequence[str]) -> list[str]:
+        return [*prompts, *prompts]
+
+    def batch(self, x: torch.Tensor, level: Level) -> torch.Tensor:
+        return torch.cat([x, x])
+
+    def edits(self) -> list[Edit]:
+        return [ImagePrompt({block_of(self.adapter.layers, "down", LAYOUT_BLOCK): 1.0})]
+
+
+class AttentionNegative(Negative):
+    """The negative row sees the picture's keys and values in the encoder and the middle: it simulates its leaking.
+
+    After the negative visual query guidance of StyleKeeper, moved into the inversion; a third row holds the picture
+    under noise.
+    """
+
+    kind, rows = "attention", 3
+
+    def __init__(self, adapter: Adapter, clean: torch.Tensor, generator: torch.Generator | None) -> None:
+        super().__init__(adapter)
+        if not any(_sees(layer) for layer in adapter.layers):
+            raise UnsupportedPipelineError(
+                f"a picture cannot be a negative on {type(adapter.denoiser).__name__}: give the negative as text"
+            )
+        source = generator or torch.Generator().manual_seed(0)
+        noise = torch.randn(clean.shape, generator=source, dtype=clean.dtype, device=source.device)
+        self.clean, self.noise = clean, noise.to(clean.device)
+
+    def texts(self, prompts: Sequence[str]) -> list[str]:
+        return [*prompts, *prompts, *[""] * len(prompts)]
+
+    def batch(self, x: torch.Tensor, level: Level) -> torch.Tensor:
+        noised = level.alpha * self.clean + level.sigma * self.noise
+        return torch.cat([x, x, noised.expand_as(x)])
+
+    def edits(self) -> list[Edit]:
+        return [AttendTo("reference", ("uncond",), _sees), *super().edits()]
+
+
+def negative_for(
+    adapter: Adapter, clean: torch.Tensor, negative: Any, content: Any, generator: torch.Generator | None
+) -> Negative:
+    """The best negative that the pipeline has means for.
+
+    Raises:
+        SettingTypeError: neither text nor picture. UnsupportedPipelineError: no means for a picture.
+    """
+    if negative is None:
+        return Negative(adapter)
+    away: list[Any] = list(negative) if isinstance(negative, (list, tuple, torch.Tensor)) else [negative]
+    if away and all(isinstance(item, str) for item in away):
+        return TextNegative(adapter, away)
+    if not away or not all(isinstance(item, (Image.Image, torch.Tensor)) for item in away):
+        raise SettingTypeError("a negative is a text, a picture, latents, or a list of them")
+    if isinstance(away[0], Image.Image) and has_image_prompt(adapter):
+        towards = [content] if isinstance(content, Image.Image) else latents.decode_latents(adapter.pipe, clean)
+        return ImageNegative(adapter, away, towards)
+    size = (clean.shape[-2], clean.shape[-1])
+    encoded = [
+        item[None] if isinstance(item, torch.Tensor) else latents.encode_image(adapter.pipe, item, size)
+        for item in away
+    ]
+    return AttentionNegative(adapter, torch.cat(encoded).to(clean), generator)
+
+
+def has_image_prompt(adapter: Adapter) -> bool:
+    """Whether the pipeline has an IP-Adapter and the encoder that it needs."""
+    config: Any = adapter.denoiser.config
+    loaded = getattr(config, "encoder_hid_dim_type", None) == "ip_image_proj"
+    return loaded and getattr(adapter.pipe, "image_encoder", None) is not None
+
+
+def _sees(layer: AttentionLayer) -> bool:
+    return layer.kind == "self" and layer.place in ("down", "mid")
+
+
+class _Source:
+    """Edits for the layers of one loop of our own, in the thread that runs it."""
+
+    def __init__(self, edits: dict[str, list[Edit]], step: Step) -> None:
+        self.edits, self.step, self.thread = edits, step, threading.get_ident()
+
+    def work(self, layer: AttentionLayer) -> Work | None:
+        return Work(self.step, self.edits[layer.name]) if threading.get_ident() == self.thread else None
+
+
+@contextmanager
+def editing(layers: Sequence[AttentionLayer], edits: Sequence[Edit], step: Step) -> Generator[None]:
+    """Inside, the layers run with these edits, in this thread."""
+    chosen = {x.name: [edit for edit in edits if edit.selects(x)] for x in layers}
+    chosen = {name: placed for name, placed in chosen.items() if placed}
+    source = _Source(chosen, step)
+    with ExitStack() as stack:
+        for layer in layers:
+            if layer.name in chosen:
+                stack.callback(install(layer, source))
+        yield

@@ -1,0 +1,315 @@
+"""Style from a reference row: StyleID (arXiv 2312.09008), StyleAligned (2312.02133), or an IP-Adapter's style block.
+
+The reference is one more batch row that is sampled along, so no keys or values are stored: its latent at each step is
+the noised style picture, or a point of its inverted trajectory.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, Protocol, runtime_checkable
+
+import torch
+
+from ..attention.call import AttentionCall
+from ..attention.edit import Edit
+from ..attention.errors import SettingError, UnsupportedPipelineError
+from ..attention.layer import AttentionLayer, Place
+from ..attention.step import Step
+from .base import Branch, Plugin, Probe, Session, finite
+
+Method = Literal["styleid", "stylealigned", "ip_adapter"]
+Layers = Literal["decoder", "up", "all"] | Sequence[int]
+STYLE_BLOCK = "up_blocks.0.attentions.1"
+"""Where an IP-Adapter passes on style (InstantStyle, arXiv 2404.02733)."""
+_SEED = 2312090082  # as in startpoint.py: no seed that a person picks for the pictures
+
+
+@runtime_checkable
+class Trajectory(Protocol):
+    """An `Inversion` that kept its trajectory."""
+
+    def at(self, timestep: Any) -> torch.Tensor:
+        """Latents [n, C, h, w] at a timestep, in the scheduler's space."""
+        ...
+
+
+# -- the equations -------------------------------------------------------------------------------------------------
+
+
+def adain(x: torch.Tensor, reference: torch.Tensor, dims: tuple[int, ...] = (-2, -1)) -> torch.Tensor:
+    """(x - mean) / std * std_ref + mean_ref over `dims`: latents by channel (StyleID, eq. 8), tokens by feature."""
+    mean, mean_ref = x.mean(dims, keepdim=True), reference.mean(dims, keepdim=True)
+    std, std_ref = (t.std(dims, keepdim=True, correction=0) for t in (x, reference))
+    return (x - mean) * (std_ref / std.clamp(min=1e-12)) + mean_ref
+
+
+def preserved_query(q: torch.Tensor, content: torch.Tensor, gamma: float) -> torch.Tensor:
+    """gamma * q_content + (1 - gamma) * q, equation 6 of StyleID; gamma = 1 keeps the content's query alone."""
+    return content if gamma == 1 else torch.lerp(q, content, gamma)
+
+
+def shared_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
+    q_ref: torch.Tensor, k_ref: torch.Tensor, v_ref: torch.Tensor, shift: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:  # fmt: skip
+    """Query, keys, values and additive mask of StyleAligned (equations 3 and 4), all [B, H, L, D].
+
+    Args:
+        shift: added to the logits of the reference's keys; the paper's code adds log 2 for real pictures.
+    """
+    if not k_ref.shape[-2]:
+        return q, k, v, None
+    q, k = adain(q, q_ref, (-2,)), adain(k, k_ref, (-2,))
+    mask = torch.zeros(k.shape[-2] + k_ref.shape[-2], dtype=q.dtype, device=q.device)
+    mask[k.shape[-2] :] = shift
+    return q, torch.cat([k, k_ref], -2), torch.cat([v, v_ref], -2), mask.expand(1, 1, q.shape[-2], -1)
+
+
+# -- the edits -----------------------------------------------------------------------------------------------------
+
+
+class AttendTo(Edit):
+    """Rows of `targets` attend to the keys and values of `source` instead of their own."""
+
+    def __init__(self, source: str, targets: tuple[str, ...], where: Callable[[AttentionLayer], bool]) -> None:
+        self.source, self.targets, self.where = source, targets, where
+
+    def selects(self, layer: AttentionLayer) -> bool:
+        return self.where(layer)
+
+    def qkv(self, call: AttentionCall) -> None:
+        k, v, source = call.k.clone(), call.v.clone(), call.rows[self.source]
+        for name in self.targets:
+            k[call.rows[name]], v[call.rows[name]] = call.k[source], call.v[source]
+        call.k, call.v = k, v
+
+
+class ImagePrompt(Edit):
+    """Scales what an IP-Adapter adds, by block; in blocks that are not named it adds nothing."""
+
+    every_call = True
+
+    def __init__(self, scales: Mapping[str, float]) -> None:
+        self.scales = scales
+
+    def selects(self, layer: AttentionLayer) -> bool:
+        return hasattr(getattr(layer.module, "processor", None), "to_k_ip")
+
+    def out(self, call: AttentionCall, out: torch.Tensor) -> torch.Tensor:
+        if call.number == 0:
+            return out
+        return out * next((s for block, s in self.scales.items() if call.layer.name.startswith(f"{block}.")), 0.0)
+
+
+class _Restyle(Edit):
+    """The edit of StyleID and StyleAligned: `styled` says what the rows attend with."""
+
+    def __init__(self, plugin: StyleInjection) -> None:
+        self.plugin = plugin
+
+    def selects(self, layer: AttentionLayer) -> bool:
+        return layer.kind == "self" and layer.name in self.plugin.chosen
+
+    def qkv(self, call: AttentionCall) -> None:
+        if self.plugin.strength == 1:
+            call.q, call.k, call.v, call.mask = self.styled(call)
+
+    def out(self, call: AttentionCall, out: torch.Tensor) -> torch.Tensor:
+        if self.plugin.strength == 1:
+            return out
+        return torch.lerp(out, call.attend(*self.styled(call)), self.plugin.strength)
+
+    def styled(
+        self, call: AttentionCall
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        raise NotImplementedError
+
+    def pictures(self, call: AttentionCall) -> list[int]:
+        """Of each row its picture's number."""
+        return [i for rows in sorted(call.rows.values(), key=lambda r: r.start) for i in range(rows.stop - rows.start)]
+
+
+class _StyleID(_Restyle):
+    def styled(
+        self, call: AttentionCall
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        plugin, own = self.plugin, ("style", "content")
+        q, k, v = call.q.clone(), call.k.clone(), call.v.clone()
+        for name, rows in call.rows.items():
+            if name not in own:
+                query = q[rows]
+                if "content" in call.rows:
+                    query = preserved_query(query, call.q[call.rows["content"]], plugin.gamma)
+                q[rows] = query * plugin.temperature
+                k[rows], v[rows] = call.k[call.rows["style"]], call.v[call.rows["style"]]
+        return q, k, v, call.mask
+
+
+class _StyleAligned(_Restyle):
+    def styled(
+        self, call: AttentionCall
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        # The reference row shares with itself: keys twice, which leaves its attention what it is.
+        style = call.rows["style"]
+        index = [style.start + i % (style.stop - style.start) for i in self.pictures(call)]
+        q, k, v = call.q, call.k, call.v
+        return shared_attention(q, k, v, q[index], k[index], v[index], self.plugin.shift)
+
+
+# -- the plugin ----------------------------------------------------------------------------------------------------
+
+
+class StyleInjection(Plugin):
+    """Gives pictures the style of another one while they are sampled.
+
+    Args:
+        style: a picture, latents [1 or n, C, h, w], or an `Inversion` with its trajectory, on the timesteps that will
+            be sampled. A picture needs no inversion: its row is the picture under noise (`generator`).
+        method: "styleid" (keys and values of the style), "stylealigned" (shared with it) or "ip_adapter" (what the
+            pipeline's IP-Adapter adds is kept in its style block only; pass `ip_adapter_image=style` to the call).
+        content: an `Inversion` with trajectory whose queries keep the layout (styleid); None keeps the current ones.
+        strength: 0 ... 1 between own and styled attention; 0 is neutral.
+        gamma: share of the content's query, 0 ... 1 (styleid). Larger keeps more of the content.
+        temperature: factor on the logits (styleid), above 0.
+        shift: added to the logits of the reference (stylealigned).
+        scale: of the IP-Adapter in its style block.
+        start_adain: the initial latents get the style's mean and deviation in each channel; None: for styleid only.
+        layers: "decoder" (without its coarsest level where there are three), "up", "all", or numbers of self-attention
+            layers.
+        prompt: the text of the reference row.
+        generator: draws the reference's noise; without it the noise is always the same.
+        start, end: fractions of the steps.
+
+    Raises:
+        SettingError, SettingTypeError: a setting out of range.
+    """
+
+    def __init__(
+        self, style: Any = None, *, method: Method = "styleid", content: Trajectory | None = None,
+        strength: float = 1.0, gamma: float = 0.75, temperature: float = 1.5, shift: float = math.log(2),
+        scale: float = 1.0, start_adain: bool | None = None, layers: Layers = "decoder", prompt: str = "",
+        generator: torch.Generator | None = None, start: float = 0.0, end: float = 1.0,
+    ) -> None:  # fmt: skip
+        super().__init__(start=start, end=end)
+        if method not in ("styleid", "stylealigned", "ip_adapter"):
+            raise SettingError(f"method={method!r}: choose styleid, stylealigned or ip_adapter")
+        if style is None and method != "ip_adapter":
+            raise SettingError(f"method={method!r} needs a style picture")
+        self.method, self.prompt = method, prompt
+        self.layers: Layers = layers
+        self.strength, self.gamma = finite(strength, "strength", 0, 1), finite(gamma, "gamma", 0, 1)
+        self.temperature, self.shift = finite(temperature, "temperature", 1e-3), finite(shift, "shift")
+        self.scale = finite(scale, "scale")
+        self.start_adain = method == "styleid" if start_adain is None else bool(start_adain)
+        self._style, self._content, self._generator = style, content, generator
+        self._session: Session | None = None
+        self._clean: torch.Tensor | None = None
+        self._noise: torch.Tensor | None = None
+        self._text: torch.Tensor | None = None
+        self._block = ""
+        self.chosen: set[str] = set()
+
+    @property
+    def neutral(self) -> bool:
+        return self.strength == 0
+
+    def bind(self, session: Session) -> None:
+        if self.method == "ip_adapter":
+            if not any(ImagePrompt({}).selects(layer) for layer in session.layers):
+                raise UnsupportedPipelineError("no IP-Adapter: pipe.load_ip_adapter(...), or use method='styleid'")
+            self._block = block_of(session.layers, "up", STYLE_BLOCK)
+        else:
+            self.chosen = choose_layers(session.layers, self.layers)
+
+    def unbind(self) -> None:
+        self._session = self._clean = self._noise = self._text = None
+
+    def begin(self, session: Session, step: Step) -> None:
+        self._session = session
+        if self.method == "ip_adapter":
+            return
+        self._text = session.encode_text([self.prompt])
+        if not isinstance(self._style, Trajectory):
+            self._clean = self._encoded(session, step)
+            source = self._generator or torch.Generator().manual_seed(_SEED)
+            noise = torch.randn(self._clean.shape, generator=source, device=source.device)
+            self._noise = noise.to(self._clean)
+
+    def edits(self) -> Sequence[Edit]:
+        if self.method == "ip_adapter":
+            return (ImagePrompt({self._block: self.scale * self.strength}),)
+        return (_StyleID(self) if self.method == "styleid" else _StyleAligned(self),)
+
+    def branches(self, step: Step) -> Sequence[Branch]:
+        if self.method == "ip_adapter":
+            return ()
+        rows = [Branch("style", latent=self.reference, text=self._text)]
+        content = self._content
+        if content is not None and self.method == "styleid" and self.gamma > 0:
+            rows.append(Branch("content", latent=lambda step: content.at(step.timestep), text=self._text))
+        return rows
+
+    def moves(self, step: Step) -> bool:
+        return self.start_adain and step.index == 0
+
+    def latent(self, step: Step, latent: torch.Tensor, probe: Probe) -> torch.Tensor | None:
+        return adain(latent, self.reference(step).to(latent))
+
+    def reference(self, step: Step) -> torch.Tensor:
+        """The reference's latents [n, C, h, w] at a step, in the scheduler's space."""
+        assert self._session is not None
+        n = self._session.prompt.pictures
+        if isinstance(self._style, Trajectory):
+            latent = self._style.at(step.timestep)
+        else:
+            assert self._clean is not None and self._noise is not None
+            alpha, sigma = self._session.signal(step)
+            latent = alpha * self._clean + sigma * self._noise
+        if len(latent) not in (1, n):
+            raise SettingError(f"{len(latent)} styles for {n} pictures: give one, or one for each")
+        return latent.expand(n, *latent.shape[1:])
+
+    def _encoded(self, session: Session, step: Step) -> torch.Tensor:
+        if not isinstance(self._style, torch.Tensor):
+            return session.encode_image(self._style, step.size).float()
+        if self._style.ndim != 4 or tuple(self._style.shape[-2:]) != step.size:
+            raise SettingError(
+                f"style latents of shape {tuple(self._style.shape)}: [n, C, {step.size[0]}, {step.size[1]}] is needed "
+                "here; give a picture instead, it is resized"
+            )
+        return self._style
+
+
+def choose_layers(layers: Sequence[AttentionLayer], which: Layers) -> set[str]:
+    """Names of the self-attention layers that carry style.
+
+    Raises:
+        SettingError: unknown word or number.
+    """
+    own = [layer for layer in layers if layer.kind == "self"]
+    if not isinstance(which, str):
+        if not set(which) <= {layer.index for layer in own}:
+            raise SettingError(f"layers={which!r}: there are self-attention layers 0 ... {len(own) - 1}")
+        return {layer.name for layer in own if layer.index in which}
+    if which not in ("decoder", "up", "all"):
+        raise SettingError(f"layers={which!r}: choose decoder, up, all, or numbers")
+    up = [layer for layer in own if layer.place == "up"] or own[len(own) // 2 :]  # a transformer has no decoder
+    blocks = list(dict.fromkeys(_block(layer) for layer in up))
+    if which == "decoder" and len(blocks) > 2 and up[0].place == "up":
+        up = [layer for layer in up if _block(layer) != blocks[0]]
+    return {layer.name for layer in (own if which == "all" else up)}
+
+
+def block_of(layers: Sequence[AttentionLayer], place: Place, preferred: str) -> str:
+    """The preferred block (SDXL's and SD1.5's) if the model has it, else the middle one at that place."""
+    names = [layer.name for layer in layers if layer.kind == "cross" and layer.place == place]
+    blocks = list(dict.fromkeys(".".join(name.split(".")[:4]) for name in names))
+    if not blocks:
+        raise UnsupportedPipelineError(f"the model has no cross-attention in its {place} blocks")
+    return preferred if preferred in blocks else blocks[len(blocks) // 2]
+
+
+def _block(layer: AttentionLayer) -> str:
+    return ".".join(layer.name.split(".")[:2])
