@@ -41,7 +41,7 @@ def decode_latents(pipe: Any, latents: torch.Tensor, output_type: str = "pil") -
 
 def signal(scheduler: Any, step: Step) -> tuple[float, float]:
     """(alpha, sigma) at a step: noised = alpha * clean + sigma * noise, in the space of the pipeline's latents."""
-    one = torch.ones(1, 1, 1, 1)
+    one = torch.ones(1, 1, 1, 1, dtype=torch.float64)
     timestep = torch.as_tensor(step.timestep).flatten()[:1].cpu()
     noise = getattr(scheduler, "add_noise", None)
     if noise is None:  # flow matching: scale_noise(sample, timestep, noise)
