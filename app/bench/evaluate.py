@@ -85,26 +85,36 @@ def evaluate(
     return score(look(judge, pictures), scenes)
 
 
+def table(model: Path, rows: Sequence[Row], count: int, steps: int, guidance: float) -> None:
+    """Prints the rows of a model, each as soon as it is known."""
+    pipe = DiffusionPipeline.from_pretrained(model, torch_dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    judge = load_judge()
+    sys.stdout.write(f"{count} captions a row, {steps} steps, guidance {guidance:g}; in brackets 95% intervals\n\n")
+    sys.stdout.write("| | all right | kinds right | background | style |\n|---|---|---|---|---|\n")
+    for row in rows:
+        found = evaluate(pipe, judge, row, count=count, steps=steps, guidance=guidance)
+        sys.stdout.write(f"| {row.name} | " + " | ".join(e.percent() for e in found.values()) + " |\n")
+        sys.stdout.flush()
+
+
+def run(full: bool) -> None:
+    """The table of `python -m diffgraft.app.bench evaluate`: 500 captions a row, or 20 for a quick look."""
+    table(ASSETS / "picturebook", ROWS, 500 if full else 20, steps=25, guidance=4.0)
+
+
 def main() -> None:
-    """Prints the table, row by row."""
+    """The same with a choice of model, rows and steps."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=ASSETS / "picturebook")
     parser.add_argument("--count", type=int, default=500, help="captions a row")
     parser.add_argument("--steps", type=int, default=25)
     parser.add_argument("--guidance", type=float, default=4.0)
-    parser.add_argument("--rows", type=int, nargs="*", help="only these rows, counted from 0")
+    parser.add_argument("--rows", type=int, nargs="*", default=range(len(ROWS)), help="only these, counted from 0")
     parser.add_argument("--one-step", action="store_true", help="as the student is used: one step, no guidance")
     args = parser.parse_args()
-    if args.one_step:
-        args.steps, args.guidance = 1, 0.0
-    pipe = DiffusionPipeline.from_pretrained(args.model, torch_dtype=torch.float32)
-    pipe.set_progress_bar_config(disable=True)
-    judge = load_judge()
-    sys.stdout.write("| | all right | kinds right | background | style |\n|---|---|---|---|---|\n")
-    for i in range(len(ROWS)) if args.rows is None else args.rows:
-        found = evaluate(pipe, judge, ROWS[i], count=args.count, steps=args.steps, guidance=args.guidance)
-        sys.stdout.write(f"| {ROWS[i].name} | " + " | ".join(e.percent() for e in found.values()) + " |\n")
-        sys.stdout.flush()
+    steps, guidance = (1, 0.0) if args.one_step else (args.steps, args.guidance)
+    table(args.model, [ROWS[i] for i in args.rows], args.count, steps, guidance)
 
 
 if __name__ == "__main__":
