@@ -286,6 +286,7 @@ class Run:
             )
         if self.clock.done == 0:
             check_moves(scheduler)
+            self.adapter.check_gradient()
 
     def _scale(self, scheduler: Any, sample: torch.Tensor) -> torch.Tensor:
         """The factor by which the scheduler scales latents for the model; all of them are linear."""

@@ -408,3 +408,72 @@ def test_edits_as_classic_processors(sd15):
     for name, processor in dg.edit_processors(sd15.unet, Everywhere()).items():
         inner = sd15.unet.attn_processors[name]
         assert inspect.signature(processor.__call__) == inspect.signature(inner.__call__)
+
+
+def test_ip_adapter_masks_reach_the_processor(sd15):
+    """A wrapper with bare keyword arguments drops them silently; the seam wraps no processor."""
+    load_ip_adapter(sd15)
+    embeds = [torch.randn(2, 1, 16, generator=torch.Generator().manual_seed(5))]
+    mask = torch.zeros(1, 1, 32, 32)
+    mask[..., :16] = 1
+    call = {"ip_adapter_image_embeds": embeds, "cross_attention_kwargs": {"ip_adapter_masks": [mask]}}
+    masked = tiny.sample(sd15, **call)
+    assert not torch.equal(masked, tiny.sample(sd15, ip_adapter_image_embeds=embeds))
+    assert torch.equal(grafted(sd15, NoOp(), **call), masked)
+    assert grafted(sd15, **call).isfinite().all()
+
+
+def test_layerwise_casting(sd15):
+    expected = grafted(sd15, Scaled(0.5), Guide())
+    sd15.unet.enable_layerwise_casting(storage_dtype=torch.bfloat16, compute_dtype=torch.float32)
+    out = grafted(sd15, Scaled(0.5), Guide())
+    assert torch.equal(grafted(sd15, NoOp()), tiny.sample(sd15))
+    assert out.isfinite().all() and (out - expected).abs().mean() < 0.2 * expected.abs().mean()
+    with pytest.raises(dg.UnsupportedPipelineError, match="layerwise casting"):
+        grafted(sd15, Climb())
+
+
+@pytest.mark.parametrize("first", ["graft", "hook"])
+def test_hooks_of_diffusers_come_and_go(sd15, first):
+    """Removing one of diffusers' own hooks in any order leaves the graft, and the other way round."""
+    from diffusers.hooks import HookRegistry, ModelHook
+
+    class Double(ModelHook):
+        def post_forward(self, module, output):
+            return output * 2
+
+    plain, expected = tiny.sample(sd15), grafted(sd15)
+    attention = sd15.unet.mid_block.attentions[0].transformer_blocks[0].attn2
+    registry = HookRegistry.check_if_exists_or_initialize(attention)
+    g = dg.graft(sd15, *plugins())
+    if first == "hook":
+        registry.register_hook(Double(), "double")
+        g.attach()
+        g.detach()
+        registry.remove_hook("double")
+    else:
+        g.attach()
+        registry.register_hook(Double(), "double")
+        assert not torch.equal(tiny.sample(sd15), expected)
+        registry.remove_hook("double")
+        assert torch.equal(tiny.sample(sd15), expected)
+        registry.register_hook(Double(), "double")
+        g.detach()
+        registry.remove_hook("double")
+    assert torch.equal(tiny.sample(sd15), plain)
+    with g:
+        assert torch.equal(tiny.sample(sd15), expected)
+
+
+def test_an_exception_under_pag_leaves_the_layers_editable():
+    unet = tiny.unet_xl()
+    pipe = tiny.sdxl(cls=diffusers.StableDiffusionXLPAGPipeline, unet=unet, pag_applied_layers="mid")
+    with dg.graft(pipe, Scaled(0.5)):
+        expected = tiny.sample(pipe, pag_scale=2.0)
+
+        def stop(pipe, i, t, kwargs):
+            raise RuntimeError("boom")
+
+        with pytest.raises(RuntimeError, match="boom"):
+            tiny.sample(pipe, pag_scale=2.0, callback_on_step_end=stop)
+        assert torch.equal(tiny.sample(pipe, pag_scale=2.0), expected)

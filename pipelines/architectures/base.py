@@ -162,6 +162,18 @@ class Adapter:
         if found:
             raise UnsupportedPipelineError(f"{type(self.denoiser).__name__} has {found}, then attach again")
 
+    def check_gradient(self) -> None:
+        """Refuse what makes a gradient with respect to the latent impossible.
+
+        Raises:
+            UnsupportedPipelineError: weights that change their dtype between forward and backward.
+        """
+        if any("layerwise_casting" in _hooks_of(module) for module in self.denoiser.modules()):
+            raise UnsupportedPipelineError(
+                f"{type(self.denoiser).__name__} has layerwise casting, under which no gradient reaches the latent: "
+                "load it in float16 or bfloat16 instead"
+            )
+
 
 def _looks_guided(sample: torch.Tensor, text: Any) -> bool:
     """Guidance in a hand-written loop: the same latents twice, with different text."""
@@ -176,8 +188,7 @@ def _obstacle(denoiser: Any) -> str | None:
     if getattr(denoiser, "is_cache_enabled", False):
         return "a cache that skips layers: call disable_cache() on it"
     for module in denoiser.modules():
-        registry = getattr(module, "_diffusers_hook", None)
-        hooks = list(getattr(registry, "hooks", {})) if registry is not None else []
+        hooks = _hooks_of(module)
         if any("cache" in name or "pyramid_attention" in name or "layer_skip" in name for name in hooks):
             return f"the hook {hooks[0]!r} that skips layers: disable that cache"
         if hasattr(module, "_tome_info") or type(module).__name__ == "ToMeBlock":
@@ -186,3 +197,8 @@ def _obstacle(denoiser: Any) -> str | None:
         if processor in ("SlicedAttnProcessor", "SlicedAttnAddedKVProcessor"):
             return "sliced attention: call pipe.disable_attention_slicing()"
     return None
+
+
+def _hooks_of(module: nn.Module) -> list[str]:
+    """Names of diffusers' own hooks on a module."""
+    return list(getattr(getattr(module, "_diffusers_hook", None), "hooks", {}))
