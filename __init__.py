@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from .attention.processor import edit_processors as edit_processors
     from .attention.seam import stop_probe as stop_probe
     from .attention.step import Step as Step
+    from .pipelines.erase import erase as erase
     from .pipelines.generate import generate as generate
     from .pipelines.graft import Graft as Graft
     from .pipelines.graft import graft as graft
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from .plugins.losses import LOSSES as LOSSES
     from .plugins.losses import Maps as Maps
     from .plugins.negative_away import NegativeAway as NegativeAway
+    from .plugins.redirection import SelfAttentionRedirection as SelfAttentionRedirection
     from .plugins.segregation import AttentionSegregation as AttentionSegregation
     from .plugins.startpoint import StartpointFilter as StartpointFilter
     from .plugins.style_injection import StyleInjection as StyleInjection
@@ -58,6 +60,7 @@ _HOMES = {
     "attention.processor": ("edit_processors",),
     "attention.seam": ("stop_probe",),
     "attention.step": ("Step",),
+    "pipelines.erase": ("erase",),
     "pipelines.generate": ("generate",),
     "pipelines.graft": ("Graft", "graft"),
     "pipelines.inversion": ("Inversion", "invert"),
@@ -66,6 +69,7 @@ _HOMES = {
     "plugins.base": ("Branch", "Plugin"),
     "plugins.losses": ("LOSSES", "Maps"),
     "plugins.negative_away": ("NegativeAway",),
+    "plugins.redirection": ("SelfAttentionRedirection",),
     "plugins.segregation": ("AttentionSegregation",),
     "plugins.startpoint": ("StartpointFilter",),
     "plugins.style_injection": ("StyleInjection",),

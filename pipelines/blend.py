@@ -3,33 +3,67 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 
 from ..attention.errors import UnsupportedPipelineError
+from ..attention.step import Step
+from ..plugins.base import Plugin, Probe
 
 Callback = Callable[[Any, int, Any, dict[str, Any]], dict[str, Any]]
+
+
+class Source(Protocol):
+    """The source picture's latents at every noise level of a run."""
+
+    @property
+    def clean(self) -> torch.Tensor:
+        """[n, C, h, w] without noise."""
+        ...
+
+    def at(self, scheduler: Any, timestep: torch.Tensor) -> torch.Tensor:
+        """[n, C, h, w] as they are before the step at `timestep` (of shape [1])."""
+        ...
+
+
+@dataclass(frozen=True)
+class Noised:
+    """One noise for all levels (blended latent diffusion, arXiv 2206.02779): what is outside denoises to the source."""
+
+    clean: torch.Tensor
+    noise: torch.Tensor
+
+    def at(self, scheduler: Any, timestep: torch.Tensor) -> torch.Tensor:
+        return scheduler.add_noise(self.clean, self.noise, timestep)
+
+
+@dataclass(frozen=True)
+class Inverted:
+    """The trajectory of an inversion (DiffEdit, arXiv 2210.11427), by timestep."""
+
+    clean: torch.Tensor
+    path: Callable[[Any], torch.Tensor]
+
+    def at(self, scheduler: Any, timestep: torch.Tensor) -> torch.Tensor:
+        return self.path(timestep)
 
 
 class Blend:
     """A step callback: after every step, what is outside the hole becomes the source at the new noise level.
 
-    One noise serves all levels (blended latent diffusion, arXiv 2206.02779), so that the surroundings denoise as the
-    source would; after the last step they are the source itself.
+    After the last step it is the source itself.
 
     Args:
-        clean: [n, C, h, w] latents of the source.
-        noise: [n, C, h, w], the noise that the start was made with.
+        source: the picture's latents.
         hole: [h, w] boolean.
         then: the user's own callback, called after the blend.
     """
 
-    def __init__(
-        self, clean: torch.Tensor, noise: torch.Tensor, hole: torch.Tensor, then: Callback | None = None
-    ) -> None:
-        self.clean, self.noise, self.hole, self.then = clean, noise, hole, then
+    def __init__(self, source: Source, hole: torch.Tensor, then: Callback | None = None) -> None:
+        self.source, self.hole, self.then = source, hole, then
         self.begin = 0
 
     def __call__(self, pipe: Any, index: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
@@ -46,8 +80,22 @@ class Blend:
             self.begin = int((times == timestep).nonzero()[0]) if begin is None else begin
         following = self.begin + index + 1
         if following >= len(times):
-            return self.clean
-        return scheduler.add_noise(self.clean, self.noise, times[following : following + 1])
+            return self.source.clean
+        return self.source.at(scheduler, times[following : following + 1])
+
+
+class StartAt(Plugin):
+    """Begins a run with the source's latents at its first noise level, whatever the pipeline prepared."""
+
+    def __init__(self, source: Source, scheduler: Any) -> None:
+        super().__init__()
+        self._source, self._scheduler = source, scheduler
+
+    def moves(self, step: Step) -> bool:
+        return step.index == 0
+
+    def latent(self, step: Step, latent: torch.Tensor, probe: Probe) -> torch.Tensor:
+        return self._source.at(self._scheduler, torch.as_tensor(step.timestep).flatten()[:1]).to(latent)
 
 
 def sibling(pipe: Any) -> tuple[Any, bool]:
@@ -77,7 +125,7 @@ def _channels(pipe: Any) -> int:
     config: Any = getattr(denoiser, "_orig_mod", denoiser).config
     if config.in_channels not in (4, 9):
         raise UnsupportedPipelineError(
-            f"the UNet takes {config.in_channels} channels: only latents (4) or latents, mask and masked picture (9) work"
+            f"the UNet takes {config.in_channels} channels: use one with 4 (latents) or 9 (and mask, masked picture)"
         )
     return config.in_channels
 

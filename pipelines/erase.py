@@ -18,9 +18,10 @@ from ..attention.morphology import drop_small, feather, fill_holes
 from ..attention.morphology import grow as grown
 from ..plugins.base import Plugin, finite
 from ..plugins.redirection import SelfAttentionRedirection
-from .blend import Blend, sibling
+from .blend import Blend, Inverted, Noised, StartAt, sibling
 from .generate import guard, resolve_seed
 from .graft import graft
+from .inversion import invert
 from .latents import encode_image
 from .region import Region, as_picture, paste, plan_region
 
@@ -32,6 +33,7 @@ REACH = 24
 class Sampling:
     """How a region is generated."""
 
+    method: str
     prompt: str
     steps: int
     strength: float
@@ -48,6 +50,7 @@ def erase(
     *,
     seed: int | None = None,
     n: int = 1,
+    method: str = "sip",
     prompt: str = "",
     steps: int = 50,
     strength: float = 0.8,
@@ -69,18 +72,20 @@ def erase(
     """Remove what a mask covers and continue the background.
 
     Args:
-        pipe: a text-to-image, image-to-image or inpainting pipeline of SD1, SD2 or SDXL, with ControlNet or LoRA or not.
+        pipe: a text-to-image, image-to-image or inpainting pipeline of SD1, SD2 or SDXL; ControlNet and LoRA stay.
         image: a PIL picture of any size (EXIF orientation is applied), a path, an array, or a list of them.
         mask: True, 1 or white is removed; anything `diffgraft.attention.masks.as_mask` takes. A list is the union of
             its members; for a list of images it holds the mask of each.
         seed: candidate i of picture j has the seed `seed + j * n + i`; None draws one.
         n: candidates of each picture.
+        method: "sip" starts from noise and gives another fill for every seed; "dip" starts from the picture's own
+            inversion and gives one. Both are the paper's.
         prompt: what is to be there instead; nothing, as published.
         steps, strength: of the pipeline's schedule; the first `1 - strength` of it is left out.
         guidance: classifier-free guidance towards the prompt; 1 switches it off.
         scale, suppression, suppression_steps, layers, start, end: as of `SelfAttentionRedirection`.
-        grow: pixels by which the mask is grown first; None: an eighth of 1/8 of the shorter side, 2 ... 12.
-        feather: pixels beyond that over which the new picture fades into the old one, 0 is a hard edge; None: as `grow`.
+        grow: pixels by which the mask is grown first; None: a 64th of the shorter side, 2 ... 12.
+        feather: pixels beyond that over which new fades into old, 0 is a hard edge; None: as the default of `grow`.
         fill: also remove what the mask encloses. min_area: parts of the mask with fewer pixels are specks to be left.
         crop: give the model the surroundings of the hole at their own resolution; False: the whole picture.
         plugins: further techniques for the same run.
@@ -95,7 +100,8 @@ def erase(
     """
     settings = {name: value for name, value in locals().items() if name in _SETTINGS}
     redirection = {name: settings[name] for name in _REDIRECTION}
-    sampling = Sampling(prompt, _steps(steps, strength), strength, guidance, redirection, plugins, call)
+    _check(method, n, steps, strength)
+    sampling = Sampling(method, prompt, steps, strength, guidance, redirection, plugins, call)
     edges = _Edges(grow, feather, fill, min_area)
     several = isinstance(image, (list, tuple))
     images: list[Any] = list(cast("Sequence[Any]", image)) if several else [image]
@@ -109,7 +115,7 @@ def erase(
 
 
 _REDIRECTION = ("scale", "suppression", "suppression_steps", "layers", "start", "end")
-_SETTINGS = (*_REDIRECTION, "prompt", "steps", "strength", "guidance", "fill", "min_area", "crop")
+_SETTINGS = (*_REDIRECTION, "method", "prompt", "steps", "strength", "guidance", "fill", "min_area", "crop")
 
 
 def _erase_one(
@@ -137,27 +143,26 @@ def _erase_one(
     return results
 
 
-def sample(
-    pipe: Any, region: Region, picture: Image.Image, hole: Bools, seed: int, sampling: Sampling
-) -> Image.Image:
+def sample(pipe: Any, region: Region, picture: Image.Image, hole: Bools, seed: int, sampling: Sampling) -> Image.Image:
     """The region with its hole regenerated, RGB, at the region's padded size."""
     runner, inpainting = sibling(pipe)
     part, masked = region.cut(picture), region.cut_mask(hole)
-    clean = encode_image(pipe, part).to(pipe.unet.dtype)
-    grid = (clean.shape[-2], clean.shape[-1])
+    source = _source(pipe, part, seed, sampling)
+    grid = (source.clean.shape[-2], source.clean.shape[-1])
     tokens = level_mask(masked, grid, grid)
-    noise = randn_tensor(clean.shape, generator=_generator(seed), device=clean.device, dtype=clean.dtype)
     call = dict(sampling.call)
     if isinstance(call.get("control_image"), Image.Image):
         call["control_image"] = region.cut(call["control_image"])
     if inpainting:
         call |= _inpainting(pipe, part, tokens)
-    then = Blend(clean, noise, tokens, call.pop("callback_on_step_end", None))
+    then = Blend(source, tokens, call.pop("callback_on_step_end", None))
     inputs = call.pop("callback_on_step_end_tensor_inputs", [])
-    redirect = SelfAttentionRedirection(masked, **sampling.redirection)
-    with graft(pipe, redirect, *sampling.plugins):
+    plugins = [SelfAttentionRedirection(masked, **sampling.redirection), *sampling.plugins]
+    if sampling.method == "dip":
+        plugins.insert(0, StartAt(source, pipe.scheduler))
+    with graft(pipe, *plugins):
         out = runner(
-            prompt=sampling.prompt, image=clean, strength=sampling.strength, num_inference_steps=sampling.steps,
+            prompt=sampling.prompt, image=source.clean, strength=sampling.strength, num_inference_steps=sampling.steps,
             guidance_scale=sampling.guidance, generator=_generator(seed), output_type="np",
             callback_on_step_end=guard(sampling.steps, then),
             callback_on_step_end_tensor_inputs=["latents", *(name for name in inputs if name != "latents")], **call,
@@ -166,6 +171,17 @@ def sample(
     if not np.isfinite(pixels).all():
         raise NonFiniteError("decoding produced non-finite pixels: keep the VAE in float32, or use an fp16-fixed one")
     return Image.fromarray((pixels * 255).round().astype(np.uint8))
+
+
+def _source(pipe: Any, part: Image.Image, seed: int, sampling: Sampling) -> Noised | Inverted:
+    """The picture's latents at every noise level. The noise is the one that the pipeline draws from this seed."""
+    clean = encode_image(pipe, part).to(pipe.unet.dtype)
+    if sampling.method == "sip":
+        noise = randn_tensor(clean.shape, generator=_generator(seed), device=clean.device, dtype=clean.dtype)
+        return Noised(clean, noise)
+    inversion = invert(pipe, clean, steps=sampling.steps, iterations=0, trajectory=True)
+    inversion.call(pipe)  # refuses a scheduler that goes other ways than the inversion
+    return Inverted(clean, inversion.at)
 
 
 def _inpainting(pipe: Any, part: Image.Image, tokens: torch.Tensor) -> dict[str, Any]:
@@ -216,12 +232,16 @@ def _one_each(images: Sequence[Any], mask: Any) -> list[Any]:
     return list(cast("Sequence[Any]", mask))
 
 
-def _steps(steps: Any, strength: float) -> int:
-    if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= 1000:
-        raise SettingError(f"steps={steps!r}: must be 1 ... 1000")
+def _check(method: str, n: Any, steps: Any, strength: Any) -> None:
+    if method not in ("sip", "dip"):
+        raise SettingError(f"method={method!r}: choose 'sip' (from noise) or 'dip' (from an inversion)")
+    for name, value in (("n", n), ("steps", steps)):
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 1000:
+            raise SettingError(f"{name}={value!r}: must be 1 ... 1000")
+    if n > 1 and method == "dip":
+        raise SettingError(f"n={n} with method='dip': it depends on no seed, so there is one fill; use 'sip'")
     if int(steps * finite(strength, "strength", 0, 1)) < 1:
         raise SettingError(f"steps={steps} at strength={strength} leaves no step to run: raise one of them")
-    return steps
 
 
 def _generator(seed: int) -> torch.Generator:

@@ -46,7 +46,7 @@ class Region:
     def cut_mask(self, mask: Bools) -> Bools:
         """The rectangle of a mask, [height, width] of `padded`."""
         left, top, right, bottom = self.box
-        return self._pad(fit(mask[top:bottom, left:right], self.size[::-1]))
+        return self._pad(fit(mask[top:bottom, left:right], (self.size[1], self.size[0])))
 
     def uncut(self, generated: Image.Image) -> Image.Image:
         """A generated RGB picture of size `padded` at the size of the box."""
@@ -73,8 +73,8 @@ def plan_region(mask: Bools, native: int, multiple: int, crop: bool = True) -> R
     height, width = mask.shape
     if not crop:
         return Region((0, 0, width, height), (width, height), (_up(width, multiple), _up(height, multiple)))
-    left, right = _around(mask.any(0), native, multiple)
-    top, bottom = _around(mask.any(1), native, multiple)
+    left, right = _around(np.any(mask, axis=0), native, multiple)
+    top, bottom = _around(np.any(mask, axis=1), native, multiple)
     scale = min(1.0, LARGEST * native / max(right - left, bottom - top))
     size = max(1, round((right - left) * scale)), max(1, round((bottom - top) * scale))
     return Region((left, top, right, bottom), size, (_up(size[0], multiple), _up(size[1], multiple)))
