@@ -1,0 +1,45 @@
+"""The one-step student: what is collected from the teacher, and where the loss pulls."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from diffgraft.app.bench.autoencoder import build
+from diffgraft.app.bench.denoiser import build_text_encoder, build_unet, pipeline
+from diffgraft.app.bench.student import GUIDANCE, KEPT, STEPS, collect, distance, student_scheduler, times
+
+
+def test_collected_points_lie_on_the_teachers_trajectory() -> None:
+    torch.manual_seed(0)
+    pipe = pipeline(build().eval(), build_unet().eval(), build_text_encoder().eval())
+    pipe.set_progress_bar_config(disable=True)
+    found = collect(pipe, first=5, count=2, batch=2)
+    assert found["points"].shape == (2, len(KEPT), 4, 16, 16)
+    assert found["ends"].shape == (2, 4, 16, 16) and found["tokens"].shape == (2, 20)
+    noise = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(5))
+    assert torch.equal(found["points"][:, 0], noise.half())
+    pipe.scheduler.set_timesteps(STEPS)
+    latents = found["points"][:, -1].float()
+    with torch.no_grad():
+        words = pipe.text_encoder(torch.cat([torch.tensor([[1, 2] + [0] * 18] * 2), found["tokens"].long()]))[0]
+        for t in pipe.scheduler.timesteps[KEPT[-1] :]:
+            blank, guided = pipe.unet(torch.cat([latents] * 2), t, words).sample.chunk(2)
+            latents = pipe.scheduler.step(blank + GUIDANCE * (guided - blank), t, latents).prev_sample
+    assert torch.allclose(latents, found["ends"].float(), atol=0.02)
+
+
+def test_times_are_those_of_the_points_and_the_first_is_the_students() -> None:
+    assert times()[0] == 999
+    scheduler = student_scheduler()
+    scheduler.set_timesteps(1)
+    assert scheduler.timesteps.tolist() == [999]
+    assert scheduler.final_alpha_cumprod == 1
+
+
+def test_distance_is_squared_near_and_absolute_far() -> None:
+    zero, one = torch.zeros(1, 4, 2, 2), torch.ones(1, 4, 2, 2)
+    near, far = distance(0.001 * one, zero).item(), distance(10 * one, zero).item()
+    assert near == pytest.approx(0.001**2 / 0.2, rel=0.05)
+    assert far == pytest.approx(9.9, rel=0.001)
+    assert distance(one, one).item() == pytest.approx(0, abs=1e-6)
