@@ -1,0 +1,5 @@
+"""The demo: a page on this machine where each technique can be tried with a mouse, and an API with the same functions."""
+
+from __future__ import annotations
+
+from .server import launch as launch

@@ -1,0 +1,59 @@
+"""How the page looks: a picture book on warm paper. Nothing is fetched: Gradio ships the font."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import gradio as gr
+from gradio.themes.utils import colors, fonts, sizes
+
+FAVICON = Path(__file__).parents[2] / "assets" / "examples" / "icon.png"
+
+
+def theme() -> gr.themes.Base:
+    """Rounded, warm, readable in the light and in the dark."""
+    family = [fonts.LocalFont("Quicksand", (400, 700)), fonts.Font("sans-serif")]
+    base = gr.themes.Soft(
+        primary_hue=colors.orange, secondary_hue=colors.amber, neutral_hue=colors.stone, font=family,
+        font_mono=[fonts.Font("monospace")], radius_size=sizes.radius_lg, text_size=sizes.text_md,
+    )  # fmt: skip
+    return base.set(
+        body_background_fill="#fdf6ea",
+        body_background_fill_dark="#1d1a17",
+        block_border_width="1px",
+        block_shadow="none",
+        button_primary_background_fill="#e4572e",
+        button_primary_background_fill_hover="#c9481f",
+        button_primary_text_color="white",
+        block_label_text_weight="700",
+        block_title_text_weight="700",
+    )
+
+
+HEADER = """
+<header class="dg-head">
+  <svg viewBox="0 0 120 72" role="img" aria-label="An open picture book with a ball, a star and a house">
+    <path d="M60 66C48 56 24 54 6 58V14c18-4 42-2 54 8z" fill="#fff" stroke="#3d3a4b" stroke-width="3" stroke-linejoin="round"/>
+    <path d="M60 66c12-10 36-12 54-8V14c-18-4-42-2-54 8z" fill="#22305f" stroke="#3d3a4b" stroke-width="3" stroke-linejoin="round"/>
+    <circle cx="33" cy="36" r="11" fill="#2f7de1"/>
+    <path d="M86 20l4.2 9.2 10 1.1-7.4 6.9 2 9.9-8.8-4.9-8.8 4.9 2-9.9-7.4-6.9 10-1.1z" fill="#ffc43d"/>
+  </svg>
+  <div>
+    <h1>diffgraft</h1>
+    <p>Techniques that need no training, grafted onto a diffusion pipeline and taken off without a trace.</p>
+  </div>
+</header>
+"""
+
+CSS = """
+.gradio-container { max-width: 1180px !important; margin: 0 auto; }
+.dg-head { display: flex; gap: 18px; align-items: center; padding: 14px 4px 2px; }
+.dg-head svg { width: 96px; flex: none; }
+.dg-head h1 { margin: 0; font-size: 2rem; line-height: 1.1; letter-spacing: -.01em; }
+.dg-head p { margin: 4px 0 0; opacity: .8; }
+@media (max-width: 480px) {
+  .dg-head svg { width: 64px; }
+  .dg-head h1 { font-size: 1.5rem; }
+  .dg-head p { font-size: .9rem; }
+}
+"""

@@ -1,0 +1,136 @@
+"""What the tabs have in common: settings, buttons, and files that carry their settings."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+from gradio import processing_utils, utils
+from PIL import Image
+
+from ..metadata import encode_png
+from ..models import shown_name
+from .checks import GUIDANCE, PICTURES, SIDE, STEPS
+from .studio import Studio, Tell
+from .told import told
+
+MODEL = "model"
+EXAMPLES = Path(__file__).parents[2] / "assets" / "examples"
+Shown = list[tuple[str, str]]
+"""Pictures for a gallery: (file, caption)."""
+
+
+@dataclass(frozen=True)
+class Knobs:
+    """The settings that every tab folds away."""
+
+    steps: gr.Slider
+    guidance: gr.Slider
+    count: gr.Slider
+    seed: gr.Number
+    model: gr.Textbox
+
+
+def knobs(studio: Studio, *, steps: int, guidance: float, count: int = 1, model: str = "") -> Knobs:
+    """Steps, guidance, number of pictures, seed and model, in a closed drawer."""
+    with gr.Accordion("Seed, steps, model", open=False):
+        with gr.Row():
+            seed = gr.Number(None, label="Seed", info="Empty: a new one each time", precision=0, min_width=120)
+            pictures = gr.Slider(1, PICTURES, count, step=1, label="Pictures", min_width=120)
+        with gr.Row():
+            how_many = gr.Slider(1, STEPS, steps, step=1, label="Steps", min_width=120)
+            strength = gr.Slider(0, GUIDANCE, guidance, step=0.1, label="Guidance", min_width=120)
+        which = gr.Textbox(
+            model,
+            label="Model",
+            placeholder=studio.model,
+            interactive=not studio.fixed,
+            info="Empty: the one of this page. Else a folder, a .safetensors file or a Hub id",
+        )
+    return Knobs(how_many, strength, pictures, seed, which)
+
+
+def size_row() -> tuple[gr.Number, gr.Number]:
+    """Width and height."""
+    with gr.Row():
+        width = gr.Number(None, label="Width", info=f"Empty: the model's own; at most {SIDE}", min_width=120)
+        height = gr.Number(None, label="Height", info="Multiples of 8", min_width=120)
+    return width, height
+
+
+def facts() -> tuple[gr.Number, gr.Code]:
+    """Where the used seed and the settings are shown."""
+    seed = gr.Number(label="Seed used", interactive=False, precision=0, elem_classes="seed")
+    with gr.Accordion("Settings (also inside the PNG)", open=False):
+        settings = gr.Code(language="json", show_label=False, interactive=False, max_lines=18)
+    return seed, settings
+
+
+def runs(
+    label: str, studio: Studio, handler: Callable[..., Any], inputs: Sequence[Any], outputs: Sequence[Any],
+    buttons: tuple[gr.Button, gr.Button],
+) -> Any:  # fmt: skip
+    """Let a button run a handler, one at a time for the whole page, and the other one stop it.
+
+    Args:
+        label: the endpoint's name.
+        buttons: (run, stop).
+    """
+    run, halt = buttons
+    event = run.click(
+        told(handler), inputs, outputs, api_name=label, concurrency_id=MODEL, concurrency_limit=1,
+        scroll_to_output=True, show_progress_on=list(outputs[:1]),
+    )  # fmt: skip
+    halt.click(stopper(studio), None, None, queue=False, api_visibility="private", cancels=[event])
+    return event
+
+
+def buttons(label: str) -> tuple[gr.Button, gr.Button]:
+    """The tab's one primary button, and Stop."""
+    with gr.Row():
+        run = gr.Button(label, variant="primary", scale=3, min_width=140)
+        halt = gr.Button("Stop", variant="stop", scale=1, min_width=80)
+    return run, halt
+
+
+def stopper(studio: Studio) -> Callable[..., None]:
+    """The handler of a Stop button."""
+
+    def stop(request: gr.Request) -> None:
+        gr.Info("Stopped." if studio.stop(visitor(request)) else "Nothing of yours is running.", duration=3)
+
+    return stop
+
+
+def visitor(request: gr.Request | None) -> str:
+    """Who asks: Gradio's random name of a browser tab or a client."""
+    return str(getattr(request, "session_hash", None) or "")
+
+
+def teller(progress: gr.Progress) -> Tell:
+    """Progress for a studio's job, in the page's own bar."""
+    return lambda done, what: progress(done if done is not None else 0.0, desc=what)
+
+
+def keep(picture: Image.Image, studio_name: str, extra: Mapping[str, Any] | None = None) -> str:
+    """A picture as a PNG file that says how it was made; the file goes with the page's cache."""
+    settings = {**picture.info.get("diffgraft", {}), **(extra or {}), "model": shown_name(studio_name)}
+    name = f"{settings.get('task', 'picture')}-{settings.get('seed', 0)}.png"
+    return processing_utils.save_bytes_to_cache(encode_png(picture, settings), name, utils.get_upload_folder())
+
+
+def keep_plain(picture: Image.Image, name: str) -> str:
+    """A picture that is no result: an overlay, an input shown again."""
+    data = io.BytesIO()
+    picture.save(data, "PNG")
+    return processing_utils.save_bytes_to_cache(data.getvalue(), f"{name}.png", utils.get_upload_folder())
+
+
+def as_json(settings: Any) -> str:
+    """Settings for reading."""
+    return json.dumps(settings, indent=2, ensure_ascii=False, default=str)

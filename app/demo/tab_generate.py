@@ -1,0 +1,147 @@
+"""Tab "Generate": concepts that all appear, a negative prompt that is kept away, or both."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import gradio as gr
+from PIL import Image
+
+import diffgraft
+
+from ...plugins.base import Plugin
+from . import checks, parts
+from .parts import Shown, keep, keep_plain
+from .studio import Job, Studio
+from .told import warn
+from .watch import Watch, overlay
+
+EXAMPLES = [
+    ["a blue ball and a yellow star , night", "ball, star", ""],
+    ["a red house and a green tree , snow", "house, tree", ""],
+    ["a flower , meadow", "", "red"],
+    ["a yellow moon and a white boat , sea", "moon, boat", "purple"],
+]
+
+
+class GenerateTab:
+    """The tab and its handler."""
+
+    def __init__(self, studio: Studio) -> None:
+        self.studio = studio
+
+    def build(self) -> None:
+        """Lay the tab out."""
+        with gr.Row():
+            with gr.Column(scale=4, min_width=300):
+                prompt = gr.Textbox(EXAMPLES[0][0], label="Prompt", lines=2)
+                concepts = gr.Textbox(
+                    EXAMPLES[0][1],
+                    label="Concepts that must all appear",
+                    info="Words of the prompt, with commas. Empty: off",
+                )
+                negative = gr.Textbox(
+                    "", label="Keep away", info="A negative prompt inside the attention. Empty: off", placeholder="red"
+                )
+                compare = gr.Checkbox(True, label="Also paint it plain, with the same seed")
+                buttons = parts.buttons("Paint")
+                knobs = parts.knobs(self.studio, steps=25, guidance=4.0)
+                with gr.Accordion("Size", open=False):
+                    width, height = parts.size_row()
+            with gr.Column(scale=5, min_width=300):
+                pictures = gr.Gallery(label="Pictures", columns=2, object_fit="contain", height="auto", format="png")
+                maps = gr.Gallery(label="Where each word looked", columns=4, height="auto", format="png")
+                seed, settings = parts.facts()
+        inputs = [
+            prompt, concepts, negative, compare, knobs.steps, knobs.guidance, knobs.count, knobs.seed, width, height,
+            knobs.model,
+        ]  # fmt: skip
+        parts.runs("generate", self.studio, self.generate, inputs, [pictures, maps, seed, settings], buttons)
+        gr.Examples(EXAMPLES, [prompt, concepts, negative], label="Try")
+
+    def generate(
+        self,
+        prompt: str,
+        concepts: str = "",
+        negative: str = "",
+        compare: bool = False,
+        steps: int = 25,
+        guidance: float = 4.0,
+        count: int = 1,
+        seed: int | None = None,
+        width: int | None = None,
+        height: int | None = None,
+        model: str = "",
+        request: gr.Request | None = None,
+        progress: gr.Progress = gr.Progress(),  # noqa: B008
+    ) -> tuple[Shown, Shown, int, str]:
+        """Paint a prompt so that every concept appears and the negative stays away.
+
+        Args:
+            prompt: What to paint; the embedded model knows texts like "a blue ball and a yellow star , night".
+            concepts: Words of the prompt that must all appear, separated by commas; empty switches this off.
+            negative: What to keep away, without a second pass; empty switches this off.
+            compare: Also paint the plain picture of each seed.
+            steps: Denoising steps, 1 to 100.
+            guidance: Classifier-free guidance, 0 to 30.
+            count: Number of pictures, 1 to 6; picture i gets seed + i.
+            seed: 0 or more; empty or -1 draws one.
+            width: Pixels, a multiple of 8; empty leaves it to the model.
+            height: Pixels, a multiple of 8; empty leaves it to the model.
+            model: Empty for the page's model, else a folder, a .safetensors file or a Hub id.
+
+        Returns:
+            Pictures, attention maps of the first one, its seed, and its settings as JSON.
+        """
+        wish: dict[str, Any] = {
+            "steps": checks.whole(steps, "steps", 1, checks.STEPS),
+            "guidance": checks.number(guidance, "guidance", 0, checks.GUIDANCE),
+            "width": checks.side(width, "width"),
+            "height": checks.side(height, "height"),
+        }
+        text, kept_away = checks.text(prompt, "the prompt", needed=True), checks.text(negative, "the negative")
+        together, first = checks.words(concepts, "concepts"), checks.seed(seed)
+        number = checks.whole(count, "pictures", 1, checks.PICTURES)
+        name = self.studio.check(model)
+        plugins = techniques(together, kept_away)
+        shown: Shown = []
+        with self.studio.job(model, parts.visitor(request), parts.teller(progress)) as job:
+            for i in range(number):
+                watch = Watch(together)
+                made = paint(job, text, [*plugins, watch], first + i, wish, f"picture {i + 1} of {number}")
+                made.info["diffgraft"]["plugins"].pop()
+                if i == 0:
+                    seen = [(keep_plain(overlay(made, m), "map"), word) for word, m in watch.maps.items()]
+                    settings = made.info["diffgraft"]
+                shown.append((keep(made, name), caption(plugins, first + i)))
+                if compare and plugins:
+                    plain = paint(job, text, [], first + i, wish, f"plain picture {i + 1} of {number}")
+                    shown.append((keep(plain, name), f"plain, seed {first + i}"))
+        warn(job.warnings)
+        return shown, seen, first, parts.as_json(settings)
+
+
+def techniques(concepts: list[str], negative: str) -> list[Plugin]:
+    """What the two fields stand for."""
+    plugins: list[Plugin] = []
+    if concepts:
+        plugins.append(diffgraft.AttentionSegregation(concepts))
+    if negative:
+        plugins.append(diffgraft.NegativeAway(negative))
+    return plugins
+
+
+def paint(
+    job: Job, prompt: str, plugins: list[Plugin], seed: int, wish: dict[str, Any], what: str
+) -> Image.Image:
+    """One picture, with its progress."""
+    job.expect(what, wish["steps"])
+    [picture] = diffgraft.generate(job.pipe, prompt, plugins=plugins, seed=seed, **wish)
+    return picture
+
+
+def caption(plugins: list[Plugin], seed: int) -> str:
+    """What stands under a picture."""
+    names = {"AttentionSegregation": "concepts", "NegativeAway": "negative"}
+    used = " + ".join(names.get(type(plugin).__name__, type(plugin).__name__) for plugin in plugins)
+    return f"{used or 'plain'}, seed {seed}"
