@@ -32,3 +32,11 @@ def sd15():
 def family(request):
     """A fresh tiny pipeline of each UNet family."""
     return FAMILIES[request.param]()
+
+
+@pytest.fixture(scope="session")
+def picturebook():
+    """The embedded model."""
+    import diffgraft as dg
+
+    return tiny.quiet(dg.picturebook())
