@@ -86,7 +86,7 @@ def _planes(mask: Any) -> list[Bools]:
     if isinstance(mask, torch.Tensor):
         return _of_array(mask.detach().cpu(), channels=1)
     if isinstance(mask, np.ndarray):
-        return _of_array(torch.from_numpy(np.ascontiguousarray(mask)), channels=-1)
+        return _of_array(torch.from_numpy(np.array(mask)), channels=-1)
     raise MaskError(
         f"a {type(mask).__name__} is not a mask: give a PIL image, a path, an array, a tensor or a list of them"
     )

@@ -23,7 +23,8 @@ def distance(mask: Bools, limit: int) -> NDArray[np.float32]:
     left, right = max(0, columns[0] - limit), min(width, columns[-1] + limit + 1)
     inside = squared[top:bottom, left:right]
     across = _across(mask[top:bottom, left:right]) ** 2
-    for dy in range(-limit, limit + 1):
+    reach = min(limit, len(across) - 1)
+    for dy in range(-reach, reach + 1):
         source = slice(max(0, dy), len(across) + min(0, dy))
         target = slice(max(0, -dy), len(across) + min(0, -dy))
         np.minimum(inside[target], across[source] + dy * dy, out=inside[target])

@@ -12,7 +12,7 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 
-from ..attention.errors import MaskError, NonFiniteError, SettingError
+from ..attention.errors import MaskError, NonFiniteError, SettingError, UnsupportedPipelineError
 from ..attention.masks import Bools, as_mask, level_mask
 from ..attention.morphology import drop_small, feather, fill_holes
 from ..attention.morphology import grow as grown
@@ -147,6 +147,8 @@ def sample(pipe: Any, region: Region, picture: Image.Image, hole: Bools, seed: i
     """The region with its hole regenerated, RGB, at the region's padded size."""
     runner, inpainting = sibling(pipe)
     part, masked = region.cut(picture), region.cut_mask(hole)
+    if inpainting and sampling.method == "dip":
+        raise UnsupportedPipelineError("a UNet with 9 channels cannot be inverted without a mask: use method='sip'")
     source = _source(pipe, part, seed, sampling)
     grid = (source.clean.shape[-2], source.clean.shape[-1])
     tokens = level_mask(masked, grid, grid)

@@ -131,8 +131,9 @@ class SelfAttentionRedirection(Plugin):
         """(indices of background tokens, masked [N]) of each picture at a layer."""
         key = (call.step.size, call.grid, call.q.device)
         if key not in self._tokens:
-            masks = (level_mask(mask, call.step.size, call.grid).flatten().to(call.q.device) for mask in self._masks)
-            self._tokens[key] = [((~mask).nonzero()[:, 0], mask) for mask in masks]
+            masks = [level_mask(mask, call.step.size, call.grid).flatten() for mask in self._masks]
+            pairs = [((~mask).nonzero()[:, 0], mask) for mask in masks]  # counted on the CPU: a GPU would wait
+            self._tokens[key] = [(kept.to(call.q.device), mask.to(call.q.device)) for kept, mask in pairs]
         return self._tokens[key]
 
     def selects(self, layer: AttentionLayer) -> bool:
