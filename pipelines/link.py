@@ -8,6 +8,8 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 from ..attention.errors import UnsupportedSchedulerError
 
 _ATTENUATED = ("UniPCMultistepScheduler", "SASolverScheduler", "HeliosScheduler", "HeliosDMDScheduler")
@@ -83,3 +85,10 @@ def discards(scheduler: Any) -> str | None:
     if orders is not None and scheduler.step_index is not None and orders[scheduler.step_index] != 1:
         return "later stage of a single-step solver"
     return None
+
+
+def model_scale(scheduler: Any, timestep: Any, sample: torch.Tensor) -> torch.Tensor:
+    """The factor by which the scheduler scales latents for the model, at least float32; all of them are linear."""
+    one = torch.ones((), dtype=torch.promote_types(sample.dtype, torch.float32), device=sample.device)
+    scale = getattr(scheduler, "scale_model_input", None)
+    return one if scale is None else scale(one, torch.as_tensor(timestep).flatten()[0])

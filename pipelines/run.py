@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Generator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.utils._pytree import tree_map
 
-from ..attention.errors import GraftError, SettingError, UnsupportedPipelineError, UnsupportedSchedulerError
+from ..attention.errors import GraftError, SettingError, UnsupportedPipelineError
 from ..attention.layer import AttentionLayer
-from ..attention.seam import StopForward
 from ..attention.step import Step
 from ..plugins.base import Branch, Plugin, Prompt, Text
 from .architectures.base import Inputs
-from .link import check_moves, discards
+from .latent_stage import LatentStage
+from .link import model_scale
 from .running import Running, find_running
 from .step import Clock
 
@@ -29,7 +27,7 @@ class Run:
 
     def __init__(self, graft: Graft) -> None:
         self.graft, self.adapter = graft, graft.adapter
-        self.clock, self.step = Clock(), Step()
+        self.clock, self.step, self.moving = Clock(), Step(), LatentStage(self)
         self.running = Running(graft.pipe, False)
         self.pending: torch.Tensor | None = None
         self.skipped: Counter[str] = Counter()
@@ -116,7 +114,7 @@ class Run:
             )
         self._begin(inputs)
         if "cond" in self.step.rows:
-            for stage in (self._latent_stage, self._branch_stage, self._text_stage):
+            for stage in (self.moving.stage, self._branch_stage, self._text_stage):
                 inputs = stage(inputs)
         self.inputs = inputs
         self.rows_seen.add(max(rows.stop for rows in self.step.rows.values()))
@@ -125,7 +123,7 @@ class Run:
 
     def after(self, output: Any) -> Any:
         """The denoiser's output after the combine stage, with the rows that the pipeline sent in."""
-        step, adapter, self.inputs = self.step, self.adapter, {}
+        step, adapter, self.inputs, self.streams = self.step, self.adapter, {}, []
         self._forget_joins()
         if "cond" not in step.rows:  # guidance's other call gets what the first one was given
             return self._folded(output, self.deltas, len(adapter.prediction(output)), tuple(step.rows))
@@ -140,7 +138,7 @@ class Run:
 
     def aborted(self) -> None:
         """The denoiser raised: this pipeline call will not step."""
-        self.pending, self.inputs = None, {}
+        self.pending, self.inputs, self.streams = None, {}, []
         self._forget_joins()
 
     def _folded(self, output: Any, deltas: Sequence[torch.Tensor], kept: int, groups: Sequence[str]) -> Any:
@@ -181,7 +179,7 @@ class Run:
         fresh = self.clock.start(scheduler, timestep)
         index, total = self.clock.read(scheduler, self.running.steps)
         rows = self.adapter.groups(inputs, self.running)
-        self.step = Step(index, total, timestep, self.adapter.grid(inputs), rows)
+        self.step = Step(index, total, timestep, self.adapter.grid(inputs, self.running), rows)
         self._forget_joins()
         self.streams, self.inputs = [], inputs
         if "cond" in rows:
@@ -193,31 +191,6 @@ class Run:
 
     def _forget_joins(self) -> None:
         self.joins, self.join_block, self.joined, self.base_rows = None, None, False, 0
-
-    def _latent_stage(self, inputs: Inputs) -> Inputs:
-        movers = [plugin for plugin in self.graft.active(self.step) if plugin.moves(self.step)]
-        if not movers:
-            return inputs
-        scheduler = self.running.pipe.scheduler
-        self._refuse(scheduler)
-        reason = discards(scheduler)
-        if reason:
-            self.skip(reason)
-            return inputs
-        key, rows = self.adapter.sample, self.step.rows["cond"]
-        with torch.inference_mode(False), torch.enable_grad(), self._probing_state():
-            inputs = tree_map(_ordinary, inputs)
-            sample = inputs[key].detach()
-            self.inputs = self.adapter.take(inputs, rows)
-            scale = self._scale(scheduler, sample)
-            latent = before = self._latent_of(sample[rows], scale)
-            for plugin in movers:
-                moved = plugin.latent(self.step, latent.detach(), lambda z: self._probe(z, scale))
-                latent = latent if moved is None else moved.detach()
-        if latent is before:
-            return inputs
-        self.pending, self.updates = latent, self.updates + 1
-        return {**inputs, key: self._with_latent(sample, latent * scale)}
 
     def _branch_stage(self, inputs: Inputs) -> Inputs:
         branches = [b for plugin in self.graft.active(self.step) for b in plugin.branches(self.step)]
@@ -266,7 +239,7 @@ class Run:
             rows = self.step.rows[branch.name]
             if branch.latent is not None:
                 sample = inputs[key].clone()
-                scale = self._scale(self.running.pipe.scheduler, sample)
+                scale = model_scale(self.running.pipe.scheduler, self.step.timestep, sample)
                 own = (branch.latent(self.step).to(sample.device) * scale).to(sample.dtype)
                 sample[rows, : self.latent_channels] = own
                 inputs = {**inputs, key: sample}
@@ -275,70 +248,6 @@ class Run:
                 words[rows] = branch.text.to(words)
                 inputs = {**inputs, text: words}
         return inputs
-
-    # -- latents and probes ------------------------------------------------------------------------------------
-
-    def _refuse(self, scheduler: Any) -> None:
-        if scheduler is not self.graft.pipe.scheduler:
-            raise UnsupportedSchedulerError(
-                f"{type(self.running.pipe).__name__} shares the denoiser but has another scheduler object, so a moved "
-                "latent would not reach it: give it the grafted pipeline's scheduler, or graft it instead"
-            )
-        if self.clock.done == 0:
-            check_moves(scheduler)
-            self.adapter.check_gradient()
-
-    def _scale(self, scheduler: Any, sample: torch.Tensor) -> torch.Tensor:
-        """The factor by which the scheduler scales latents for the model; all of them are linear."""
-        one = torch.ones((), dtype=torch.promote_types(sample.dtype, torch.float32), device=sample.device)
-        scale = getattr(scheduler, "scale_model_input", None)
-        timestep = torch.as_tensor(self.step.timestep).flatten()[0]
-        return one if scale is None else scale(one, timestep)
-
-    def _latent_of(self, sample: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-        latent = sample[:, : self.latent_channels]
-        return latent.to(torch.promote_types(latent.dtype, torch.float32)) / scale
-
-    def _with_latent(self, sample: torch.Tensor, scaled: torch.Tensor) -> torch.Tensor:
-        """`sample` with its latent channels replaced in every group."""
-        channels, copies = self.latent_channels, len(sample) // len(scaled)
-        new = scaled.to(sample.dtype).repeat(copies, *[1] * (scaled.ndim - 1))
-        return new if sample.shape[1] == channels else torch.cat([new, sample[:, channels:]], 1)
-
-    def _probe(self, latent: torch.Tensor, scale: torch.Tensor) -> torch.Tensor | None:
-        """The denoiser's prediction for `latent` on the conditional rows, None if an edit ended the run early."""
-        key, step = self.adapter.sample, self.step
-        scaled = (latent * scale).to(self.inputs[key].dtype)
-        inputs = {**self.inputs, key: self._with_latent(self.inputs[key], scaled)}
-        step.probing = True
-        try:
-            return self.adapter.prediction(self.adapter.denoiser(**inputs))
-        except StopForward:
-            return None
-        finally:
-            step.probing = False
-
-    @contextmanager
-    def _probing_state(self) -> Generator[None]:
-        """The step as a probe sees it, and parameters without gradients; both put back at the end."""
-        step, rows = self.step, self.step.rows
-        trained = [p for p in self.adapter.denoiser.parameters() if p.requires_grad]
-        for parameter in trained:
-            parameter.requires_grad_(False)
-        step.phase, step.rows = "latent", {"cond": slice(0, rows["cond"].stop - rows["cond"].start)}
-        self.graft.latent_run = self
-        try:
-            yield
-        finally:
-            self.graft.latent_run = None
-            step.phase, step.rows, self.inputs = "predict", rows, {}
-            for parameter in trained:
-                parameter.requires_grad_(True)
-
-
-def _ordinary(value: Any) -> Any:
-    """A tensor that autograd accepts, also under `torch.inference_mode`."""
-    return value.clone() if isinstance(value, torch.Tensor) and value.is_inference() else value
 
 
 def _by_picture(text: Text, batch: int, pictures: int) -> Text:

@@ -1,0 +1,110 @@
+"""The latent stage: plugins move the latent before the denoiser sees it, and the scheduler steps from there."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils._pytree import tree_map
+
+from ..attention.errors import UnsupportedSchedulerError
+from ..attention.seam import StopForward
+from .architectures.base import Inputs
+from .link import check_moves, discards, model_scale
+
+if TYPE_CHECKING:
+    from .run import Run
+
+
+class LatentStage:
+    """Asks plugins for moved latents, and runs their probes on the conditional rows with gradients enabled."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+
+    def stage(self, inputs: Inputs) -> Inputs:
+        """The denoiser's inputs with the latent as the plugins moved it; remembered for the scheduler's step."""
+        run = self.run
+        movers = [plugin for plugin in run.graft.active(run.step) if plugin.moves(run.step)]
+        if not movers:
+            return inputs
+        scheduler = run.running.pipe.scheduler
+        self._refuse(scheduler)
+        reason = discards(scheduler)
+        if reason:
+            run.skip(reason)
+            return inputs
+        key, rows = run.adapter.sample, run.step.rows["cond"]
+        with torch.inference_mode(False), torch.enable_grad(), self._probing_state():
+            inputs = tree_map(_ordinary, inputs)
+            sample = inputs[key].detach()
+            run.inputs = run.adapter.take(inputs, rows)
+            scale = model_scale(scheduler, run.step.timestep, sample)
+            latent = before = self._latent_of(sample[rows], scale)
+            for plugin in movers:
+                moved = plugin.latent(run.step, latent.detach(), lambda z: self._probe(z, scale))
+                latent = latent if moved is None else moved.detach()
+        if latent is before:
+            return inputs
+        run.pending, run.updates = latent, run.updates + 1
+        return {**inputs, key: self._with_latent(sample, latent * scale)}
+
+    def _refuse(self, scheduler: Any) -> None:
+        run = self.run
+        if scheduler is not run.graft.pipe.scheduler:
+            raise UnsupportedSchedulerError(
+                f"{type(run.running.pipe).__name__} shares the denoiser but has another scheduler object, so a moved "
+                "latent would not reach it: give it the grafted pipeline's scheduler, or graft it instead"
+            )
+        if run.clock.done == 0:
+            check_moves(scheduler)
+            run.adapter.check_gradient()
+
+    def _latent_of(self, sample: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        latent = sample[:, : self.run.latent_channels]
+        return latent.to(torch.promote_types(latent.dtype, torch.float32)) / scale
+
+    def _with_latent(self, sample: torch.Tensor, scaled: torch.Tensor) -> torch.Tensor:
+        """`sample` with its latent channels replaced in every group."""
+        channels, copies = self.run.latent_channels, len(sample) // len(scaled)
+        new = scaled.to(sample.dtype).repeat(copies, *[1] * (scaled.ndim - 1))
+        return new if sample.shape[1] == channels else torch.cat([new, sample[:, channels:]], 1)
+
+    def _probe(self, latent: torch.Tensor, scale: torch.Tensor) -> torch.Tensor | None:
+        """The denoiser's prediction for `latent` on the conditional rows, None if an edit ended the run early."""
+        run = self.run
+        key, step = run.adapter.sample, run.step
+        scaled = (latent * scale).to(run.inputs[key].dtype)
+        inputs = {**run.inputs, key: self._with_latent(run.inputs[key], scaled)}
+        step.probing = True
+        try:
+            return run.adapter.prediction(run.adapter.denoiser(**inputs))
+        except StopForward:
+            return None
+        finally:
+            step.probing = False
+
+    @contextmanager
+    def _probing_state(self) -> Generator[None]:
+        """The step as a probe sees it, and parameters without gradients; both put back at the end."""
+        run = self.run
+        step, rows = run.step, run.step.rows
+        trained = [p for p in run.adapter.denoiser.parameters() if p.requires_grad]
+        for parameter in trained:
+            parameter.requires_grad_(False)
+        step.phase, step.rows = "latent", {"cond": slice(0, rows["cond"].stop - rows["cond"].start)}
+        run.graft.latent_run = run
+        try:
+            yield
+        finally:
+            run.graft.latent_run = None
+            step.phase, step.rows, run.inputs = "predict", rows, {}
+            for parameter in trained:
+                parameter.requires_grad_(True)
+
+
+def _ordinary(value: Any) -> Any:
+    """A tensor that autograd accepts, also under `torch.inference_mode`."""
+    return value.clone() if isinstance(value, torch.Tensor) and value.is_inference() else value
