@@ -477,3 +477,24 @@ def test_an_exception_under_pag_leaves_the_layers_editable():
         with pytest.raises(RuntimeError, match="boom"):
             tiny.sample(pipe, pag_scale=2.0, callback_on_step_end=stop)
         assert torch.equal(tiny.sample(pipe, pag_scale=2.0), expected)
+
+
+def test_textual_inversion_words_are_several_columns(sd15):
+    vectors = torch.randn(2, 32, generator=torch.Generator().manual_seed(4))
+    sd15.load_textual_inversion(vectors, token="<concept>")
+    seen = {}
+
+    class Look(Scaled):
+        def begin(self, session, step):
+            seen["spans"] = session.token_spans(session.prompt.texts[0], "<concept>")
+            seen["text"] = session.encode_text(["<concept>"])
+
+    tokens = {}
+    hook = sd15.text_encoder.register_forward_pre_hook(
+        lambda m, args, kwargs: tokens.update(ids=args[0] if args else kwargs["input_ids"]), with_kwargs=True
+    )
+    with dg.graft(sd15, Look(0.5)):
+        tiny.sample(sd15, "a <concept> and a ball", guidance_scale=1.0)
+    hook.remove()
+    ids = sd15.tokenizer.convert_tokens_to_ids(["<concept>", "<concept>_1"])
+    assert seen["spans"] == [[2, 3]] and tokens["ids"][0, 1:3].tolist() == ids
