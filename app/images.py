@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
 from ..attention.errors import MaskError
+from ..attention.masks import as_mask, fit
 from .errors import ImageError, ImageWarning
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "TIFF", "BMP")
@@ -82,7 +83,7 @@ def load_mask(
 ) -> Image.Image:
     """Load a mask as mode "L" holding 0 (keep) and 255 (masked) only.
 
-    The alpha channel decides if it varies, else the luminance; 0/1 masks are scaled up; more than 127 is masked.
+    Alpha, luminance, 0/1 masks and the threshold are `diffgraft.attention.masks.as_mask`'s.
 
     Args:
         source: as for `load_image`; also boolean arrays.
@@ -95,9 +96,12 @@ def load_mask(
         MaskError: empty, full, or of another aspect than the picture.
     """
     with _opened(source, limits, strict=False) as (image, name):
-        mask = _binary(_upright(image, name), invert)
-    if size is not None and mask.size != size:
-        mask = _fit(mask, size)
+        masked = as_mask(_upright(image, name)) != invert
+    if size is not None and masked.shape != size[::-1]:
+        found = f"the mask is {masked.shape[1]}x{masked.shape[0]}, the picture {size[0]}x{size[1]}"
+        masked = fit(masked, size[::-1])
+        warnings.warn(f"{found}; it is resized", ImageWarning, stacklevel=2)
+    mask = Image.fromarray(np.where(masked, 255, 0).astype(np.uint8))
     covered = coverage(mask)
     if covered == 0 and not allow_empty:
         raise MaskError("the mask is empty: nothing to remove; paint the object white, or invert it")
@@ -250,27 +254,6 @@ def _from_array(array: NDArray[np.generic]) -> Image.Image:
     elif values.dtype != np.uint8:
         raise ImageError(f"an array of {values.dtype} is not a picture; expected uint8, bool, or float in 0..1")
     return Image.fromarray(values)
-
-
-def _binary(image: Image.Image, invert: bool) -> Image.Image:
-    image = _eight_bit(image)
-    values = None
-    if image.has_transparency_data:
-        alpha = np.asarray(image.convert("RGBA"))[..., 3]
-        values = alpha if alpha.min() != alpha.max() else None
-    if values is None:
-        values = np.asarray(image.convert("RGB").convert("L"))
-    masked = (values > 0) if values.max() <= 1 else (values > 127)
-    return Image.fromarray(np.where(masked != invert, 255, 0).astype(np.uint8))
-
-
-def _fit(mask: Image.Image, size: tuple[int, int]) -> Image.Image:
-    found = f"the mask is {mask.width}x{mask.height}, the picture {size[0]}x{size[1]}"
-    # the same aspect, up to the rounding of one pixel
-    if abs(mask.width * size[1] - mask.height * size[0]) > max(mask.size + size):
-        raise MaskError(f"{found}: another aspect; make the mask from this picture, at its size")
-    warnings.warn(f"{found}; it is resized", ImageWarning, stacklevel=3)
-    return mask.resize(size, Image.Resampling.NEAREST)
 
 
 def _megapixels(limits: Limits) -> str:

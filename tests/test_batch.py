@@ -11,18 +11,19 @@ import socket
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
 
 import psutil
 import pytest
 import tiny
 import torch
+from deadly import PARENT, Deadly
 from PIL import Image
 
 from diffgraft.app.batch.engines import ENGINES
-from diffgraft.app.batch.plan import Job, Setup, make_job
+from diffgraft.app.batch.plan import Setup, make_job
 from diffgraft.app.batch.run import Options, dry_run, parse_shard, run_batch
 from diffgraft.app.batch.schema import make_row
+from diffgraft.app.batch.sheet import write_sheets
 from diffgraft.app.batch.worker import Worker
 from diffgraft.app.errors import ManifestError, OutputError
 from diffgraft.app.metadata import read_settings
@@ -190,6 +191,7 @@ def test_shards_that_are_none(text):
 
 
 @pytest.mark.parametrize("engine", [name for name in ENGINES if name != "local"])
+@pytest.mark.timeout(900)
 def test_every_engine_gives_the_same_bytes(folder, model, tmp_path, engine):
     given = [*rows(5), {"id": "steered", "prompt": "a blue star", "negative": "red", "n": 2}]
     folder.write(given).run()
@@ -258,30 +260,15 @@ def test_ctrl_c(folder, engine):
     assert json.loads((folder.out / "summary.json").read_text())["stopped"] == "interrupted"
 
 
-@dataclass(frozen=True)
-class Deadly(Job):
-    """A row that kills the process that runs it."""
-
-    @property
-    def alike(self):
-        return "deadly"
-
-    def __getattribute__(self, name):
-        if name == "settings" and os.environ.get("DIFFGRAFT_TEST_PARENT") != str(os.getpid()):
-            os.kill(os.getpid(), signal.SIGKILL)
-        return super().__getattribute__(name)
-
-
-@pytest.mark.parametrize("engine", ["processes"])
-def test_a_row_that_kills_its_worker_fails_and_the_rest_is_made(folder, engine, monkeypatch):
-    monkeypatch.setenv("DIFFGRAFT_TEST_PARENT", str(os.getpid()))
+def test_a_row_that_kills_its_worker_fails_and_the_rest_is_made(folder, monkeypatch):
+    monkeypatch.setenv(PARENT, str(os.getpid()))
     folder.out.mkdir()
     setup = folder.setup()
     made = [
         make_job(make_row(r, {"steps": 1, "guidance": 1.0}, i, strict=True), i, setup, 0) for i, r in enumerate(rows(4))
     ]
     made[1] = Deadly(**vars(made[1]))
-    records = {r["id"]: r for r in ENGINES[engine](setup, [made[:3], made[3:]], 2)}
+    records = {r["id"]: r for r in ENGINES["processes"](setup, [made[:3], made[3:]], 1)}
     assert {name: record["status"] for name, record in records.items()} == {
         "row-0": "ok", "row-1": "failed", "row-2": "ok", "row-3": "ok",
     }  # fmt: skip
@@ -359,13 +346,15 @@ def test_the_runs_own_model_missing_is_exit_3(folder):
     assert code == 3 and "does not exist" in summary["stopped"] and not list(folder.out.glob("*.png"))
 
 
-def test_sheets(folder):
-    folder.write([*rows(81), {"id": "bad <script>", "prompt": 3}]).run(sheet=True)
-    sheets = sorted(path.name for path in folder.out.glob("contact-sheet*"))
-    assert sheets == ["contact-sheet-2.png", "contact-sheet.png"]
-    assert Image.open(folder.out / "contact-sheet.png").size == (1352, 1988)
-    folder.run(sheet=True, overwrite=False)
-    assert len(list(folder.out.glob("*.png"))) == 83
+def test_sheets(tmp_path):
+    Image.new("RGB", (64, 32), "orange").save(tmp_path / "a.png")
+    pictures = [{"file_name": "a.png", "seed": i} for i in range(81)]
+    records = [{"id": "x" * 90, "status": "ok", "pictures": pictures}, {"id": "bad <script>\ud800", "status": "failed"}]
+    assert [path.name for path in write_sheets(tmp_path, records)] == ["contact-sheet.png", "contact-sheet-2.png"]
+    assert Image.open(tmp_path / "contact-sheet.png").size == (1352, 1988)
+    assert Image.open(tmp_path / "contact-sheet-2.png").size == (344, 206)
+    assert write_sheets(tmp_path, records[1:]) == [tmp_path / "contact-sheet.png"]
+    assert len(list(tmp_path.glob("*.png"))) == 2
 
 
 def test_no_metadata(folder):
