@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from diffgraft.app.bench.evaluate import FIRST, ROWS, score
-from diffgraft.app.bench.judge import KINDS, WEIGHTS, Judge, Verdict, balanced, kind_maps, labels, load_judge, look
+from diffgraft.app.bench.judge import KINDS, WEIGHTS, Judge, Verdict, load_judge, look
 from diffgraft.app.bench.latents import grid_masks
+from diffgraft.app.bench.train_judge import balanced, kind_maps, labels
 from diffgraft.app.bench.world import Scene, Thing, render, scene, seen
 
 TWO = Scene((Thing("ball", "red", 0.3, 0.5, 0.2), Thing("star", "blue", 0.7, 0.5, 0.2)), "night", "sketch", 0)

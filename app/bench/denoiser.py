@@ -145,7 +145,7 @@ def draw_times(count: int) -> torch.Tensor:
     return (torch.sigmoid(torch.randn(count) - 0.15) * 1000).long().clamp(max=999)
 
 
-def sharpen(masks: torch.Tensor) -> torch.Tensor:
-    """Masks [.., 16, 16] grown by a half-covered border, so that attention may sit on an outline: [.., 256]."""
+def with_rim(masks: torch.Tensor) -> torch.Tensor:
+    """Masks [B, 3, 16, 16] with a rim of cells at 0.6 around, so that attention may sit on an outline: [B, 3, 256]."""
     grown = F.max_pool2d(masks.flatten(0, 1)[:, None], 3, 1, 1)[:, 0].view_as(masks)
     return torch.maximum(masks, 0.6 * grown).flatten(-2)

@@ -1,37 +1,27 @@
 """The judge of pictures: which kinds are there and in which colour, which background, which style.
 
-    python -m diffgraft.app.bench.judge --minutes 12        # trains it on renders that went through the autoencoder
-
-It serves the benchmarks only; nothing that is shown is ever selected by it.
+It serves the benchmarks only; nothing that is shown is ever selected by it. `train_judge` is its recipe.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
-import torch.nn.functional as F  # noqa: N812
-from diffusers import AutoencoderKL
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
 from .backgrounds import BACKGROUNDS
-from .latents import grid_masks
-from .muon import Pair
 from .shapes import COLOURS, SHAPES
 from .styles import STYLES
-from .training import TimeBox, arguments, log, share_cores, to_tensor
-from .world import FRESH, Scene, render, scene
+from .training import to_tensor
+from .world import Scene
 
 WEIGHTS = Path(__file__).with_name("judge.safetensors")
 KINDS, PAINTS, PLACES, MANNERS = list(SHAPES), list(COLOURS), list(BACKGROUNDS), list(STYLES)
-TRAINING_SEEDS = 5_000_000
-PEAK, BATCH = 2e-3, 64
 
 
 @dataclass(frozen=True)
@@ -104,116 +94,3 @@ def look(judge: Judge, pictures: Sequence[Image.Image] | torch.Tensor) -> list[V
             present = {kind: PAINTS[i - 1] for kind, i in zip(KINDS, paint, strict=True) if i}
             found.append(Verdict(present, PLACES[place], MANNERS[manner]))
     return found
-
-
-def labels(truth: Scene) -> tuple[list[int], int, int]:
-    """Colour number of each kind (0: absent), background number, style number."""
-    colours = {thing.kind: 1 + PAINTS.index(thing.colour) for thing in truth.things}
-    return [colours.get(kind, 0) for kind in KINDS], PLACES.index(truth.background), MANNERS.index(truth.style)
-
-
-@torch.no_grad()
-def through_autoencoder(vae: AutoencoderKL, pictures: Sequence[Image.Image]) -> torch.Tensor:
-    """The pictures as the pipeline would show them: encoded, decoded, in 8 bits; uint8 [N, 3, 128, 128]."""
-    decoded = []
-    for i in range(0, len(pictures), 32):
-        with torch.autocast("cpu", torch.bfloat16):
-            back = vae.decode(vae.encode(to_tensor(pictures[i : i + 32])).latent_dist.mean).sample
-        decoded.append(((back.float().clamp(-1, 1) + 1) * 127.5).round().byte())
-    return torch.cat(decoded)
-
-
-def lessons(vae: AutoencoderKL, scenes: Sequence[Scene]) -> torch.Tensor:
-    """Every scene twice, uint8 [2 N, 3, 128, 128]: as rendered, then through the autoencoder."""
-    pictures = [render(s) for s in scenes]
-    raw = torch.stack([torch.from_numpy(np.array(p)).permute(2, 0, 1) for p in pictures])
-    return torch.cat([raw, through_autoencoder(vae, pictures)])
-
-
-def balanced(first: int, count: int) -> list[Scene]:
-    """Scenes of one, two and three things of any combination, every style as often."""
-    return [scene(first + i, split="any", count=1 + i % 3, style=MANNERS[i % 5]) for i in range(count)]
-
-
-def kind_maps(truth: Scene) -> torch.Tensor:
-    """Which kind owns each cell, [16, 16]; the number of kinds where none does."""
-    owner = torch.full((16, 16), len(KINDS))
-    for thing, cover in zip(truth.things, grid_masks(truth), strict=False):
-        owner[cover > 127] = KINDS.index(thing.kind)
-    return owner
-
-
-def judge_loss(scores: tuple[torch.Tensor, ...], truth: tuple[torch.Tensor, ...]) -> torch.Tensor:
-    """Cross entropy of the four answers; the maps' counts a tenth, a kind that is there four times as much as one
-    that is not.
-    """
-    maps, colours, places, manners = (part.float() for part in scores)
-    owner, paint, place, manner = truth
-    weight = torch.ones(len(PAINTS) + 1).index_fill(0, torch.arange(1, len(PAINTS) + 1), 4.0)
-    nothing = torch.zeros_like(maps[:, :1])
-    return (
-        F.cross_entropy(colours.flatten(0, 1), paint.flatten(), weight)
-        + 0.3 * F.cross_entropy(torch.cat([maps, nothing], 1), owner)
-        + 0.2 * (F.cross_entropy(places, place) + F.cross_entropy(manners, manner))
-    )
-
-
-def jitter(pictures: torch.Tensor) -> torch.Tensor:
-    """Small shifts by whole cells, noise and contrast, so that the judge does not learn one autoencoder by heart."""
-    noise = torch.randn_like(pictures) * 0.06 * torch.rand(len(pictures), 1, 1, 1)
-    return pictures * (0.94 + 0.12 * torch.rand(len(pictures), 1, 1, 1)) + noise
-
-
-def train(minutes: float, work: Path, count: int) -> None:
-    """Trains inside the time box, reports on held-out scenes, writes the weights beside this file in float16."""
-    vae = AutoencoderKL.from_pretrained(work / "vae").eval()
-    cache = work / "judge-data.pt"
-    scenes = [s.empty() if i % 12 == 11 else s for i, s in enumerate(balanced(TRAINING_SEEDS, count))]
-    if not cache.exists():
-        torch.save(lessons(vae, scenes), cache)
-    pictures = torch.load(cache, weights_only=True)
-    answers = [torch.tensor(column) for column in zip(*map(labels, scenes), strict=True)]
-    truth = [part.repeat(2, *[1] * (part.ndim - 1)) for part in (torch.stack([kind_maps(s) for s in scenes]), *answers)]
-    judge = Judge().train()
-    optimizer, box, step = Pair([judge], PEAK, outside=("paint", "place", "manner", "where")), TimeBox(minutes), 0
-    while box.fraction < 1:
-        share_cores()
-        rows = torch.randint(len(pictures), (BATCH,))
-        batch = jitter(pictures[rows].float() / 127.5 - 1)
-        with torch.autocast("cpu", torch.bfloat16):
-            scores = judge(batch)
-        loss = judge_loss(scores, tuple(part[rows] for part in truth))
-        loss.backward()
-        optimizer.step(box.rate(step))
-        step += 1
-        if step % 50 == 0:
-            log.info("step %d, %.0f s, loss %.4f", step, box.spent, loss.item())
-    judge.eval()
-    report(judge, vae)
-    save_file(
-        {name: part.half() if part.is_floating_point() else part for name, part in judge.state_dict().items()}, WEIGHTS
-    )
-
-
-def report(judge: Judge, vae: AutoencoderKL, count: int = 750) -> dict[str, float]:
-    """Shares on held-out scenes through the autoencoder: exact by style and by number of things, background, style."""
-    scenes = balanced(FRESH, count)
-    verdicts = look(judge, through_autoencoder(vae, [render(s) for s in scenes]).float() / 127.5 - 1)
-    rows = list(zip(scenes, verdicts, strict=True))
-    found = {style: _mean([v.exact(s) for s, v in rows if s.style == style]) for style in MANNERS}
-    found |= {f"{n} things": _mean([v.exact(s) for s, v in rows if len(s.things) == n]) for n in (1, 2, 3)}
-    found["background"] = _mean([v.background == s.background for s, v in rows])
-    found["style"] = _mean([v.style == s.style for s, v in rows])
-    log.info("held out: %s", {name: round(value, 3) for name, value in found.items()})
-    return found
-
-
-def _mean(outcomes: list[bool]) -> float:
-    return sum(outcomes) / len(outcomes) if outcomes else math.nan
-
-
-if __name__ == "__main__":
-    parser = arguments(__doc__ or "", minutes=12)
-    parser.add_argument("--count", type=int, default=6000, help="training scenes")
-    args = parser.parse_args()
-    train(args.minutes, args.work, args.count)

@@ -24,7 +24,7 @@ from .denoiser import (
     draw_times,
     grounding_loss,
     pipeline,
-    sharpen,
+    with_rim,
     watch_decoder,
     weighted_loss,
 )
@@ -149,7 +149,7 @@ class Trainer:
             noisy = noisy.contiguous(memory_format=torch.channels_last)
             guess = self.unet(noisy, batch["time"], encoder_hidden_states=words).sample
         denoising = weighted_loss(guess.float() - velocity, batch["masks"].flatten(-2)).mean()
-        masks = sharpen(batch["masks"])
+        masks = with_rim(batch["masks"])
         outside = sum(grounding_loss(layer.maps, masks, batch["columns"]) for layer in self.watched) / len(self.watched)
         return denoising, (outside * alpha.flatten().sqrt()).mean()
 
