@@ -24,9 +24,9 @@ from .denoiser import (
     draw_times,
     grounding_loss,
     pipeline,
-    with_rim,
     watch_decoder,
     weighted_loss,
+    with_rim,
 )
 from .muon import Pair
 from .training import (
