@@ -130,9 +130,11 @@ class MapCapture(Edit):
 
     def qkv(self, call: AttentionCall) -> None:
         step = call.step
-        if (self.phase == "latent" and not step.probing) or "cond" not in call.rows:
+        if "cond" not in call.rows:
             return
         maps = probabilities(call.narrow(call.rows["cond"])).mean(1)
+        if self.phase == "latent" and not step.probing:  # checkpointing runs the layer again, and must meet the same
+            return
         self.maps[call.layer.name] = maps if self.phase == "latent" else maps.detach()
         self.grid, self.dtype = call.grid, call.q.dtype
         if len(self.maps) == len(self.names(step.size)):

@@ -1,0 +1,615 @@
+"""AttentionSegregation: the equations, exact gradients, what moves and what does not, and numerics."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import tiny
+import torch
+from diffusers import EulerDiscreteScheduler, PNDMScheduler
+from plugins_for_tests import fingerprint
+
+import diffgraft as dg
+from diffgraft.attention.maps import MapCapture, concept_maps
+from diffgraft.attention.regions import binarise
+from diffgraft.plugins.base import Plugin
+from diffgraft.plugins.losses import (
+    binding_loss,
+    jensen_shannon,
+    jensen_shannon_loss,
+    retention_loss,
+    segregation_loss,
+    soft_overlap,
+)
+from diffgraft.plugins.moves import low_pass, relative_step, step_factor
+
+PROMPT = "a red ball and a blue star"
+WORDS = ["ball", "star"]
+LARGE = 2.0**16  # a gradient is read off the moved latent: the larger the move, the less of it is rounded away
+RAW = {"rule": "gradient", "size": LARGE, "decay": 1.0, "lowpass": 0, "end": 1.0}
+
+
+class Done(Exception):
+    """Ends a run once the first step's latent has been seen."""
+
+
+class Look(Plugin):
+    """Keeps the latent as the plugins before it left it."""
+
+    def __init__(self, stop=True, **window):
+        super().__init__(**window)
+        self.stop, self.seen = stop, []
+
+    def latent(self, step, latent, probe):
+        self.seen.append(latent.clone())
+        if self.stop:
+            raise Done
+
+
+class Put(Plugin):
+    """Sets the latent of the steps in its window."""
+
+    def __init__(self, given, **window):
+        super().__init__(**window)
+        self.given = given
+
+    def latent(self, step, latent, probe):
+        return self.given.to(latent)
+
+
+def noise(pipe, seed=0, n=1, size=16):
+    shape = (n, 4, size, size)
+    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).to(pipe.dtype)
+
+
+def moved(pipe, latents, plugin, prompt=PROMPT, **call):
+    """The first step's latent after `plugin`."""
+    look = Look()
+    with pytest.raises(Done), dg.graft(pipe, plugin, look):
+        size = latents.shape[-1] * 2
+        tiny.sample(pipe, prompt, latents=latents.clone(), **({"height": size, "width": size} | call))
+    return look.seen[0]
+
+
+def gradient(pipe, latents, words=WORDS, prompt=PROMPT, call=None, **settings):
+    """(gradient, losses) of the first step."""
+    values = []
+    loss = settings.pop("loss", "a-star")
+    function = dg.LOSSES[loss] if isinstance(loss, str) else loss
+
+    def noted(maps):
+        values.append(function(maps))
+        return values[-1]
+
+    plugin = dg.AttentionSegregation(words, loss=noted, **(RAW | settings))
+    z = moved(pipe, latents, plugin, prompt, **(call or {}))
+    return (latents - z) / LARGE, [value.item() for value in values]
+
+
+@pytest.fixture
+def double():
+    return tiny.sd15().to(torch.float64)
+
+
+# -- T1, T2: equations ---------------------------------------------------------------------------------------------
+
+
+def test_segregation_and_retention_values():
+    a = torch.rand(8, 8, dtype=torch.float64)
+    left, right = torch.zeros(8, 8, dtype=torch.float64), torch.zeros(8, 8, dtype=torch.float64)
+    left[:, :4], right[:, 4:] = a[:, :4], a[:, 4:]
+    same = torch.stack([a, a])
+    assert segregation_loss(same).item() == pytest.approx(0.5, abs=1e-12)
+    assert segregation_loss(torch.stack([left, right])).item() == 0
+    other = torch.stack([a, torch.rand(8, 8, dtype=torch.float64)])
+    assert segregation_loss(other * 37).item() == pytest.approx(segregation_loss(other).item(), abs=1e-12)
+    assert segregation_loss(torch.stack([a, a, a])).item() == pytest.approx(1.5, abs=1e-12)
+    binary = (a > 0.5).double()[None]
+    assert retention_loss(binary, binary).item() == pytest.approx(0.5, abs=1e-12)
+    assert retention_loss(binary * 0, binary).item() == 1.0
+    assert retention_loss(binary.repeat(3, 1, 1), binary.repeat(3, 1, 1)).item() == pytest.approx(1.5, abs=1e-12)
+    assert segregation_loss(a[None]).item() == 0 and soft_overlap(a * 0, a * 0).item() == 0
+
+
+def test_segregation_gradient_is_the_closed_form():
+    a, b = (torch.rand(6, 6, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    got = torch.autograd.grad(segregation_loss(torch.stack([a, b])), a)[0]
+    d, n = (a + b).sum().detach(), torch.minimum(a, b).sum().detach()
+    assert (got - ((a < b).double() / d - n / d**2)).abs().max() <= 1e-12
+    maps = torch.rand(3, 5, 5, dtype=torch.float64, requires_grad=True)
+    regions = (torch.rand(3, 5, 5, dtype=torch.float64) > 0.5) * 1.7
+    assert torch.autograd.gradcheck(segregation_loss, (maps,))
+    assert torch.autograd.gradcheck(lambda x: retention_loss(x, regions), (maps,))
+
+
+def test_other_losses_against_their_definitions():
+    maps = torch.rand(3, 4, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    excite = dg.LOSSES["attend-and-excite"](dg.Maps(maps))
+    assert excite.item() == pytest.approx(max(1 - float(m.max()) for m in maps))
+    p, q = (maps[i].flatten().numpy() / maps[i].sum().item() for i in (0, 1))
+    entropy = [sum(x * math.log2(x / ((x + y) / 2)) for x, y in zip(u, v, strict=True)) for u, v in ((p, q), (q, p))]
+    assert jensen_shannon(maps[0], maps[1]).item() == pytest.approx(sum(entropy) / 2, abs=1e-12)
+    assert jensen_shannon(maps[0], 3 * maps[0]).item() == pytest.approx(0, abs=1e-12)
+    eye = torch.eye(4, dtype=torch.float64).view(4, 2, 2)
+    assert jensen_shannon(eye[0], eye[1]).item() == pytest.approx(1) and jensen_shannon_loss(dg.Maps(eye)).item() < 1e-9
+    bound = dg.Maps(eye[:2], attributes={0: eye[0], 1: eye[1]})
+    swapped = dg.Maps(eye[:2], attributes={0: eye[1], 1: eye[0]})
+    assert binding_loss(bound).item() == pytest.approx(-1) and binding_loss(swapped).item() == pytest.approx(1)
+    for loss in dg.LOSSES.values():
+        flat = torch.zeros(2, 4, 4, dtype=torch.float64, requires_grad=True)
+        assert torch.isfinite(torch.autograd.grad(loss(dg.Maps(flat)), flat)[0]).all()
+
+
+def test_moves():
+    g, z = torch.randn(2, 4, 8, 8, dtype=torch.float64), torch.randn(2, 4, 8, 8, dtype=torch.float64)
+    step = relative_step(g, 0.05, z)
+    ratio = step.flatten(1).norm(dim=1) / z.flatten(1).norm(dim=1)
+    assert torch.allclose(ratio, torch.full((2,), 0.05, dtype=torch.float64))
+    assert [step_factor(i, 3, 0.5) for i in range(3)] == pytest.approx([1, 0.75**0.5, 0.5**0.5])
+    assert step_factor(0, 1, 0.5) == 1
+    assert torch.allclose(low_pass(torch.ones(1, 4, 9, 13), 4), torch.ones(1, 4, 9, 13))
+    smooth = low_pass(g, 4)
+    assert smooth.shape == g.shape and smooth.norm() < 0.6 * g.norm()
+
+
+# -- T3, T4: gradients ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["a-star", "attend-and-excite", "jsd"])
+def test_gradient_against_finite_differences(double, name):
+    z, layout = noise(double), torch.eye(2)[:, :, None].repeat(1, 1, 2)
+    settings = {"loss": name, "layout": layout, "normalisation": "ae", "smoothing": "gaussian"}
+    g, _ = gradient(double, z, **settings)
+    for seed in range(4):
+        direction = noise(double, seed + 10)
+        ends = [gradient(double, z + h * direction, **settings)[1][0] for h in (1e-5, -1e-5)]
+        slope = (ends[0] - ends[1]) / 2e-5
+        assert slope == pytest.approx(float((g * direction).sum()), rel=1e-5, abs=1e-12)
+
+
+class ExplicitStore:
+    """diffusers' own explicit attention, which keeps the probabilities of one level's cross layers."""
+
+    def __init__(self, kept, tokens):
+        self.kept, self.tokens = kept, tokens
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, **kwargs):
+        text = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        projected = (attn.to_q(hidden_states), attn.to_k(text), attn.to_v(text))
+        q, k, v = (attn.head_to_batch_dim(x) for x in projected)
+        probs = attn.get_attention_scores(q, k)
+        if encoder_hidden_states is not None and probs.shape[1] == self.tokens:
+            self.kept.append(probs.unflatten(0, (-1, attn.heads)))
+        return attn.to_out[0](attn.batch_to_head_dim(probs @ v))
+
+
+def explicit_gradient(pipe, z):
+    """The same loss through a full, unfrozen forward of the guided batch with explicit attention everywhere."""
+    kept = []
+    pipe.unet.set_attn_processor(ExplicitStore(kept, 64))
+    text, negative = pipe.encode_prompt(PROMPT, "cpu", 1, True)
+    pipe.scheduler.set_timesteps(3)
+    z = z.clone().requires_grad_()
+    pipe.unet(torch.cat([z, z]), pipe.scheduler.timesteps[0], torch.cat([negative, text]))
+    maps = torch.stack([layer[1].mean(0) for layer in kept]).mean(0).T.unflatten(1, (8, 8))
+    concepts = concept_maps(maps, [[3], [7]], normalisation="ae", smoothing="gaussian", tokens=range(1, 8))
+    return torch.autograd.grad(segregation_loss(concepts), z)[0]
+
+
+SHARP = {"normalisation": "ae", "smoothing": "gaussian"}
+
+
+def test_every_shortcut_is_exact(double):
+    """Early end, frozen parameters, maps beside the fused kernel, conditional half alone: against none of them."""
+    z = noise(double)
+    options = SHARP | {"layers": lambda layer: layer.kind == "cross" and layer.level == 1}
+    lean, _ = gradient(double, z, **options)
+    assert all(parameter.requires_grad for parameter in double.unet.parameters())
+    full = explicit_gradient(double, z)
+    assert (lean - full).abs().max() <= 1e-12 and full.abs().max() > 1e-5
+
+
+def test_gradient_checkpointing_is_exact_and_records_once(double):
+    z, counts = noise(double), []
+    plain, _ = gradient(double, z)
+    double.unet.enable_gradient_checkpointing()
+    original = MapCapture.averaged
+
+    def counted(capture):
+        counts.append(len(capture.maps))
+        return original(capture)
+
+    MapCapture.averaged = counted
+    try:
+        checkpointed, _ = gradient(double, z)
+    finally:
+        MapCapture.averaged = original
+    assert torch.equal(plain, checkpointed) and counts == [3]
+
+
+def test_a_batch_is_its_pictures(double):
+    z = torch.cat([noise(double, seed) for seed in range(3)])
+    together, losses = gradient(double, z, prompt=[PROMPT] * 3, **SHARP)
+    alone = [gradient(double, z[i : i + 1], **SHARP) for i in range(3)]
+    assert (together - torch.cat([g for g, _ in alone])).abs().max() <= 1e-12
+    assert losses == pytest.approx([loss[0] for _, loss in alone], abs=1e-12)
+    single, _ = gradient(tiny.sd15(), z[:1].float(), **SHARP)
+    assert ((single - alone[0][0]).norm() / alone[0][0].norm()).item() < 1e-5
+
+
+# -- T6, T8: descent -----------------------------------------------------------------------------------------------
+
+
+def test_small_steps_descend_at_the_rate_of_the_gradient(double):
+    z = noise(double)
+    g, (before,) = gradient(double, z, **SHARP)
+    for alpha in (1.0, 0.1, 0.01):
+        after = gradient(double, z - alpha * g, **SHARP)[1][0]
+        assert after < before
+    assert (before - after) / 0.01 == pytest.approx(float(g.square().sum()), rel=0.05)
+
+
+class Descend(Plugin):
+    """Forty unit steps at the first step, with the same maps and losses that the plugin uses."""
+
+    def __init__(self, retention):
+        super().__init__()
+        self.retention, self.path, self.peaks = retention, [], []
+
+    def bind(self, session):
+        self.capture = MapCapture(session.layers, "latent")
+
+    def edits(self):
+        return [self.capture]
+
+    def latent(self, step, latent, probe):
+        z, regions = latent, None
+        for _ in range(40):
+            z = z.detach().requires_grad_()
+            self.capture.clear()
+            probe(z)
+            maps = concept_maps(self.capture.averaged()[0], [[3], [7]], **SHARP, tokens=range(1, 8))
+            loss = segregation_loss(maps)
+            self.path.append(loss.item())
+            self.peaks.append(maps.detach().amax((1, 2)))
+            if self.retention and regions is not None:
+                loss = loss + retention_loss(maps, regions)
+            regions = binarise(maps)
+            g = torch.autograd.grad(loss, z)[0]
+            z = z - g / g.norm()
+        raise Done
+
+
+def test_retention_keeps_what_segregation_alone_deletes(double):
+    for name, module in double.unet.named_modules():
+        if name.endswith("attn2"):  # random layers hardly look at anything: make them choose
+            for projection in (module.to_q, module.to_k):
+                projection.weight.data.mul_(6)
+    ends = {}
+    for retention in (True, False):
+        plugin = ends[retention] = Descend(retention)
+        with pytest.raises(Done), dg.graft(double, plugin):
+            tiny.sample(double, PROMPT, latents=noise(double, 1))
+    both, alone = ends[True], ends[False]
+    assert both.path[-1] <= 0.1 * both.path[0]
+    assert (both.peaks[-1] >= both.peaks[0]).all()
+    assert alone.peaks[-1].amin() < 1e-3 < alone.peaks[0].amin()
+    with pytest.warns(UserWarning, match="vanish"):
+        dg.AttentionSegregation(WORDS, retention=0)
+
+
+# -- T7: nothing happens where nothing should ----------------------------------------------------------------------
+
+NEUTRAL = {
+    "weights": {"segregation": 0, "retention": 0},
+    "size": {"size": 0},
+    "over": {"start": 1.0, "end": 1.0},
+}
+
+
+@pytest.mark.parametrize("name", [*NEUTRAL, "no concepts"])
+def test_neutral_settings_change_no_bit_and_cost_no_call(family, name):
+    plain, before, calls = tiny.sample(family), fingerprint(family), []
+    plugin = dg.AttentionSegregation(WORDS if name in NEUTRAL else [], **NEUTRAL.get(name, {}))
+    hook = family.unet.conv_in.register_forward_hook(lambda *_: calls.append(1))
+    with dg.graft(family, plugin):
+        assert torch.equal(tiny.sample(family), plain)
+    hook.remove()
+    assert len(calls) == 3 and fingerprint(family) == before
+
+
+def test_nothing_is_left_after_an_error_inside(family):
+    plain, before = tiny.sample(family), fingerprint(family)
+
+    def boom(maps):
+        raise RuntimeError("boom")
+
+    with pytest.raises(RuntimeError, match="boom"), dg.graft(family, dg.AttentionSegregation(WORDS, loss=boom)):
+        tiny.sample(family)
+    assert fingerprint(family) == before and torch.equal(tiny.sample(family), plain)
+
+
+# -- T9: regions ---------------------------------------------------------------------------------------------------
+
+
+class Spy:
+    """A loss that keeps what it was shown."""
+
+    def __init__(self):
+        self.maps = []
+
+    def __call__(self, maps):
+        self.maps.append(maps)
+        return dg.LOSSES["a-star"](maps)
+
+
+@pytest.mark.parametrize("previous", ["pre", "post"])
+def test_regions_come_from_the_step_before_and_start_afresh(sd15, previous):
+    spy, watch = Spy(), Spy()
+    plugin = dg.AttentionSegregation(WORDS, loss=spy, previous=previous, end=1.0)
+    with dg.graft(sd15, plugin):
+        tiny.sample(sd15)
+        again = len(spy.maps)
+        tiny.sample(sd15)
+    assert again == 3 and spy.maps[0].regions is None and spy.maps[3].regions is None
+    for seen in spy.maps[1:3]:
+        assert set(seen.regions.unique().tolist()) <= {0.0, 1.0} and not seen.regions.requires_grad
+    if previous == "pre":
+        assert torch.equal(spy.maps[1].regions, binarise(spy.maps[0].concepts))
+        expected = segregation_loss(spy.maps[1].concepts) + retention_loss(spy.maps[1].concepts, spy.maps[1].regions)
+        assert dg.LOSSES["a-star"](spy.maps[1]).item() == pytest.approx(expected.item())
+    else:  # the pipeline's own call at step 0 ran on the moved latent: a probe there sees the same map
+        frozen = dg.AttentionSegregation(WORDS, loss=watch, size=1e-12, end=0.4)
+        look = Look()
+        with pytest.raises(Done), dg.graft(sd15, plugin, look):
+            tiny.sample(sd15)
+        with pytest.raises(Done), dg.graft(sd15, frozen, Look()):
+            tiny.sample(sd15, latents=look.seen[0])
+        assert torch.equal(spy.maps[1].regions, binarise(watch.maps[0].concepts))
+
+
+def test_a_layout_stands_in_for_regions_and_is_brought_to_the_grid(sd15):
+    spy, half = Spy(), torch.zeros(2, 64, 64, dtype=torch.bool)
+    half[0, :, :32] = half[1, :, 32:] = True
+    with dg.graft(sd15, dg.AttentionSegregation(WORDS, loss=spy, layout=half)):
+        tiny.sample(sd15)
+    regions = spy.maps[0].regions
+    assert regions.shape == spy.maps[0].concepts.shape and torch.equal(regions[0], 1 - regions[1])
+    assert regions[0, :, : regions.shape[2] // 2].all()
+    analytic = retention_loss(regions, regions)
+    assert analytic.item() == pytest.approx(1.0)
+    with pytest.raises(dg.SettingError, match="3 masks for 2 concepts"):
+        dg.AttentionSegregation(WORDS, layout=torch.ones(3, 8, 8))
+
+
+# -- T10, T11: schedulers and calls --------------------------------------------------------------------------------
+
+
+def test_a_gradient_step_is_the_same_move_in_every_scheduler(double):
+    z = noise(double)
+    vp, _ = gradient(double, z)
+    config = double.scheduler.config
+    double.scheduler = EulerDiscreteScheduler.from_config(config, timestep_spacing="leading")
+    double.scheduler.set_timesteps(3)
+    sigma = double.scheduler.sigmas[0].double()
+    scale = (sigma**2 + 1).sqrt()
+    start = z * scale / double.scheduler.init_noise_sigma.double()
+    look = moved(double, start, dg.AttentionSegregation(WORDS, **RAW))
+    ve = (start * double.scheduler.init_noise_sigma.double() - look) / scale / LARGE
+    assert ((ve - vp).norm() / vp.norm()).item() < 1e-5
+
+
+def test_pndm_runs_all_its_calls(sd15):
+    sd15.scheduler = PNDMScheduler.from_config(sd15.scheduler.config, skip_prk_steps=True)
+    with dg.graft(sd15, dg.AttentionSegregation(WORDS, end=1.0)) as g:
+        out = tiny.sample(sd15, num_inference_steps=50, guidance_scale=1.0, height=16, width=16)
+        assert torch.isfinite(out).all()
+    report = g.report()
+    assert (report.calls, report.updates, sum(report.skipped.values())) == (51, 50, 1)
+
+
+@pytest.mark.parametrize(
+    ("settings", "probes"), [({}, 4), ({"end": 0.5}, 2), ({"every": 2}, 2), ({"refine": {1: -1}}, 24)]
+)
+def test_one_short_forward_for_each_update(sd15, settings, probes):
+    first, last = [], []
+    hooks = [
+        sd15.unet.conv_in.register_forward_hook(lambda *_: first.append(1)),
+        sd15.unet.conv_out.register_forward_hook(lambda *_: last.append(1)),
+    ]
+    with dg.graft(sd15, dg.AttentionSegregation(WORDS, **({"end": 1.0} | settings))):
+        tiny.sample(sd15, num_inference_steps=4)
+    for hook in hooks:
+        hook.remove()
+    assert (len(first), len(last)) == (4 + probes, 4)
+
+
+# -- T12: numerics -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def book():
+    pipe = dg.picturebook()
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+CAPTION = "a blue ball and a yellow star , night"
+
+
+def gradient_at(pipe, latents, step, steps):
+    """Gradient on `latents` at a later step of a run."""
+    window = {"start": step / steps, "end": 1.0}
+    look = Look(**window)
+    plugin = dg.AttentionSegregation(WORDS, **(RAW | window))
+    with pytest.raises(Done), dg.graft(pipe, Put(latents, **window), plugin, look):
+        tiny.sample(pipe, CAPTION, num_inference_steps=steps, guidance_scale=1.0, height=128, width=128)
+    return (latents - look.seen[0]) / LARGE
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_gives_the_same_gradient_and_no_nan(book, dtype):
+    """At step 7 of 10: earlier the gradient of this small model turns with changes of z as small as the rounding."""
+    call = {"guidance_scale": 1.0, "height": 128, "width": 128}
+    look = Look(start=0.7)
+    with pytest.raises(Done), dg.graft(book, look):
+        tiny.sample(book, CAPTION, num_inference_steps=10, **call)
+    z = look.seen[0].to(dtype).float()
+    pipe = dg.picturebook(dtype=dtype)
+    pipe.set_progress_bar_config(disable=True)
+    exact, half = (gradient_at(model, z, 7, 10) for model in (book, pipe))
+    assert torch.cosine_similarity(exact.flatten(), half.flatten(), 0) >= 0.99
+    with dg.graft(pipe, dg.AttentionSegregation(WORDS, end=1.0)) as g:
+        out = tiny.sample(pipe, CAPTION, num_inference_steps=50, guidance_scale=1.0, height=64, width=64)
+    assert torch.isfinite(out).all() and g.report().updates == 50
+
+
+def test_loss_scale_is_exact_in_float32(book):
+    z, call = noise(book), {"height": 128, "width": 128}
+    plain, _ = gradient(book, z, prompt=CAPTION, call=call)
+    scaled, _ = gradient(book, z, prompt=CAPTION, call=call, loss_scale=2.0**10)
+    assert torch.equal(plain, scaled)
+
+
+class Spoilt:
+    """A loss whose gradient is zero or not a number for one picture."""
+
+    def __init__(self, factor, picture):
+        self.factor, self.picture, self.count = factor, picture, 0
+
+    def __call__(self, maps):
+        self.count += 1
+        spoilt = (self.count - 1) % 2 == self.picture
+        return dg.LOSSES["a-star"](maps) * (self.factor if spoilt else 1.0)
+
+
+@pytest.mark.parametrize(("factor", "reason"), [(0.0, "zero"), (math.nan, "not finite"), (math.inf, "not finite")])
+def test_a_bad_gradient_is_skipped_and_reported_for_its_picture_alone(sd15, factor, reason):
+    z = torch.cat([noise(sd15, 1), noise(sd15, 2)])
+    look = Look(stop=False)
+    with dg.graft(sd15, dg.AttentionSegregation(WORDS, loss=Spoilt(factor, 1), end=1.0), look) as g:
+        out = tiny.sample(sd15, [PROMPT] * 2, latents=z, num_inference_steps=2)
+    assert torch.isfinite(out).all()
+    assert torch.equal(look.seen[0][1], z[1]) and not torch.equal(look.seen[0][0], z[0])
+    assert g.report().skipped == {f"the gradient is {reason}": 2}
+
+
+def test_no_gradient_at_all_is_a_typed_error_and_inference_mode_works(sd15):
+    blind = dg.AttentionSegregation(WORDS, loss=lambda maps: maps.concepts.detach().sum())
+    with pytest.raises(dg.UnsupportedPipelineError, match="quantised"), dg.graft(sd15, blind):
+        tiny.sample(sd15)
+    with dg.graft(sd15, dg.AttentionSegregation(WORDS)):
+        expected = tiny.sample(sd15)
+        with torch.inference_mode():
+            assert torch.equal(tiny.sample(sd15), expected)
+
+
+# -- T13: batches --------------------------------------------------------------------------------------------------
+
+PROMPTS = [PROMPT, "a cat and a ball", "a red star and a blue ball and a cat", "a ball"]
+LISTS = [["ball", "star"], ["cat", "ball"], ["star", "ball", "cat"], []]
+
+
+def test_prompts_with_their_own_concepts_are_independent(sd15):
+    z = torch.cat([noise(sd15, seed) for seed in range(4)])
+    with dg.graft(sd15, dg.AttentionSegregation(LISTS)):
+        together = tiny.sample(sd15, PROMPTS, latents=z)
+    for i, (prompt, words) in enumerate(zip(PROMPTS, LISTS, strict=True)):
+        with dg.graft(sd15, dg.AttentionSegregation(words)):
+            alone = tiny.sample(sd15, prompt, latents=z[i : i + 1])
+        assert ((together[i] - alone[0]).norm() / alone.norm()).item() < 1e-4
+
+
+def test_several_pictures_a_prompt_share_its_concepts(sd15):
+    z = torch.cat([noise(sd15, seed) for seed in range(4)])
+    with dg.graft(sd15, dg.AttentionSegregation(LISTS[:2])) as g:
+        tiny.sample(sd15, PROMPTS[:2], latents=z, num_images_per_prompt=2)
+    values = g.report().plugins[0][1]
+    assert values["picture 1"].startswith("ball") and values["picture 2"].startswith("cat")
+
+
+# -- T14: words ----------------------------------------------------------------------------------------------------
+
+
+def columns(pipe, words, prompt=PROMPT):
+    with dg.graft(pipe, dg.AttentionSegregation(words)) as g:
+        tiny.sample(pipe, prompt, num_inference_steps=1)
+    return g.report().plugins[0][1]["picture 0"]
+
+
+def test_words_phrases_columns_and_repeats(family):
+    assert columns(family, ["red ball", "star"]) == "red ball at [2, 3], star at [7]"
+    assert columns(family, [3, range(6, 8)]) == "[3] at [3], [6, 7] at [6, 7]"
+    assert columns(family, ["ball"], "a ball and a ball") == "ball at [2] (occurs 2 times, the first is meant)"
+    assert "dog at [2, 3, 4]" in columns(family, ["dog", "ball"], "a dog and a ball")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [(["cat"], "3 ball</w>"), ([8], "columns 1 to 7"), ([0], "outside"), (["ball", [3, 99]], "99")],
+)
+def test_concepts_that_are_not_there(sd15, words, message):
+    with pytest.raises(dg.ConceptError, match=message):
+        columns(sd15, words)
+
+
+def test_cut_off_words_and_wrong_counts(sd15):
+    with pytest.raises(dg.ConceptError, match="cut off: the text encoder reads 75 tokens"):
+        columns(sd15, ["star"], "a " * 80 + "star")
+    with pytest.raises(dg.ConceptError, match="2 lists for 3 prompts"):
+        columns(sd15, LISTS[:2], [PROMPT] * 3)
+    with pytest.raises(dg.ConceptError, match="give token columns"):
+        text = torch.zeros(1, 77, 32)
+        with dg.graft(sd15, dg.AttentionSegregation(WORDS)):
+            tiny.sample(sd15, None, prompt_embeds=text, negative_prompt_embeds=text)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        ({"concepts": "ball"}, dg.SettingTypeError), ({"concepts": [1.5]}, dg.SettingTypeError),
+        ({"concepts": [""]}, dg.SettingTypeError), ({"preset": "mine"}, dg.SettingError),
+        ({"loss": "mine"}, dg.SettingError), ({"segregation": -1}, dg.SettingError),
+        ({"size": math.nan}, dg.SettingError),
+        ({"normalisation": "x"}, dg.SettingError), ({"every": 0}, dg.SettingError), ({"lowpass": -1}, dg.SettingError),
+        ({"binding": 1.0}, dg.SettingError), ({"attributes": {"cat": "red"}}, dg.SettingError),
+        ({"layout": [1, 2]}, dg.MaskError),
+    ],
+)  # fmt: skip
+def test_wrong_settings_are_typed(arguments, error):
+    with pytest.raises(error):
+        dg.AttentionSegregation(**({"concepts": WORDS} | arguments))
+
+
+def test_attributes_reach_the_loss(sd15):
+    spy = Spy()
+    options = {"loss": spy, "binding": 0.5, "attributes": {"ball": "red", "star": "blue"}}
+    with dg.graft(sd15, dg.AttentionSegregation(WORDS, **options)) as g:
+        tiny.sample(sd15, num_inference_steps=1)
+    seen = spy.maps[0]
+    assert set(seen.attributes) == {0, 1} and seen.attributes[0].shape == seen.concepts.shape[1:]
+    expected = dg.LOSSES["a-star"](seen) + 0.5 * binding_loss(seen)
+    assert g.report().plugins[0][1]["loss 0"] == [round(float(expected), 4)]
+
+
+# -- T15: the outside oracle ---------------------------------------------------------------------------------------
+
+
+def test_parity_with_diffusers_attend_and_excite(double):
+    from diffusers import StableDiffusionAttendAndExcitePipeline
+
+    pipe, z = tiny.sd15(), noise(double).float()
+    parts = {name: part for name, part in pipe.components.items() if name != "image_encoder"}
+    theirs = tiny.quiet(StableDiffusionAttendAndExcitePipeline(**parts, requires_safety_checker=False))
+    expected = theirs(
+        PROMPT, token_indices=[3, 7], latents=z.clone(), num_inference_steps=3, guidance_scale=4.0, height=32,
+        width=32, attn_res=(16, 16), thresholds={}, scale_factor=500, output_type="latent",
+    ).images  # fmt: skip
+    pipe = tiny.sd15()
+    plain = tiny.sample(pipe, latents=z.clone())
+    plugin = dg.AttentionSegregation(WORDS, loss="attend-and-excite", preset="paper", layers="all", size=500.0)
+    with dg.graft(pipe, plugin):
+        ours = tiny.sample(pipe, latents=z.clone())
+    assert ((ours - expected).norm() / expected.norm()).item() < 1e-4
+    assert ((ours - plain).norm() / plain.norm()).item() > 1e-3
