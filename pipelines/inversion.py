@@ -16,7 +16,6 @@ import torch
 from ..attention.errors import NonFiniteError, SettingError, SettingTypeError, UnsupportedSchedulerError
 from ..plugins.base import finite
 from . import latents as pictures
-from .architectures import adapter_for
 from .architectures.loop import Loop, loop_for
 from .graft import suspended
 from .negative import Negative, negative_for
@@ -80,7 +79,7 @@ class Inversion:
         if type(pipe.scheduler) is not type(self.scheduler):
             wrong = [f"scheduler {type(self.scheduler).__name__} is now {type(pipe.scheduler).__name__}"]
         else:
-            loop = loop_for(pipe, adapter_for(pipe).denoiser)
+            loop = loop_for(pipe)
             size = (self.clean.shape[-2], self.clean.shape[-1])
             there = grid_of(pipe.scheduler, count, **loop.timing(size, count, pipe.scheduler))
             wrong = same_start(self.grid, there)
@@ -123,13 +122,12 @@ def invert(
     """
     iterations, steps = _whole(iterations, "iterations", 0), _whole(steps, "steps", 1)
     guidance, tolerance = finite(guidance, "guidance"), finite(tolerance, "tolerance", 0)
-    adapter = adapter_for(pipe)
-    loop = loop_for(pipe, adapter.denoiser)
-    clean = _clean(pipe, image_or_latents, adapter.latent_channels)
+    loop = loop_for(pipe)
+    clean = _clean(pipe, image_or_latents)
     size = (clean.shape[-2], clean.shape[-1])
     grid = grid_of(pipe.scheduler, steps, clean.device, **loop.timing(size, steps, pipe.scheduler))
     weight = 0.0 if negative is None else guidance - 1
-    source = negative_for(adapter, clean, negative if weight else None, image_or_latents, generator)
+    source = negative_for(loop, clean, negative if weight else None, image_or_latents, generator)
     with suspended():
         texts = source.texts(_texts(prompt, len(clean)))
         inputs = loop.with_images(loop.conditions(texts, size), source.pictures)
@@ -208,8 +206,9 @@ def _wide(rows: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return rows.view(-1, *[1] * (like.ndim - 1)).to(torch.bool if rows.dtype == torch.bool else like.dtype)
 
 
-def _clean(pipe: Any, given: Any, channels: int) -> torch.Tensor:
+def _clean(pipe: Any, given: Any) -> torch.Tensor:
     """Clean latents in at least float32."""
+    channels = pipe.vae.config.latent_channels
     if isinstance(given, torch.Tensor) and given.ndim == 4 and given.shape[1] == channels and channels != 3:
         z = given.to(pipe._execution_device)
     else:

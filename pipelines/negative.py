@@ -17,7 +17,8 @@ from ..attention.seam import Work, install
 from ..attention.step import Step
 from ..plugins.style_injection import AttendTo, ImagePrompt, block_of
 from . import latents
-from .architectures.base import Adapter
+from .architectures.loop import Loop
+from .compiled import eager
 from .schedule import Level
 
 LAYOUT_BLOCK = "down_blocks.2.attentions.1"
@@ -36,8 +37,8 @@ class Negative:
     kind, rows = "none", 1
     pictures: list[Any] | None = None
 
-    def __init__(self, adapter: Adapter) -> None:
-        self.adapter = adapter
+    def __init__(self, loop: Loop) -> None:
+        self.loop = loop
 
     def texts(self, prompts: Sequence[str]) -> list[str]:
         """The prompt of every row."""
@@ -55,7 +56,7 @@ class Negative:
     def edited(self, n: int, timestep: torch.Tensor) -> Generator[None]:
         """Around one denoiser call on n pictures."""
         rows = {name: slice(i * n, i * n + n) for i, name in enumerate(("uncond", "cond", "reference")[: self.rows])}
-        with editing(self.adapter.layers, self.edits(), Step(timestep=timestep, rows=rows)):
+        with editing(self.loop.layers, self.edits(), Step(timestep=timestep, rows=rows)):
             yield
 
     def guided(self, rows: torch.Tensor, weight: float) -> torch.Tensor:
@@ -72,8 +73,8 @@ class TextNegative(Negative):
 
     kind, rows = "text", 2
 
-    def __init__(self, adapter: Adapter, texts: Sequence[str]) -> None:
-        super().__init__(adapter)
+    def __init__(self, loop: Loop, texts: Sequence[str]) -> None:
+        super().__init__(loop)
         self.negatives = list(texts)
 
     def texts(self, prompts: Sequence[str]) -> list[str]:
@@ -93,8 +94,8 @@ class ImageNegative(Negative):
 
     kind, rows = "image", 2
 
-    def __init__(self, adapter: Adapter, away: list[Any], towards: list[Any]) -> None:
-        super().__init__(adapter)
+    def __init__(self, loop: Loop, away: list[Any], towards: list[Any]) -> None:
+        super().__init__(loop)
         self.pictures = [*(away * len(towards) if len(away) == 1 else away), *towards]
 
     def texts(self, prompts: Sequence[str]) -> list[str]:
@@ -104,7 +105,7 @@ class ImageNegative(Negative):
         return torch.cat([x, x])
 
     def edits(self) -> list[Edit]:
-        return [ImagePrompt({block_of(self.adapter.layers, "down", LAYOUT_BLOCK): 1.0})]
+        return [ImagePrompt({block_of(self.loop.layers, "down", LAYOUT_BLOCK): 1.0})]
 
 
 class AttentionNegative(Negative):
@@ -116,11 +117,11 @@ class AttentionNegative(Negative):
 
     kind, rows = "attention", 3
 
-    def __init__(self, adapter: Adapter, clean: torch.Tensor, generator: torch.Generator | None) -> None:
-        super().__init__(adapter)
-        if not any(_sees(layer) for layer in adapter.layers):
+    def __init__(self, loop: Loop, clean: torch.Tensor, generator: torch.Generator | None) -> None:
+        super().__init__(loop)
+        if not any(_sees(layer) for layer in loop.layers):
             raise UnsupportedPipelineError(
-                f"a picture cannot be a negative on {type(adapter.denoiser).__name__}: give the negative as text"
+                f"a picture cannot be a negative on {type(loop.denoiser).__name__}: give the negative as text"
             )
         source = generator or torch.Generator().manual_seed(0)
         noise = torch.randn(clean.shape, generator=source, dtype=clean.dtype, device=source.device)
@@ -138,7 +139,7 @@ class AttentionNegative(Negative):
 
 
 def negative_for(
-    adapter: Adapter, clean: torch.Tensor, negative: Any, content: Any, generator: torch.Generator | None
+    loop: Loop, clean: torch.Tensor, negative: Any, content: Any, generator: torch.Generator | None
 ) -> Negative:
     """The best negative that the pipeline has means for.
 
@@ -146,28 +147,27 @@ def negative_for(
         SettingTypeError: neither text nor picture. UnsupportedPipelineError: no means for a picture.
     """
     if negative is None:
-        return Negative(adapter)
+        return Negative(loop)
     away: list[Any] = list(negative) if isinstance(negative, (list, tuple, torch.Tensor)) else [negative]
     if away and all(isinstance(item, str) for item in away):
-        return TextNegative(adapter, away)
+        return TextNegative(loop, away)
     if not away or not all(isinstance(item, (Image.Image, torch.Tensor)) for item in away):
         raise SettingTypeError("a negative is a text, a picture, latents, or a list of them")
-    if isinstance(away[0], Image.Image) and has_image_prompt(adapter):
-        towards = [content] if isinstance(content, Image.Image) else latents.decode_latents(adapter.pipe, clean)
-        return ImageNegative(adapter, away, towards)
+    if isinstance(away[0], Image.Image) and has_image_prompt(loop):
+        towards = [content] if isinstance(content, Image.Image) else latents.decode_latents(loop.pipe, clean)
+        return ImageNegative(loop, away, towards)
     size = (clean.shape[-2], clean.shape[-1])
     encoded = [
-        item[None] if isinstance(item, torch.Tensor) else latents.encode_image(adapter.pipe, item, size)
-        for item in away
+        item[None] if isinstance(item, torch.Tensor) else latents.encode_image(loop.pipe, item, size) for item in away
     ]
-    return AttentionNegative(adapter, torch.cat(encoded).to(clean), generator)
+    return AttentionNegative(loop, torch.cat(encoded).to(clean), generator)
 
 
-def has_image_prompt(adapter: Adapter) -> bool:
+def has_image_prompt(loop: Loop) -> bool:
     """Whether the pipeline has an IP-Adapter and the encoder that it needs."""
-    config: Any = adapter.denoiser.config
+    config: Any = loop.denoiser.config
     loaded = getattr(config, "encoder_hid_dim_type", None) == "ip_image_proj"
-    return loaded and getattr(adapter.pipe, "image_encoder", None) is not None
+    return loaded and getattr(loop.pipe, "image_encoder", None) is not None
 
 
 def _sees(layer: AttentionLayer) -> bool:
@@ -191,6 +191,8 @@ def editing(layers: Sequence[AttentionLayer], edits: Sequence[Edit], step: Step)
     chosen = {name: placed for name, placed in chosen.items() if placed}
     source = _Source(chosen, step)
     with ExitStack() as stack:
+        if chosen:
+            stack.enter_context(eager())
         for layer in layers:
             if layer.name in chosen:
                 stack.callback(install(layer, source))

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ...attention.errors import UnsupportedPipelineError
+from ...attention.layer import find_layers
 from ...plugins.startpoint import pack, unpack
 from .base import Inputs
 
@@ -18,10 +19,14 @@ class Loop:
     Args:
         pipe: the pipeline whose encoders, denoiser and sizes are used.
         denoiser: its UNet or transformer.
+
+    Attributes:
+        layers: the denoiser's attention layers in execution order.
     """
 
     def __init__(self, pipe: Any, denoiser: Any) -> None:
         self.pipe, self.denoiser = pipe, denoiser
+        self.layers = find_layers(denoiser)
 
     def conditions(self, texts: Sequence[str], size: tuple[int, int]) -> Inputs:
         """What the denoiser takes besides latents of `size` (h, w) and timestep, one row a text."""
@@ -139,12 +144,14 @@ LOOPS: dict[str, type[Loop]] = {
 }
 
 
-def loop_for(pipe: Any, denoiser: Any) -> Loop:
-    """The loop of a denoiser's family.
+def loop_for(pipe: Any) -> Loop:
+    """The loop of the family of a pipeline's denoiser.
 
     Raises:
         UnsupportedPipelineError: a family without one.
     """
+    denoiser = getattr(pipe, "unet", None) or getattr(pipe, "transformer", None)
+    denoiser = getattr(denoiser, "_orig_mod", denoiser)
     for base in type(denoiser).__mro__:
         if base.__name__ in LOOPS:
             return LOOPS[base.__name__](pipe, denoiser)
