@@ -13,6 +13,13 @@ from typing import Any
 from diffusers import DiffusionPipeline
 from torch import nn
 
+_ASKED = (
+    "prompt", "negative_prompt", "negative_prompt_embeds", "batch_size", "clip_skip", "height", "width",
+    "max_sequence_length", "clean_caption", "cross_attention_kwargs", "joint_attention_kwargs",
+    "do_classifier_free_guidance", "do_true_cfg",
+)  # fmt: skip
+"""What adapters and plugins read of a call; a frame holds more, and keeping its latents would keep their memory."""
+
 
 @dataclass(frozen=True)
 class Running:
@@ -40,7 +47,7 @@ def find_running(denoiser: nn.Module, pipe: Any) -> Running:
         if frame.f_code.co_name == "__call__" and "self" in frame.f_code.co_varnames:
             caller = frame.f_locals.get("self")
             if isinstance(caller, DiffusionPipeline) and owns(caller, denoiser):
-                return Running(caller, True, dict(frame.f_locals))
+                return Running(caller, True, {k: v for k, v in frame.f_locals.items() if k in _ASKED})
         frame = frame.f_back
     return Running(pipe, False)
 
