@@ -1,0 +1,140 @@
+"""The command line as a person meets it: what it prints, writes and returns."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+import tiny
+from PIL import Image
+from typer.testing import CliRunner
+
+import diffgraft
+from diffgraft.app import extras
+from diffgraft.app.cli import app
+from diffgraft.app.errors import MissingExtraError
+from diffgraft.app.metadata import read_settings
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model")
+    tiny.sd15().save_pretrained(path)
+    return str(path)
+
+
+@pytest.fixture(autouse=True)
+def _here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def call(*words):
+    result = CliRunner().invoke(app, [str(word) for word in words])
+    assert "Traceback" not in result.output
+    return result
+
+
+def generate(model, *words):
+    return call("generate", *words, "--model", model, "--device", "cpu", "--steps", 1, "--guidance", 1, "-q")
+
+
+def test_help_names_every_command():
+    said = call("--help").output
+    assert all(name in said for name in ("generate", "erase", "stylize", "batch", "demo", "show"))
+    assert call("--version").output.strip() == diffgraft.__version__
+    assert call().exit_code == 2 or "Usage" in call().output
+
+
+def test_one_picture_and_what_it_says(model, tmp_path):
+    result = generate(model, "a red ball", "--negative", "blue", "--seed", 7)
+    assert result.exit_code == 0 and result.stdout == "out.png\n"
+    said = read_settings("out.png")
+    assert (said["prompt"], said["seed"], said["steps"]) == ("a red ball", 7, 1)
+    assert said["plugins"][0]["plugin"] == "NegativeAway" and said["plugins"][0]["negative"] == "blue"
+    assert str(tmp_path) not in json.dumps(said) and said["model"] in model
+    assert json.loads(call("show", "out.png").stdout) == said
+
+
+def test_several_pictures_are_the_single_ones(model):
+    assert (
+        generate(model, "a cat", "--seed", 3, "-n", 2, "--out", "made/a.png").stdout == "made/a-0.png\nmade/a-1.png\n"
+    )
+    generate(model, "a cat", "--seed", 4, "--out", "b.png")
+    assert Image.open("made/a-1.png").tobytes() == Image.open("b.png").tobytes()
+    generate(model, "a cat", "--seed", 4, "--out", "c.png", "--no-metadata")
+    assert Image.open("c.png").info == {} and Image.open("c.png").tobytes() == Image.open("b.png").tobytes()
+
+
+BAD = {
+    ("a ball", "--steps", "0"): (2, "steps=0"),
+    ("a ball", "--steps", "many"): (2, "--steps"),
+    ("a ball", "--seed", "3.5"): (2, "--seed"),
+    ("a ball", "--seed", "99999999999999999999"): (2, "2^63-1"),
+    ("a ball", "--guidance", "nan"): (2, "finite"),
+    ("a ball", "--width", "33"): (2, "multiples of"),
+    ("a ball", "-n", "0"): (2, "-n"),
+    ("a ball", "--out", "a.jpg"): (2, "written as .png"),
+    ("a ball", "--plugin", "NegativAway"): (2, "did you mean 'NegativeAway'"),
+    ("a ball", "--plugin", '{"plugin": "NegativeAway", "negative": "x", "scal": 2}'): (2, "did you mean 'scale'"),
+    ("a ball", "--plugin", '{"plugin": "NegativeAway"'): (2, "is not JSON"),
+    ("a ball", "--plugin", "[1]"): (2, "no plugin"),
+    ("a ball", "--device", "abacus"): (2, "device 'abacus'"),
+    ("a ball", "--dtype", "int3"): (2, "dtype 'int3'"),
+    ("a ball", "--model", "/no/such/model"): (3, "does not exist"),
+    ("a ball", "--model", "owner/no-such-model"): (3, "Hub cannot be reached"),
+    ("a ball", "--model", "weights.ckpt"): (3, "is a pickle"),
+    ("a ball", "--out", "/proc/x/a.png"): (3, "nothing can be written"),
+    (): (2, "prompt"),
+}
+
+
+@pytest.mark.parametrize("words", BAD)
+def test_a_mistake_is_one_line_and_its_exit_code(model, words):
+    code, message = BAD[words]
+    options = {"--model": model, "--device": "cpu", "--steps": "1"}
+    given = [part for name, value in options.items() if name not in words for part in (name, value)]
+    result = call("generate", *words, *given, "-q")
+    assert result.exit_code == code
+    assert message in re.sub(r"\s+", " ", result.stderr) and not result.stdout
+    if "Usage" not in result.stderr:
+        assert result.stderr.startswith("diffgraft: error: ") and result.stderr.count("\n") == 1
+
+
+def test_show_on_a_picture_without_settings():
+    Image.new("RGB", (32, 32)).save("plain.png")
+    result = call("show", "plain.png")
+    assert result.exit_code == 2 and "carries no diffgraft settings" in result.stderr
+    assert call("show", "missing.png").exit_code == 2
+
+
+def test_a_missing_extra_names_the_command_that_installs_it():
+    with pytest.raises(MissingExtraError, match=r'pip install "diffgraft\[demo\]"'):
+        extras.need("a_module_that_is_not_there", "demo")
+
+
+def test_batch(model):
+    with open("jobs.jsonl", "w") as file:
+        file.write('{"prompt": "a ball"}\n{"prompt": "a star", "stepz": 1}\n')
+    words = ["batch", "jobs.jsonl", "--out", "made", "--model", model, "--device", "cpu", "--steps", 1, "--guidance", 1]
+    checked = call(*words, "--dry-run", "--json")
+    assert checked.exit_code == 2 and json.loads(checked.stdout)["errors"] == 1
+    assert "jobs.jsonl:2: unknown field 'stepz', did you mean 'steps'?" in checked.stderr
+    made = call(*words, "--json")
+    assert made.exit_code == 1 and json.loads(made.stdout)["done"] == 1
+    for words, message in [
+        (["batch", "no.jsonl", "--out", "x"], "cannot be read"),
+        (["batch", "jobs.jsonl", "--out", "jobs.jsonl"], "is a file"),
+        (["batch", "jobs.jsonl", "--out", "x", "--engine", "steam"], "must be local, processes, ray"),
+        (["batch", "jobs.jsonl", "--out", "x", "--shard", "5/2"], "write i/n"),
+        (["batch", "jobs.jsonl", "--out", "x", "--set", "steps"], "NAME=VALUE"),
+    ]:
+        result = call(*words)
+        assert result.exit_code in (2, 3) and message in result.stderr and result.stderr.count("\n") == 1
+
+
+def test_every_line_of_a_manifest_that_cannot_be_used():
+    with open("jobs.jsonl", "w") as file:
+        file.write('{"prompt": "a", "id": "x"}\n' * 3)
+    result = call("batch", "jobs.jsonl", "--out", "made")
+    assert result.exit_code == 2 and result.stderr.count("already on line 1") == 2

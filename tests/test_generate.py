@@ -1,0 +1,134 @@
+"""generate(): settings that make a picture again, and answers to settings that cannot."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import tiny
+import torch
+
+import diffgraft as dg
+
+PROMPT = "a red ball"
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return tiny.sd15()
+
+
+def pixels(pictures):
+    return [np.asarray(picture) for picture in pictures]
+
+
+def make(pipe, **options):
+    return dg.generate(pipe, options.pop("prompt", PROMPT), **({"steps": 2, "guidance": 1.0} | options))
+
+
+def test_picture_i_has_seed_plus_i_alone_or_together(pipe):
+    together = make(pipe, seed=7, n=3)
+    alone = [make(pipe, seed=7 + i)[0] for i in range(3)]
+    assert [picture.info["diffgraft"]["seed"] for picture in together] == [7, 8, 9]
+    assert all(np.array_equal(a, b) for a, b in zip(pixels(together), pixels(alone), strict=True))
+    batched = make(pipe, seed=7, n=3, batch_size=3)
+    assert all(np.abs(a.astype(int) - b).max() <= 1 for a, b in zip(pixels(together), pixels(batched), strict=True))
+
+
+def test_the_plain_pipeline_gives_the_same_picture(pipe):
+    plain = pipe(PROMPT, num_inference_steps=2, guidance_scale=3.0, generator=torch.Generator().manual_seed(5)).images[
+        0
+    ]
+    assert np.array_equal(plain, make(pipe, seed=5, guidance=3.0)[0])
+
+
+@pytest.mark.parametrize("seed", [None, -1])
+def test_a_random_seed_is_recorded(pipe, seed):
+    first, second = make(pipe, seed=seed)[0], make(pipe, seed=seed)[0]
+    assert first.info["diffgraft"]["seed"] != second.info["diffgraft"]["seed"]
+    again = make(pipe, seed=first.info["diffgraft"]["seed"])[0]
+    assert np.array_equal(first, again)
+
+
+def test_no_global_random_numbers(pipe):
+    before = torch.get_rng_state()
+    make(pipe, seed=None)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_settings_are_json_and_hold_the_plugins(pipe):
+    away = dg.NegativeAway("blue", scale=0.5)
+    picture = make(pipe, seed=1, plugins=[away], width=48, height=32, negative_prompt="x", guidance=2.0)[0]
+    said = json.loads(json.dumps(picture.info["diffgraft"]))
+    assert said["plugins"][0]["plugin"] == "NegativeAway" and said["plugins"][0]["scale"] == 0.5
+    assert (said["width"], said["height"], said["negative_prompt"], said["steps"]) == (48, 32, "x", 2)
+    assert picture.size == (48, 32)
+    assert not np.array_equal(picture, make(pipe, seed=1, width=48, height=32, negative_prompt="x", guidance=2.0)[0])
+
+
+def test_several_prompts(pipe):
+    pictures = make(pipe, prompt=["a cat", "a star"], seed=3, n=2)
+    assert [p.info["diffgraft"]["prompt"] for p in pictures] == ["a cat", "a cat", "a star", "a star"]
+    assert [p.info["diffgraft"]["seed"] for p in pictures] == [3, 4, 5, 6]
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"seed": 2**63}, dg.SettingError, "2\\^63-1"),
+        ({"seed": -2}, dg.SettingError, "2\\^63-1"),
+        ({"seed": 3.7}, dg.SettingTypeError, "whole number"),
+        ({"seed": "abc"}, dg.SettingTypeError, "whole number"),
+        ({"seed": True}, dg.SettingTypeError, "whole number"),
+        ({"steps": 0}, dg.SettingError, "1 ... 1000"),
+        ({"steps": 10_000}, dg.SettingError, "1 ... 1000"),
+        ({"steps": 2.5}, dg.SettingTypeError, "whole number"),
+        ({"n": 0}, dg.SettingError, "n=0"),
+        ({"batch_size": 0}, dg.SettingError, "batch_size"),
+        ({"guidance": float("nan")}, dg.SettingError, "finite"),
+        ({"width": 0}, dg.SettingError, "width=0"),
+        ({"width": 33}, dg.SettingError, "multiples of 2"),
+        ({"prompt": "x" * 10_001}, dg.SettingError, "10000"),
+        ({"prompt": ["a", 3]}, dg.SettingTypeError, "is a text"),
+        ({"prompt": "\ud800"}, dg.SettingError, "no text"),
+    ],
+)
+def test_settings_out_of_range(pipe, options, error, message):
+    with pytest.raises(error, match=message) as caught:
+        make(pipe, **options)
+    assert isinstance(caught.value, dg.GraftError)
+
+
+def test_non_finite_latents_stop_at_their_step():
+    pipe = tiny.sd15()
+    calls = []
+
+    def spoil(module, args, output):
+        calls.append(1)
+        output[0][:] = float("nan") if len(calls) == 2 else output[0]
+        return output
+
+    pipe.unet.register_forward_hook(spoil)
+    with pytest.raises(dg.NonFiniteError, match="step 2 of 4 .* float32"):
+        make(pipe, steps=4, seed=1)
+    assert len(calls) == 2
+
+
+def test_non_finite_pixels_are_told(pipe):
+    hook = pipe.vae.decoder.register_forward_hook(lambda module, args, output: output * float("nan"))
+    with pytest.raises(dg.NonFiniteError, match="VAE"):
+        make(pipe, seed=1)
+    hook.remove()
+    make(pipe, seed=1)
+
+
+def test_the_users_own_callback_is_called_too(pipe):
+    seen = []
+
+    def mine(pipe, step, timestep, tensors):
+        seen.append((step, sorted(tensors)))
+        return tensors
+
+    make(pipe, seed=1, callback_on_step_end=mine, callback_on_step_end_tensor_inputs=["prompt_embeds"])
+    assert seen == [(0, ["latents", "prompt_embeds"]), (1, ["latents", "prompt_embeds"])]

@@ -1,0 +1,107 @@
+"""The package as it is shipped: its public names, what importing it costs, and the wheel."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import sysconfig
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import diffgraft
+
+ROOT = Path(diffgraft.__file__).parent
+INVENTORY = Path(__file__).parent / "api.json"
+
+
+def run(*words, **options):
+    done = subprocess.run([str(word) for word in words], capture_output=True, text=True, **options)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_public_names_are_those_of_the_inventory():
+    """A name that vanishes breaks somebody (deprecation rule: CONTRIBUTING.md); a new one is added to the inventory."""
+    expected = json.loads(INVENTORY.read_text())
+    assert sorted(diffgraft.__all__) == expected
+    for name in expected:
+        assert getattr(diffgraft, name) is not None and name in dir(diffgraft)
+
+
+def test_there_is_nothing_else():
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        diffgraft.nothing  # noqa: B018
+
+
+def test_importing_it_costs_next_to_nothing_beyond_torch():
+    code = (
+        "import time, torch; start = time.perf_counter(); import diffgraft; spent = time.perf_counter() - start\n"
+        "import json, sys; print(json.dumps([spent, torch.cuda.is_initialized(), sorted(sys.modules)]))"
+    )
+    spent, cuda, modules = json.loads(run(sys.executable, "-c", code))
+    assert spent < 1.5 and not cuda
+    assert not {"diffusers", "transformers", "gradio", "ray", "pydantic", "matplotlib"} & set(modules)
+
+
+def test_every_layer_looks_down_only():
+    layers = ["attention", "plugins", "pipelines", "app"]
+    for level, layer in enumerate(layers):
+        above = [f"from {dots}{name}" for name in layers[level + 1 :] for dots in ("..", "...", "....", "diffgraft.")]
+        for path in (ROOT / layer).rglob("*.py"):
+            lines = [line.strip() for line in path.read_text().splitlines()]
+            assert not [line for line in lines if line.startswith(tuple(above))], path
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """The wheel of what git would give a stranger (and of files that are not committed yet)."""
+    source = tmp_path_factory.mktemp("source")
+    names = run("git", "ls-files", "--cached", "--others", "--exclude-standard", "-z", cwd=ROOT).split("\0")
+    for name in filter(lambda name: name and (ROOT / name).is_file(), names):
+        target = source / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        os.link(ROOT / name, target) if _same_device(source) else target.write_bytes((ROOT / name).read_bytes())
+    run(sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", source / "dist", source)
+    [path] = (source / "dist").glob("*.whl")
+    return path
+
+
+def _same_device(path):
+    return os.stat(path).st_dev == os.stat(ROOT).st_dev
+
+
+def test_the_wheel_holds_the_package_and_the_model_and_nothing_else(wheel):
+    names = zipfile.ZipFile(wheel).namelist()
+    inside = [name for name in names if not name.startswith("diffgraft-")]
+    assert all(name.startswith("diffgraft/") for name in inside)
+    assert "diffgraft/py.typed" in names and "diffgraft/assets/picturebook/model_index.json" in names
+    assert not [name for name in inside if "/tests/" in name or "/.venv/" in name or name.endswith((".ipynb", ".log"))]
+    packaged = {
+        f"diffgraft/{p.relative_to(ROOT)}"
+        for d in ("attention", "plugins", "pipelines", "app")
+        for p in (ROOT / d).rglob("*.py")
+    }
+    assert packaged <= set(names)
+    assert wheel.name.startswith(f"diffgraft-{diffgraft.__version__}-py3")
+
+
+def test_the_wheel_works_where_there_is_no_checkout(wheel, tmp_path):
+    venv.create(tmp_path / "env", with_pip=False)
+    site = Path(sysconfig.get_path("purelib", vars={"base": str(tmp_path / "env")}))
+    run(sys.executable, "-m", "pip", "--quiet", "install", "--no-deps", "--no-index", "--target", site, wheel)
+    # torch and the rest are taken from the environment of the tests; its editable diffgraft is not on this path
+    (site / "dependencies.pth").write_text(f"import sys; sys.path.append({sysconfig.get_path('purelib')!r})\n")
+    python = tmp_path / "env" / "bin" / "python"
+    where = run(python, "-c", "import diffgraft; print(diffgraft.__file__)", cwd=tmp_path).strip()
+    assert Path(where).is_relative_to(site)
+    said = run(
+        python, "-m", "diffgraft.app.cli", "generate", "a red ball , night", "--negative", "green",
+        "--steps", "2", "--seed", "1", "--device", "cpu", "-q", cwd=tmp_path,
+        env={"PATH": os.environ["PATH"], "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "HOME": str(tmp_path)},
+    )  # fmt: skip
+    assert said == "out.png\n" and (tmp_path / "out.png").stat().st_size > 1000
