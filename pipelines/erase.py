@@ -81,7 +81,7 @@ def erase(
         method: "sip" starts from noise and gives another fill for every seed; "dip" starts from the picture's own
             inversion and gives one. Both are the paper's.
         prompt: what is to be there instead; nothing, as published.
-        steps, strength: of the pipeline's schedule; the first `1 - strength` of it is left out. The paper runs 50 steps;
+        steps, strength: of the pipeline's schedule; the first `1 - strength` of it is left out. The paper runs 50;
             on the picture book 25 are no worse.
         guidance: classifier-free guidance towards the prompt; 1 switches it off.
         scale, suppression, suppression_steps, layers, start, end: as of `SelfAttentionRedirection`.

@@ -22,7 +22,7 @@ SCARCE = 0.02
 
 def suppress(q: torch.Tensor, masked: torch.Tensor, factor: float) -> torch.Tensor:
     """Similarity suppression: logits of masked queries times `factor`, as a scale of q [..., N, D]; masked is [N]."""
-    return torch.where(masked[:, None], q * factor, q)
+    return q * torch.where(masked, factor, 1.0).to(q.dtype)[:, None]
 
 
 def background(tokens: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
@@ -161,12 +161,9 @@ class _Redirect(Edit):
         # One picture after the other: a padded batch needs a mask, which keeps the flash kernel away.
         tokens = self.plugin.tokens(call)
         size = len(call.q) // len(tokens)
-        return torch.cat(
-            [
-                self._redirected(call.narrow(slice(i * size, (i + 1) * size)), *picture)
-                for i, picture in enumerate(tokens)
-            ]
-        )
+        groups = (call.narrow(slice(i * size, (i + 1) * size)) for i in range(len(tokens)))
+        outs = [self._redirected(group, *picture) for group, picture in zip(groups, tokens, strict=True)]
+        return outs[0] if len(outs) == 1 else torch.cat(outs)
 
     def _redirected(self, call: AttentionCall, kept: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
         if len(kept) == len(masked):
