@@ -14,6 +14,7 @@ from .architectures.base import Adapter
 from .running import Running
 
 _LIMIT = 256
+_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 
 
 class Texts:
@@ -30,6 +31,7 @@ class Texts:
         state = (running.clip_skip, scale, length, _fingerprint(self.adapter.pipe))
         missing = [text for text in dict.fromkeys(texts) if (text, *state) not in self._memo]
         if missing:
+            self._need_encoder()
             if len(self._memo) > _LIMIT:
                 self._memo.clear()
             with torch.inference_mode(False), torch.no_grad():  # remembered tensors outlive the caller's mode
@@ -82,6 +84,11 @@ class Texts:
         words = [i for i, token in enumerate(ids) if token not in marks]
         return range(words[0], words[-1] + 1) if words else range(0)
 
+    def _need_encoder(self) -> None:
+        pipe = self.adapter.pipe
+        if all(getattr(pipe, name, None) is None for name in _ENCODERS):
+            raise UnsupportedPipelineError(f"{type(pipe).__name__} has no text encoder: pass embeddings, not texts")
+
     def _tokenizer(self) -> Any:
         tokenizer = self.adapter.tokenizer()
         if tokenizer is None:
@@ -112,7 +119,7 @@ def _stack(rows: Sequence[Text]) -> Text:
 def _fingerprint(pipe: Any) -> tuple[Any, ...]:
     """Changes whenever an encoder's weights, dtype, LoRA state or identity do."""
     marks: list[Any] = []
-    for name in ("text_encoder", "text_encoder_2", "text_encoder_3"):
+    for name in _ENCODERS:
         encoder = getattr(pipe, name, None)
         if encoder is None:
             continue

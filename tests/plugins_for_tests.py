@@ -132,7 +132,7 @@ class Guide(Plugin):
 
 def fingerprint(pipe):
     """Everything a graft could leave behind, by identity where identity matters."""
-    unet = pipe.unet
+    unet = getattr(pipe, "unet", None) or pipe.transformer
     return {
         "own forwards": [name for name, m in unet.named_modules() if "forward" in m.__dict__],
         "hooks": [

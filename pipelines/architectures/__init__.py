@@ -8,10 +8,20 @@ from torch import nn
 
 from ...attention.errors import UnsupportedPipelineError
 from .base import Adapter
+from .flux import FluxAdapter
+from .pixart import PixArtAdapter
+from .qwen import QwenAdapter
+from .sana import SanaAdapter
+from .sd3 import SD3Adapter
 from .unet import UNetAdapter
 
 ADAPTERS: dict[str, type[Adapter]] = {
     "UNet2DConditionModel": UNetAdapter,
+    "PixArtTransformer2DModel": PixArtAdapter,
+    "SanaTransformer2DModel": SanaAdapter,
+    "FluxTransformer2DModel": FluxAdapter,
+    "SD3Transformer2DModel": SD3Adapter,
+    "QwenImageTransformer2DModel": QwenAdapter,
 }
 """Denoiser class name -> adapter. A subclass of a listed class is served too."""
 

@@ -26,6 +26,7 @@ class Adapter:
         sample, timestep, text: names of those arguments of the denoiser's `forward`.
         positional: names of its positional arguments in order.
         batched: arguments (tensors, or nests of them) whose tensors have the batch as first dimension.
+        packed: latents arrive as a sequence of tokens, so no plugin can move them.
     """
 
     sample = "sample"
@@ -33,6 +34,7 @@ class Adapter:
     text = "encoder_hidden_states"
     positional: tuple[str, ...] = ()
     batched: tuple[str, ...] = ()
+    packed = False
 
     def __init__(self, pipe: Any, denoiser: nn.Module) -> None:
         self.pipe, self.denoiser = pipe, denoiser
@@ -77,20 +79,23 @@ class Adapter:
         """Row groups of the batch that the pipeline made; without "cond" in a second call of the same step."""
         batch = len(inputs[self.sample])
         names = ["uncond", "cond"] if self.guided(inputs, running) else ["cond"]
+        if running.found and getattr(running.pipe, "do_perturbed_attention_guidance", False):
+            names.append("perturbed")
         n = batch // len(names)
         return {name: slice(i * n, (i + 1) * n) for i, name in enumerate(names)}
 
     def guided(self, inputs: Inputs, running: Running) -> bool:
         """Whether this batch holds a guided pair [uncond, cond]."""
-        if running.found:
-            return bool(getattr(running.pipe, "do_classifier_free_guidance", False))
+        if running.found:  # PixArt keeps it in a local variable
+            flag = getattr(running.pipe, "do_classifier_free_guidance", False)
+            return bool(running.arguments.get("do_classifier_free_guidance", flag))
         return _looks_guided(inputs[self.sample], inputs[self.text])
 
     def guided_apart(self, running: Running) -> bool:
         """Whether the pipeline runs guidance in a denoiser call of its own."""
         return False
 
-    def grid(self, inputs: Inputs) -> tuple[int, int]:
+    def grid(self, inputs: Inputs, running: Running) -> tuple[int, int]:
         """(height, width) of the image tokens at full resolution."""
         raise NotImplementedError
 

@@ -26,18 +26,13 @@ class UNetAdapter(Adapter):
     batched = tuple(name for name in positional if name not in ("cross_attention_kwargs", "return_dict"))
 
     def groups(self, inputs: Inputs, running: Running) -> Rows:
-        batch, pipe = len(inputs["sample"]), running.pipe
-        if "InstructPix2Pix" in type(pipe).__name__:
+        if "InstructPix2Pix" in type(running.pipe).__name__:
             raise UnsupportedPipelineError(
-                f"{type(pipe).__name__} guides by image and text at once; use it without plugins"
+                f"{type(running.pipe).__name__} guides by image and text at once; use it without plugins"
             )
-        names = ["uncond", "cond"] if self.guided(inputs, running) else ["cond"]
-        if running.found and getattr(pipe, "do_perturbed_attention_guidance", False):
-            names.append("perturbed")
-        n = batch // len(names)
-        return {name: slice(i * n, (i + 1) * n) for i, name in enumerate(names)}
+        return super().groups(inputs, running)
 
-    def grid(self, inputs: Inputs) -> tuple[int, int]:
+    def grid(self, inputs: Inputs, running: Running) -> tuple[int, int]:
         height, width = inputs["sample"].shape[-2:]
         return height, width
 
