@@ -425,6 +425,18 @@ def test_one_short_forward_for_each_update(sd15, settings, probes):
     assert (len(first), len(last)) == (4 + probes, 4)
 
 
+def test_counted_cost_on_sd15():
+    from diffgraft.app.bench.configs import SD15, meta_pipe
+    from diffgraft.app.bench.segregation_cost import call_flops, update_cost
+
+    pipe = meta_pipe(SD15)
+    plain = 2 * call_flops(pipe, 64)
+    pipe.unet.half()
+    update, saved = update_cost(pipe, 64)
+    assert 1 + update / plain <= 1.53 and 1 + update / plain / 2 <= 1.27
+    assert 0 < saved <= 340 * 2**20
+
+
 # -- T12: numerics -------------------------------------------------------------------------------------------------
 
 
