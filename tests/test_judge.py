@@ -5,7 +5,7 @@ from __future__ import annotations
 from diffgraft.app.bench.evaluate import ROWS
 from diffgraft.app.bench.judge import KINDS, Verdict
 from diffgraft.app.bench.latents import grid_masks
-from diffgraft.app.bench.train_judge import balanced, kind_maps, labels
+from diffgraft.app.bench.train_judge import kind_maps, labels
 from diffgraft.app.bench.world import Scene, Thing, seen
 
 TWO = Scene((Thing("ball", "red", 0.3, 0.5, 0.2), Thing("star", "blue", 0.7, 0.5, 0.2)), "night", "sketch", 0)
