@@ -111,7 +111,7 @@ def sibling(pipe: Any) -> tuple[Any, bool]:
         plain = base.__name__.removesuffix("Pipeline").replace("Img2Img", "").replace("Inpaint", "")
         kind = getattr(diffusers, f"{plain}{'Inpaint' if inpainting else 'Img2Img'}Pipeline", None)
         if plain != "Diffusion" and kind is not None:
-            return (pipe if type(pipe) is kind else _same_parts(pipe, kind)), inpainting
+            return (pipe if type(pipe) is kind else same_parts(pipe, kind)), inpainting
     raise UnsupportedPipelineError(
         f"diffusers has no {'inpainting' if inpainting else 'image-to-image'} form of {type(pipe).__name__}: "
         "use a pipeline of SD1, SD2 or SDXL, with ControlNet or not"
@@ -130,7 +130,7 @@ def _channels(pipe: Any) -> int:
     return config.in_channels
 
 
-def _same_parts(pipe: Any, kind: Any) -> Any:
+def same_parts(pipe: Any, kind: Any) -> Any:
     """A pipeline of class `kind` on the very same components; `from_pipe` would cast them to float32."""
     parts, options = kind._get_signature_keys(kind)
     given = {name: part for name, part in pipe.components.items() if name in parts}
