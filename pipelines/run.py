@@ -242,7 +242,7 @@ class Run:
                 scale = model_scale(self.running.pipe.scheduler, self.step.timestep, sample)
                 own = (branch.latent(self.step).to(sample.device) * scale).to(sample.dtype)
                 sample[rows, : self.latent_channels] = own
-                inputs = {**inputs, key: sample}
+                inputs = self.adapter.without_control({**inputs, key: sample}, rows)
             if branch.text is not None:
                 words = inputs[text].clone()
                 words[rows] = branch.text.to(words)

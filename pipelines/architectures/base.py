@@ -134,6 +134,10 @@ class Adapter:
         """Blocks, in order, before which extra rows may join instead of at the input."""
         return ()
 
+    def without_control(self, inputs: Inputs, rows: slice) -> Inputs:
+        """The same call with what a ControlNet says about the pipeline's latents kept from `rows`, which have others."""
+        return inputs
+
     def can_join_late(self, inputs: Inputs, block: str) -> bool:
         """Whether rows may join before `block` in this call."""
         return True

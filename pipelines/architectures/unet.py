@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
+from torch.utils._pytree import tree_map
 
 from ...attention.errors import UnsupportedPipelineError
 from ...attention.step import Rows
@@ -40,6 +41,16 @@ class UNetAdapter(Adapter):
         unet: Any = self.denoiser
         mid = [("mid_block", unet.mid_block)] if unet.mid_block is not None else []
         return [*mid, *((f"up_blocks.{i}", block) for i, block in enumerate(unet.up_blocks))]
+
+    def without_control(self, inputs: Inputs, rows: slice) -> Inputs:
+        names = ("down_block_additional_residuals", "mid_block_additional_residual")
+
+        def cleared(residual: Any) -> Any:
+            residual = residual.clone()
+            residual[rows] = 0
+            return residual
+
+        return inputs | {name: tree_map(cleared, inputs[name]) for name in names if inputs.get(name) is not None}
 
     def can_join_late(self, inputs: Inputs, block: str) -> bool:
         # ControlNet's middle residual is added behind the middle block, for the rows that came in.
