@@ -35,7 +35,13 @@ if TYPE_CHECKING:
     from .pipelines.inversion import Inversion as Inversion
     from .pipelines.inversion import invert as invert
     from .pipelines.load import load as load
+    from .pipelines.maps import AttentionMaps as AttentionMaps
+    from .pipelines.maps import AttentionMasks as AttentionMasks
+    from .pipelines.maps import attention_maps as attention_maps
+    from .pipelines.maps import attention_masks as attention_masks
     from .pipelines.picturebook import picturebook as picturebook
+    from .pipelines.seeds import rank_seeds as rank_seeds
+    from .pipelines.stylize import stylize as stylize
     from .plugins.base import Branch as Branch
     from .plugins.base import Plugin as Plugin
     from .plugins.losses import LOSSES as LOSSES
@@ -65,7 +71,10 @@ _HOMES = {
     "pipelines.graft": ("Graft", "graft"),
     "pipelines.inversion": ("Inversion", "invert"),
     "pipelines.load": ("load",),
+    "pipelines.maps": ("AttentionMaps", "AttentionMasks", "attention_maps", "attention_masks"),
     "pipelines.picturebook": ("picturebook",),
+    "pipelines.seeds": ("rank_seeds",),
+    "pipelines.stylize": ("stylize",),
     "plugins.base": ("Branch", "Plugin"),
     "plugins.losses": ("LOSSES", "Maps"),
     "plugins.negative_away": ("NegativeAway",),

@@ -13,6 +13,7 @@ from ..attention.errors import UnsupportedSchedulerError
 
 # What steps by exactly one evaluation along a straight line; the others are inverted on DDIM's steps.
 _DDIM, _EULER, _FLOW = "DDIMScheduler", "EulerDiscreteScheduler", "FlowMatchEulerDiscreteScheduler"
+EXACT = (_DDIM, _EULER, _FLOW)
 _PREDICTIONS = ("epsilon", "v_prediction", "sample")
 
 
@@ -110,7 +111,7 @@ def invertible(scheduler: Any) -> Any:
     from diffusers import DDIMScheduler
 
     name, config = type(scheduler).__name__, scheduler.config
-    if name in (_DDIM, _EULER, _FLOW):
+    if name in EXACT:
         own: Any = type(scheduler).from_config(config)
     elif hasattr(scheduler, "alphas_cumprod") and config.get("prediction_type") in _PREDICTIONS:
         warnings.warn(

@@ -255,7 +255,7 @@ class StyleInjection(Plugin):
         return self.start_adain and step.index == 0
 
     def latent(self, step: Step, latent: torch.Tensor, probe: Probe) -> torch.Tensor | None:
-        return adain(latent, self.reference(step).to(latent))
+        return torch.lerp(latent, adain(latent, self.reference(step).to(latent)), self.strength)
 
     def reference(self, step: Step) -> torch.Tensor:
         """The reference's latents [n, C, h, w] at a step, in the scheduler's space."""

@@ -326,7 +326,7 @@ def test_families_come_back(family):
         if getattr(family, part, None) is not None:
             getattr(family, part).double()
     z = torch.randn(1, 4, 8, 12, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    inversion = dg.invert(family, z, prompt="a red ball", steps=6, iterations=30, tolerance=1e-7)
+    inversion = dg.invert(family, z, prompt="a red ball", steps=6, iterations=80, tolerance=1e-7)
     size = {"height": 16, "width": 24}
     back = resample(family, inversion, "a red ball", **size)
     assert rms(back - z) < 1e-3

@@ -135,7 +135,7 @@ class Adapter:
         return ()
 
     def without_control(self, inputs: Inputs, rows: slice) -> Inputs:
-        """The same call with what a ControlNet says about the pipeline's latents kept from `rows`, which have others."""
+        """The same call with a ControlNet's word on the pipeline's latents kept from `rows`, which have others."""
         return inputs
 
     def can_join_late(self, inputs: Inputs, block: str) -> bool:
