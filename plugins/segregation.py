@@ -239,15 +239,11 @@ class AttentionSegregation(Plugin):
     ) -> tuple[torch.Tensor, list[torch.Tensor], list[bool]]:
         """What to take off the latent, the losses, and which pictures have a gradient to follow."""
         assert self._probed is not None and self._session is not None
-        self._probed.clear()
         z = latent.detach().requires_grad_()
-        probe(z)
-        concepts = self._concept_maps(self._probed)
+        losses = self.losses(z, probe)
         grid, scale = self._probed.grid, self._scale_for(self._probed.dtype)
-        losses = [self._loss_of(i, *maps) for i, maps in enumerate(concepts)]
-        self._last = [maps.detach() for maps, _ in concepts]
-        gradient = _gradient(torch.stack(losses).sum(), z, scale)
         self._probed.clear()
+        gradient = _gradient(torch.stack(losses).sum(), z, scale)
         usable = self._usable(gradient)
         cell = self.lowpass if self.lowpass is not None else 4 * (tuple(z.shape[-2:]) == grid)
         if cell > 1:
@@ -256,6 +252,15 @@ class AttentionSegregation(Plugin):
         if self.rule == "relative":
             return relative_step(gradient, factor, latent), losses, usable
         return gradient_step(gradient, factor, self._session.signal(step)), losses, usable
+
+    def losses(self, latent: torch.Tensor, probe: Probe) -> list[torch.Tensor]:
+        """The loss of each picture at `latent` [n, C, h, w]; a picture without concepts has 0."""
+        assert self._probed is not None
+        self._probed.clear()
+        probe(latent)
+        maps = self._concept_maps(self._probed)
+        self._last = [concepts.detach() for concepts, _ in maps]
+        return [self._loss_of(i, *both) for i, both in enumerate(maps)]
 
     def _loss_of(self, number: int, concepts: torch.Tensor, attributes: dict[int, torch.Tensor]) -> torch.Tensor:
         if not len(concepts):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -260,3 +261,80 @@ def test_a_layout_keeps_small_masks():
     dot = torch.zeros(64, 64, dtype=torch.bool)
     dot[5, 5] = True
     assert to_grid(dot, like)[0, 0] == 1 and math.isclose(float(to_grid(dot, like).sum()), 1)
+
+
+# -- tasks ---------------------------------------------------------------------------------------------------------
+
+CAPTION = "a blue ball and a yellow star , night"
+
+
+@pytest.fixture(scope="module")
+def book():
+    pipe = dg.picturebook()
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def test_maps_by_word_lie_where_the_picture_has_their_colours(book):
+    plain = dg.generate(book, CAPTION, seed=7, steps=12)[0]
+    maps = dg.attention_maps(book, CAPTION, ["ball", "star"], seed=7, steps=12)
+    assert maps.image.tobytes() == plain.tobytes()
+    assert list(maps) == ["ball", "star"] and len(maps) == 2
+    assert maps["ball"].shape == (16, 16) and maps.steps["star"].shape == (12, 16, 16)
+    pixels = torch.tensor(np.asarray(plain.resize((16, 16)))).float()
+    yellow = (pixels[..., 0] > 180) & (pixels[..., 2] < 120)
+    late = maps.steps["star"][-1]
+    assert late.min() >= 0 and late.max() <= 1 and late[yellow].mean() > 5 * late[~yellow].mean()
+    assert maps.overlay("ball").size == plain.size
+    assert maps.picture(4).size == (128 * 6 + 6 * 5, 2 * (128 + 22))
+
+
+def test_maps_of_a_tiny_pipeline_at_another_aspect(family):
+    maps = dg.attention_maps(family, "a ball and a ball", ["ball", 5], steps=2, width=48, height=32)
+    grid = tuple(maps["ball"].shape)
+    assert grid[1] * 2 == grid[0] * 3 and maps.notes["ball"].startswith("occurs 2 times")
+    assert maps.strip("ball", 8).size[1] == 128
+    with pytest.raises(dg.ConceptError):
+        dg.attention_maps(family, "a ball", ["star"], steps=1, width=32, height=32)
+    with pytest.raises(dg.SettingError, match="list of words"):
+        dg.attention_maps(family, "a ball", "ball")
+
+
+def test_masks_are_disjoint_and_find_the_things(book):
+    picture = dg.generate(book, CAPTION, seed=7, steps=12)[0]
+    masks = dg.attention_masks(book, CAPTION, ["ball", "star"], image=picture)
+    assert masks["ball"].any() and masks["star"].any() and not (masks["ball"] & masks["star"]).any()
+    assert masks.mask("ball").size == picture.size and masks.mask("ball").mode == "L"
+    tight = dg.attention_masks(book, CAPTION, ["ball", "star"], image=picture, margin=0.5)
+    assert all(not (tight[word] & ~masks[word]).any() for word in masks)
+    pixels = torch.tensor(np.asarray(picture.resize((16, 16)))).float()
+    yellow = (pixels[..., 0] > 150) & (pixels[..., 2] < 120)
+    assert yellow[masks["star"]].float().mean() > 0.5 and not yellow[masks["ball"]].any()
+    assert masks.picture().size == (128 * 3 + 12, 2 * (128 + 22))
+    with pytest.warns(UserWarning, match="lower margin"):
+        assert not dg.attention_masks(book, CAPTION, ["ball", "star"], image=picture, margin=1.0)["ball"].any()
+
+
+@pytest.mark.parametrize("wrong", [{"noise": 0}, {"margin": 2}, {"power": 0}, {"words": []}])
+def test_wrong_arguments_of_masks(book, wrong):
+    with pytest.raises(dg.SettingError):
+        dg.attention_masks(**({"pipe": book, "prompt": CAPTION, "words": ["ball"]} | wrong))
+
+
+def test_ranked_seeds_agree_with_the_losses_of_a_run_and_cost_half_a_call(sd15):
+    prompt, words, calls = "a ball and a star", ["ball", "star"], []
+    size = {"width": 32, "height": 32}
+    hook = sd15.unet.conv_in.register_forward_hook(lambda m, args, out: calls.append(len(args[0])))
+    ranked = dg.rank_seeds(sd15, prompt, words, range(5), batch_size=2, **size)
+    hook.remove()
+    assert calls == [2, 2, 1] and sorted(r.seed for r in ranked) == list(range(5))
+    assert [r.loss for r in ranked] == sorted(r.loss for r in ranked)
+    best = ranked[0]
+    with dg.graft(sd15, dg.AttentionSegregation(words, loss="attend-and-excite")) as g:
+        dg.generate(sd15, prompt, seed=best.seed, **size)
+    assert g.report().plugins[0][1]["loss 0"][0] == pytest.approx(best.loss, abs=1e-4)
+    later = dg.rank_seeds(sd15, prompt, words, [0], loss="a-star", at=2, steps=3, **size)
+    assert later[0].loss > 1  # from the second step on there are regions to keep to
+    for wrong in ({"seeds": []}, {"seeds": [1], "at": 3, "steps": 3}):
+        with pytest.raises(dg.SettingError):
+            dg.rank_seeds(sd15, prompt, words, **wrong, **size)
