@@ -171,7 +171,8 @@ def _note_text_projections(denoiser: nn.Module, calls: list[str]) -> list[Any]:
 def flops_table() -> None:
     """Print the counted cost; raise where it is beyond its bound."""
     out = sys.stdout.write
-    out("| model | plain, TFLOP a step | first step | later steps | negative's K and V projections |\n|" + "---|" * 5 + "\n")
+    out("| model | plain, TFLOP a step | first step | later steps | negative's K and V projections |\n")
+    out("|" + "---|" * 5 + "\n")
     for shape in SHAPES:
         pipe, calls = shape.make(), list[str]()
         (plain, *_) = count(shape, pipe)
