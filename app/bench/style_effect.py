@@ -1,0 +1,295 @@
+"""Style transfer against the true re-rendering: what each ingredient does, with intervals, and a Pareto plot."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from ... import Inversion, StartpointFilter, StyleInjection, graft, invert, picturebook
+from ...pipelines.latents import decode_latents, encode_image
+from . import world
+from .statistics import mean, paired_difference
+from .style_scores import layout_accuracy, leak, psnr, style_distance
+
+STEPS = 25
+STYLES = ("sketch", "mosaic", "dots", "watercolor")
+PLOT = Path(__file__).parents[2] / "assets" / "style-pareto.png"
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A plain content scene, and a scene with one foreign object on the same background in another style."""
+
+    content: world.Scene
+    style: world.Scene
+
+    @property
+    def truth(self) -> Image.Image:
+        """The content in that style."""
+        return world.render(self.content.in_style(self.style.style))
+
+
+@dataclass(frozen=True)
+class Way:
+    """A row of the table: how pairs are stylised."""
+
+    name: str
+    method: str | None = "styleid"
+    strength: float = 1.0
+    filtered: bool = False
+    omega: float | None = None
+    inverted: bool = False
+    words: bool = False
+
+
+WAYS = (
+    Way("plain img2img, style in words", None, words=True),
+    Way("AdaIN of the startpoint only", None),
+    Way("StyleID"),
+    Way("StyleID, inverted reference", inverted=True),
+    Way("StyleAligned", "stylealigned"),
+    Way("StyleID + filter", filtered=True),
+    Way("StyleID + negative 1.5", omega=1.5),
+    Way("StyleID + both (StyleSSP)", filtered=True, omega=1.5),
+    Way("StyleID + negative 0.5", omega=0.5),
+    Way("StyleID + filter + negative 0.5", filtered=True, omega=0.5),
+)
+SWEEP = tuple(
+    replace(way, name=f"{way.name}, strength {strength}", strength=strength)
+    for way in (Way("StyleID"), Way("StyleAligned", "stylealigned"), Way("StyleID + filter", filtered=True))
+    for strength in (0.25, 0.5, 0.75, 1.0)
+)
+
+
+@dataclass
+class Scores:
+    """One number a pair of each kind."""
+
+    psnr: list[float] = field(default_factory=list[float])
+    layout: list[float] = field(default_factory=list[float])
+    style: list[float] = field(default_factory=list[float])
+    leak: list[float] = field(default_factory=list[float])
+
+
+def pairs(contents: int, split: str = "any") -> list[Pair]:
+    """Every content in every style; the style picture's object is of a kind and a colour that the content lacks."""
+    made: list[Pair] = []
+    for i in range(contents):
+        content = world.scene(world.FRESH + 50_000 + i, count=2, split=split, style="plain")
+        for j, style in enumerate(STYLES):
+            seed = world.FRESH + 60_000 + len(STYLES) * i + j
+            taken = {(t.kind, t.colour) for t in content.things}
+            while True:
+                other = world.scene(seed, count=1, style=style)
+                if not any(other.things[0].kind == k or other.things[0].colour == c for k, c in taken):
+                    break
+                seed += 1_000_000
+            made.append(Pair(content, replace(other, background=content.background)))
+    return made
+
+
+class Studio:
+    """Stylises pairs in batches; inversions of contents are shared."""
+
+    def __init__(self, pipe: Any, steps: int = STEPS) -> None:
+        self.pipe, self.steps = pipe, steps
+        self.inversions: dict[Any, Inversion] = {}
+
+    def paint(self, way: Way, batch: Sequence[Pair], styles: Sequence[Image.Image], seed: int) -> list[Image.Image]:
+        """One output a pair, for these style pictures."""
+        pipe, n = self.pipe, len(batch)
+        if way.words:
+            return self._in_words(batch, seed)
+        reference = self._invert(styles, None) if way.inverted else encode_image(pipe, list(styles))
+        content = self._contents(batch, way.omega, styles)
+        noise = torch.Generator().manual_seed(seed)
+        style = StyleInjection(
+            reference, method=way.method or "styleid", content=content, strength=way.strength, generator=noise,
+            layers="decoder" if way.method else (), start_adain=None if way.method else True,
+        )  # fmt: skip
+        plugins = [StartpointFilter(generator=noise)] if way.filtered else []
+        with graft(pipe, *plugins, *([style] if way.method else [StartAdaIN(style)])):
+            out = pipe([""] * n, guidance_scale=1.0, output_type="latent", **content.call(pipe)).images
+        return decode_latents(pipe, out)
+
+    def _contents(self, batch: Sequence[Pair], omega: float | None, styles: Sequence[Image.Image]) -> Any:
+        pictures = [world.render(pair.content) for pair in batch]
+        if omega is not None:
+            return self._invert(pictures, list(styles), omega)
+        key = tuple(pair.content for pair in batch)
+        if key not in self.inversions:
+            unique = list(dict.fromkeys(key))
+            made = self._invert([world.render(scene) for scene in unique], None)
+            index = [unique.index(scene) for scene in key]
+            path = [z[index] for z in made.trajectory or ()]
+            self.inversions[key] = replace(made, latents=made.latents[index], trajectory=path)
+        return self.inversions[key]
+
+    def _invert(self, pictures: Sequence[Image.Image], negative: Any, omega: float = 1.5) -> Inversion:
+        return invert(
+            self.pipe, list(pictures), steps=self.steps, negative=negative, guidance=omega, trajectory=True,
+            iterations=3,
+        )  # fmt: skip
+
+    def _in_words(self, batch: Sequence[Pair], seed: int) -> list[Image.Image]:
+        noise = [torch.Generator().manual_seed(seed + i) for i in range(len(batch))]
+        from diffusers import StableDiffusionImg2ImgPipeline
+
+        parts = self.pipe.components
+        other = StableDiffusionImg2ImgPipeline(**parts, requires_safety_checker=False)
+        other.set_progress_bar_config(disable=True)
+        return other(
+            [world.caption(pair.content.in_style(pair.style.style)) for pair in batch],
+            image=[world.render(pair.content) for pair in batch], strength=0.6, guidance_scale=4.0,
+            num_inference_steps=self.steps, generator=noise,
+        ).images  # fmt: skip
+
+
+class StartAdaIN(StartpointFilter):
+    """Only the first latents take the style's mean and deviation."""
+
+    def __init__(self, style: StyleInjection) -> None:
+        super().__init__()
+        self._inner = style
+
+    def begin(self, session: Any, step: Any) -> None:
+        self._inner.begin(session, step)
+
+    def latent(self, step: Any, latent: torch.Tensor, probe: Any) -> torch.Tensor | None:
+        return self._inner.latent(step, latent, probe)
+
+
+def measure(studio: Studio, way: Way, chosen: Sequence[Pair], canaries: int, note: Callable[[str], None]) -> Scores:
+    """Scores of one way on the pairs; the leak on the first `canaries` of them."""
+    scores = Scores()
+    size = 5 * len(STYLES)
+    for start in range(0, len(chosen), size):
+        batch = chosen[start : start + size]
+        styles = [world.render(pair.style) for pair in batch]
+        outs = studio.paint(way, batch, styles, start)
+        for pair, style, out in zip(batch, styles, outs, strict=True):
+            _score(scores, pair, style, out)
+        if start < canaries and not way.words:
+            bare = [world.render(pair.style.empty()) for pair in batch]
+            others = studio.paint(way, batch, bare, start)
+            for values in zip(outs, others, batch, styles, bare, strict=True):
+                scores.leak.append(leak(values[0], values[1], values[2].style, (values[3], values[4])))
+        note(f"{way.name}: {start + len(batch)} of {len(chosen)}")
+    return scores
+
+
+def _score(scores: Scores, pair: Pair, style: Image.Image, out: Image.Image) -> None:
+    nothing = style_distance(world.render(pair.content), style)
+    scores.psnr.append(psnr(out, pair.truth))
+    scores.layout.append(layout_accuracy(out, pair.content))
+    scores.style.append(style_distance(out, style) / nothing)
+
+
+def given(studio: Studio, chosen: Sequence[Pair]) -> dict[str, Scores]:
+    """What needs no sampling: doing nothing, the truth, and both behind the autoencoder."""
+    rows: dict[str, Scores] = {}
+    kinds: dict[str, Callable[[Pair], Image.Image]] = {
+        "doing nothing": lambda pair: world.render(pair.content),
+        "the true re-rendering": lambda pair: pair.truth,
+        "the style picture": lambda pair: world.render(pair.style),
+    }
+    for name, make in kinds.items():
+        rows[name] = Scores()
+        for pair in chosen:
+            _score(rows[name], pair, world.render(pair.style), make(pair))
+    rows["the truth behind the autoencoder"] = Scores()
+    for pair in chosen:
+        [out] = decode_latents(studio.pipe, encode_image(studio.pipe, pair.truth))
+        _score(rows["the truth behind the autoencoder"], pair, world.render(pair.style), out)
+    return rows
+
+
+def line(name: str, scores: Scores) -> str:
+    """A row of the table."""
+
+    def cell(values: list[float], form: str) -> str:
+        if not values:
+            return "-"
+        found = mean(values)
+        return f"{found.value:{form}} ({found.low:{form}} to {found.high:{form}})"
+
+    cells = [cell(scores.psnr, ".2f"), cell(scores.layout, ".3f"), cell(scores.style, ".3f"), cell(scores.leak, ".3f")]
+    return f"| {name} | {' | '.join(cells)} |"
+
+
+def run(full: bool) -> None:
+    """Print the table, the differences that the paper claims, and draw the Pareto plot."""
+    studio, chosen = Studio(_quiet()), pairs(25 if full else 3)
+    head = "| way | PSNR to the true re-rendering, dB | layout accuracy | style distance / nothing done | canary leak |"
+    _write(head)
+    _write("|---|---|---|---|---|")
+    for name, scores in given(studio, chosen).items():
+        _write(line(name, scores))
+    found: dict[str, Scores] = {}
+    for way in WAYS:
+        found[way.name] = measure(studio, way, chosen, 40 if full else 12, _note)
+        _write(line(way.name, found[way.name]))
+    _write(f"\n{len(chosen)} pairs; intervals: 95%, bootstrap over pairs. Against StyleID alone, pair by pair:\n")
+    _write("| added | PSNR, dB | layout | style | leak |\n|---|---|---|---|---|")
+    base = found["StyleID"]
+    for name in [way.name for way in WAYS if way.name.startswith("StyleID ")]:
+        kinds = [(getattr(found[name], kind), getattr(base, kind)) for kind in ("psnr", "layout", "style", "leak")]
+        deltas = [paired_difference(after, before) for after, before in kinds]
+        cells = [f"{d.value:+.3f} ({d.low:+.3f} to {d.high:+.3f})" for d in deltas]
+        _write(f"| {name.removeprefix('StyleID ')} | {' | '.join(cells)} |")
+    sweep = {way: measure(studio, way, chosen[: 40 if full else 12], 0, _note) for way in SWEEP}
+    _write("\n| strength sweep | PSNR to the true re-rendering, dB | layout accuracy | style distance | |")
+    _write("|---|---|---|---|---|")
+    for way, scores in sweep.items():
+        _write(line(way.name, scores))
+    if full:
+        plot({way.name: (mean(s.layout).value, mean(s.style).value) for way, s in sweep.items()}, PLOT)
+        _write(f"\nPareto plot: {PLOT.name}")
+
+
+def plot(points: dict[str, tuple[float, float]], path: Path) -> None:
+    """Layout accuracy (right is better) against style distance (down is better), a line for each method."""
+    from PIL import ImageDraw
+
+    width, height, margin = 640, 420, 60
+    image = Image.new("RGB", (width, height), "white")
+    draw = ImageDraw.Draw(image)
+    xs, ys = ([p[k] for p in points.values()] for k in (0, 1))
+    low, high = (min(xs) - 0.02, min(ys) - 0.05), (max(xs) + 0.02, max(ys) + 0.05)
+
+    def at(p: tuple[float, float]) -> tuple[float, float]:
+        x, y = ((p[k] - low[k]) / (high[k] - low[k]) for k in (0, 1))
+        return margin + x * (width - 2 * margin), height - margin - y * (height - 2 * margin)
+
+    draw.rectangle((margin, margin, width - margin, height - margin), outline="grey")
+    draw.text((width // 2 - 60, height - 35), f"layout accuracy {low[0]:.2f} ... {high[0]:.2f}", fill="black")
+    draw.text((8, 30), f"style distance / nothing done {low[1]:.2f} ... {high[1]:.2f}", fill="black")
+    names = list(dict.fromkeys(name.split(", ")[0] for name in points))
+    for name, colour in zip(names, ("crimson", "royalblue", "seagreen"), strict=False):
+        curve = [at(p) for other, p in points.items() if other.split(", ")[0] == name]
+        draw.line(curve, fill=colour, width=2)
+        for x, y in curve:
+            draw.ellipse((x - 4, y - 4, x + 4, y + 4), fill=colour)
+        draw.text((curve[-1][0] + 6, curve[-1][1] - 6), name, fill=colour)
+    image.save(path)
+
+
+def _quiet() -> Any:
+    pipe: Any = picturebook()
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def _write(text: str) -> None:
+    sys.stdout.write(f"{text}\n")
+    sys.stdout.flush()
+
+
+def _note(text: str) -> None:
+    sys.stderr.write(f"{text}\n")
