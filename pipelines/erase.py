@@ -102,6 +102,7 @@ def erase(
     settings = {name: value for name, value in locals().items() if name in _SETTINGS}
     redirection = {name: settings[name] for name in _REDIRECTION}
     _check(method, n, steps, strength)
+    sibling(pipe)  # refuses a pipeline before any work
     sampling = Sampling(method, prompt, steps, strength, guidance, redirection, plugins, call)
     edges = _Edges(grow, feather, fill, min_area)
     several = isinstance(image, (list, tuple))

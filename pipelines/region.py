@@ -106,7 +106,8 @@ def as_picture(image: Any) -> Image.Image:
         except (OSError, SyntaxError, ValueError) as error:
             raise SettingError(f"{os.fspath(image)!r} cannot be read as a picture: {error}") from error
     if isinstance(image, torch.Tensor):
-        image = image.detach().movedim(-3, -1).cpu().float().numpy() if image.ndim == 3 else image.cpu().numpy()
+        values = image.detach().cpu().movedim(0, -1) if image.ndim == 3 else image.detach().cpu()
+        image = (values.float() if values.is_floating_point() else values).numpy()
     if isinstance(image, np.ndarray):
         image = _of_array(cast("NDArray[Any]", image))
     if not isinstance(image, Image.Image):
