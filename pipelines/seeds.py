@@ -41,7 +41,7 @@ class _Rank(AttentionSegregation):
         return step.index == self.at
 
     def latent(self, step: Step, latent: torch.Tensor, probe: Probe) -> None:
-        self._remember_used()
+        self._regions.look_back(self._split, self._pictures)
         with torch.no_grad():
             self.found = torch.stack(self.losses(latent, probe)).tolist()
         raise _Ranked

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TypeVar, cast
+
+import torch
 
 from ..attention.errors import ConceptError, SettingTypeError
 from .base import Session
@@ -23,6 +25,26 @@ class Found:
     concept: str
     columns: list[int]
     note: str = ""
+
+
+@dataclass
+class Picture:
+    """What belongs to one picture of a call.
+
+    Attributes:
+        concepts: in the order given. attributes: by number of the concept.
+        tokens: columns of the prompt's own tokens, None for a call with embeddings.
+        losses: of each update, 0-dimensional.
+    """
+
+    concepts: list[Found]
+    attributes: dict[int, Found]
+    tokens: range | None
+    losses: list[torch.Tensor] = field(default_factory=list[torch.Tensor])
+
+
+Split = Callable[[torch.Tensor, Sequence[Picture]], list[tuple[torch.Tensor, dict[int, torch.Tensor]]]]
+"""Maps of each picture's concepts [C, h, w] and of their attributes by concept, from token maps [n, L, h, w]."""
 
 
 def check_concepts(concepts: Concepts | Sequence[Concepts]) -> list[list[Concept]]:
@@ -62,6 +84,16 @@ def for_pictures(lists: Sequence[T], session: Session, name: str) -> list[T]:
     if len(lists) not in (1, prompts):
         raise ConceptError(f"{name}= has {len(lists)} lists for {prompts} prompts: give one list for each prompt")
     return [group for group in lists for _ in range(pictures // len(lists))]
+
+
+def find_picture(
+    session: Session, text: str | None, group: Sequence[Concept], attributes: Mapping[str, str]
+) -> Picture:
+    """The concepts of one picture and the attributes that are given for them."""
+    found = [find_concept(session, text, concept) for concept in group]
+    words = {i: attributes[str(concept)] for i, concept in enumerate(group) if str(concept) in attributes}
+    bound = {i: find_concept(session, text, word) for i, word in words.items()}
+    return Picture(found, bound, None if text is None else session.token_range(text))
 
 
 def find_concept(session: Session, text: str | None, concept: Concept) -> Found:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -12,15 +11,14 @@ import torch
 from ..attention.edit import Edit
 from ..attention.errors import SettingError, UnsupportedPipelineError
 from ..attention.maps import LayerChoice, MapCapture, Normalisation, Smoothing, concept_maps
-from ..attention.masks import as_mask, as_masks
-from ..attention.regions import Threshold, binarise, to_grid
 from ..attention.step import Step
 from .base import Plugin, Probe, Session, finite
-from .concepts import Concept, Concepts, Found, check_concepts, find_concept, for_pictures
+from .concepts import Concepts, Picture, check_concepts, find_picture, for_pictures
 from .losses import Loss, Maps, binding_loss, find_loss
 from .moves import gradient_step, low_pass, relative_step, step_factor
+from .retention import Regions, Rule, read_layout
 
-Rule = Literal["relative", "gradient"]
+Units = Literal["relative", "gradient"]
 PRESETS: dict[str, dict[str, Any]] = {
     "measured": {
         "normalisation": "max", "smoothing": "mean", "rule": "relative", "size": 0.05, "decay": 0.5, "lowpass": None,
@@ -33,16 +31,6 @@ PRESETS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 _MAX_REFINEMENTS = 20
 _LOSS_SCALE = 2.0**12
-
-
-@dataclass
-class _Picture:
-    """What belongs to one picture of a call."""
-
-    concepts: list[Found]
-    attributes: dict[int, Found]
-    tokens: range | None
-    losses: list[torch.Tensor] = field(default_factory=list[torch.Tensor])
 
 
 class AttentionSegregation(Plugin):
@@ -75,7 +63,7 @@ class AttentionSegregation(Plugin):
             maps have as many cells as the latent, else 0.
         layers: "auto", "decoder", "all" or a function of a layer, see `diffgraft.attention.maps.choose_layers`.
         threshold, level: rule that makes a region of the previous step's map: "max" (at least 0.5 of the maximum),
-            "std", "quantile" or "otsu".
+            "std", "quantile", "otsu", or "attencraft" (spread along the self-attention, disjoint by a margin of 0.1).
         previous: "post": the map that the previous step really used. "pre": the one before its update.
         every: update at every n-th step only.
         refine: step number -> loss to reach before going on, by at most 20 updates, as in Attend-and-Excite.
@@ -106,13 +94,13 @@ class AttentionSegregation(Plugin):
         attributes: Mapping[str, str] | Sequence[Mapping[str, str]] | None = None,
         normalisation: Normalisation | None = None,
         smoothing: Smoothing | None = None,
-        rule: Rule | None = None,
+        rule: Units | None = None,
         size: float | None = None,
         decay: float | None = None,
         lowpass: int | None = None,
         layers: LayerChoice = "auto",
-        threshold: Threshold = "max",
-        level: float = 0.5,
+        threshold: Rule = "max",
+        level: float | None = None,
         previous: Literal["post", "pre"] = "post",
         every: int = 1,
         refine: Mapping[int, float] | None = None,
@@ -135,18 +123,18 @@ class AttentionSegregation(Plugin):
         sharp = loss == "attend-and-excite"  # a map divided by its maximum has no maximum left to raise
         self.normalisation: Normalisation = normalisation or ("ae" if sharp else chosen["normalisation"])
         self.smoothing: Smoothing = default("smoothing", smoothing)
-        self.rule: Rule = default("rule", rule)
+        self.rule: Units = default("rule", rule)
         self.size = finite(default("size", size), "size", 0)
         self.decay = finite(default("decay", decay), "decay", 0, 1)
         self.lowpass: int | None = default("lowpass", lowpass)
         self.layers: LayerChoice = layers
-        self.threshold: Threshold = threshold
-        self.level = finite(level, "level")
-        self.previous, self.every, self.refine = previous, every, dict(refine or {})
+        self.threshold, self.level, self.previous, self.layout = threshold, level, previous, layout
+        self.every, self.refine = every, dict(refine or {})
         self.loss_scale = loss_scale
         self._loss = find_loss(loss)
         self._check_choices()
-        self.layout = _layout(layout, self.concepts)
+        masks = read_layout(layout, [len(group) for group in self.concepts])
+        self._regions = Regions(threshold, level, previous, masks)
         self._forget()
 
     def _check_choices(self) -> None:
@@ -170,9 +158,7 @@ class AttentionSegregation(Plugin):
     def _forget(self) -> None:
         self._session: Session | None = None
         self._probed: MapCapture | None = None
-        self._used: MapCapture | None = None
-        self._pictures: list[_Picture] = []
-        self._before: list[torch.Tensor | None] = []
+        self._pictures: list[Picture] = []
         self._last: list[torch.Tensor] = []
         self._scale = 1.0
 
@@ -186,19 +172,17 @@ class AttentionSegregation(Plugin):
     def bind(self, session: Session) -> None:
         self._session = session
         self._probed = MapCapture(session.layers, "latent", choice=self.layers)
-        self._used = MapCapture(session.layers, "predict", choice=self.layers)
+        self._regions.bind(session.layers, self.layers)
 
     def unbind(self) -> None:
         kept = self._pictures
         self._forget()
+        self._regions.begin(0)
         self._pictures = kept  # plain numbers for the report
 
     def edits(self) -> Sequence[Edit]:
-        assert self._probed is not None and self._used is not None
-        return (self._probed, self._used) if self._keeps_used() else (self._probed,)
-
-    def _keeps_used(self) -> bool:
-        return self.previous == "post" and self.layout is None
+        assert self._probed is not None
+        return [self._probed, *self._regions.edits()]
 
     def begin(self, session: Session, step: Step) -> None:
         self._session = session
@@ -206,12 +190,9 @@ class AttentionSegregation(Plugin):
         texts = prompt.texts or [None] * prompt.pictures
         groups = for_pictures(self.concepts, session, "concepts")
         attributes = for_pictures(self.attributes, session, "attributes")
-        self._pictures = [_find(session, *of) for of in zip(texts, groups, attributes, strict=True)]
-        self._before = [None] * len(self._pictures)
+        self._pictures = [find_picture(session, *of) for of in zip(texts, groups, attributes, strict=True)]
         self._scale = self.loss_scale or 0.0
-        for capture in (self._probed, self._used):
-            assert capture is not None
-            capture.clear()
+        self._regions.begin(len(self._pictures))
 
     def moves(self, step: Step) -> bool:
         return step.index % self.every == 0
@@ -219,7 +200,7 @@ class AttentionSegregation(Plugin):
     # -- one step ----------------------------------------------------------------------------------------------
 
     def latent(self, step: Step, latent: torch.Tensor, probe: Probe) -> torch.Tensor | None:
-        self._remember_used()
+        self._regions.look_back(self._split, self._pictures)
         goal, before = self.refine.get(step.index), latent
         waiting = [True] * len(latent)
         for _ in range(1 if goal is None else 1 + _MAX_REFINEMENTS):
@@ -230,8 +211,9 @@ class AttentionSegregation(Plugin):
             keep = torch.tensor(waiting, device=latent.device).view(-1, *[1] * (latent.ndim - 1))
             latent = torch.where(keep, latent - move, latent)
             if goal is not None:  # a picture that has reached its goal had its last update
-                waiting = [on and float(loss) > goal for on, loss in zip(waiting, losses, strict=True)]
-        self._remember_probed()
+                waiting = [on and loss.item() > goal for on, loss in zip(waiting, losses, strict=True)]
+        if self._regions.follows == "pre":
+            self._regions.keep(self._last)
         return None if latent is before else latent
 
     def _move(
@@ -258,14 +240,14 @@ class AttentionSegregation(Plugin):
         assert self._probed is not None
         self._probed.clear()
         probe(latent)
-        maps = self._concept_maps(self._probed)
+        maps = self._split(self._probed.averaged(), self._pictures)
         self._last = [concepts.detach() for concepts, _ in maps]
         return [self._loss_of(i, *both) for i, both in enumerate(maps)]
 
     def _loss_of(self, number: int, concepts: torch.Tensor, attributes: dict[int, torch.Tensor]) -> torch.Tensor:
         if not len(concepts):
             return concepts.sum()
-        seen = Maps(concepts, self._regions(number, concepts), attributes, self.segregation, self.retention)
+        seen = Maps(concepts, self._regions.of(number, concepts), attributes, self.segregation, self.retention)
         loss = self._loss(seen)
         if self.binding:
             loss = loss + self.binding * binding_loss(seen)
@@ -288,44 +270,20 @@ class AttentionSegregation(Plugin):
             self._scale = _LOSS_SCALE if dtype == torch.float16 else 1.0
         return self._scale
 
-    # -- maps and regions --------------------------------------------------------------------------------------
-
-    def _concept_maps(self, capture: MapCapture) -> list[tuple[torch.Tensor, dict[int, torch.Tensor]]]:
+    def _split(
+        self, taken: torch.Tensor, pictures: Sequence[Picture]
+    ) -> list[tuple[torch.Tensor, dict[int, torch.Tensor]]]:
         """Maps of each picture's concepts [C, h, w] and of their attributes by concept."""
         result: list[tuple[torch.Tensor, dict[int, torch.Tensor]]] = []
-        for maps, picture in zip(capture.averaged(), self._pictures, strict=True):
+        for maps, picture in zip(taken, pictures, strict=True):
             groups = [found.columns for found in (*picture.concepts, *picture.attributes.values())]
-            if not groups:
-                result.append((maps[:0], {}))
-                continue
-            both = concept_maps(
-                maps, groups, normalisation=self.normalisation, smoothing=self.smoothing, tokens=picture.tokens
-            )
-            count = len(picture.concepts)
+            both, count = maps[:0], len(picture.concepts)
+            if groups:
+                both = concept_maps(
+                    maps, groups, normalisation=self.normalisation, smoothing=self.smoothing, tokens=picture.tokens
+                )
             result.append((both[:count], dict(zip(picture.attributes, both[count:], strict=True))))
         return result
-
-    def _remember_used(self) -> None:
-        """Regions from the maps of the previous step's own call."""
-        if self._used is not None and self._used.maps:
-            self._remember([maps for maps, _ in self._concept_maps(self._used)])
-            self._used.clear()
-
-    def _remember_probed(self) -> None:
-        """Regions from the maps that this step's update was computed from."""
-        if self.previous == "pre":
-            self._remember(self._last)
-
-    def _remember(self, maps: Sequence[torch.Tensor]) -> None:
-        rule = self.threshold, self.level
-        self._before = [binarise(concepts, *rule) if len(concepts) else None for concepts in maps]
-
-    def _regions(self, number: int, concepts: torch.Tensor) -> torch.Tensor | None:
-        if self.layout is None:
-            return self._before[number]
-        if len(self.layout) != len(concepts):
-            raise SettingError(f"layout= has {len(self.layout)} masks for {len(concepts)} concepts of a prompt")
-        return torch.stack([to_grid(mask, concepts) for mask in self.layout])
 
     def report(self) -> Mapping[str, Any]:
         values: dict[str, Any] = {}
@@ -342,16 +300,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "smoothing": ("gaussian", "mean", "none"),
     "rule": ("relative", "gradient"),
     "layers": ("auto", "decoder", "all"),
-    "threshold": ("max", "std", "quantile", "otsu"),
-    "previous": ("post", "pre"),
 }
-
-
-def _find(session: Session, text: str | None, group: Sequence[Concept], attributes: Mapping[str, str]) -> _Picture:
-    found = [find_concept(session, text, concept) for concept in group]
-    words = {i: attributes[str(concept)] for i, concept in enumerate(group) if str(concept) in attributes}
-    bound = {i: find_concept(session, text, word) for i, word in words.items()}
-    return _Picture(found, bound, None if text is None else session.token_range(text))
 
 
 def _gradient(loss: torch.Tensor, latent: torch.Tensor, scale: float) -> torch.Tensor:
@@ -363,13 +312,3 @@ def _gradient(loss: torch.Tensor, latent: torch.Tensor, scale: float) -> torch.T
         )
     (gradient,) = torch.autograd.grad(scale * loss, latent)
     return gradient / scale
-
-
-def _layout(layout: Any, concepts: Sequence[Sequence[Any]]) -> list[torch.Tensor] | None:
-    if layout is None:
-        return None
-    members = [as_mask(one) for one in layout] if isinstance(layout, (list, tuple)) else as_masks(layout)
-    for group in concepts:
-        if len(group) != len(members):
-            raise SettingError(f"layout= has {len(members)} masks for {len(group)} concepts: give one for each")
-    return [torch.from_numpy(mask) for mask in members]

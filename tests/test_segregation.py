@@ -369,6 +369,17 @@ def test_regions_come_from_the_step_before_and_start_afresh(sd15, previous):
         assert torch.equal(spy.maps[1].regions, binarise(watch.maps[0].concepts))
 
 
+def test_regions_by_self_attention_are_disjoint(sd15):
+    spy = Spy()
+    with dg.graft(sd15, dg.AttentionSegregation(WORDS, loss=spy, threshold="attencraft", level=0.01, end=1.0)):
+        tiny.sample(sd15)
+    assert spy.maps[0].regions is None
+    for seen in spy.maps[1:]:
+        assert seen.regions.shape == seen.concepts.shape and seen.regions.sum(0).amax() == 1
+    with pytest.raises(dg.SettingError, match="post"):
+        dg.AttentionSegregation(WORDS, threshold="attencraft", previous="pre")
+
+
 def test_a_layout_stands_in_for_regions_and_is_brought_to_the_grid(sd15):
     spy, half = Spy(), torch.zeros(2, 64, 64, dtype=torch.bool)
     half[0, :, :32] = half[1, :, 32:] = True

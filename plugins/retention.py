@@ -1,0 +1,115 @@
+"""Where each concept was at the previous step: the regions in which retention keeps it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+
+from ..attention.edit import Edit
+from ..attention.errors import SettingError
+from ..attention.layer import AttentionLayer
+from ..attention.maps import SELF_TOKENS, LayerChoice, MapCapture, concept_maps
+from ..attention.masks import as_mask, as_masks
+from ..attention.regions import Threshold, assign, binarise, propagate, to_grid
+from .base import finite
+from .concepts import Picture, Split
+
+Rule = Threshold | Literal["attencraft"]
+LEVELS: dict[str, float] = {"max": 0.5, "std": 1.0, "quantile": 0.75, "otsu": 0.5, "attencraft": 0.1}
+"""The level of each rule where none is given: share of the maximum, deviations, quantile, unused, margin."""
+
+
+class Regions:
+    """Regions of every picture of a call, from the maps of the step before or from the user.
+
+    Args:
+        threshold, level: see `diffgraft.attention.regions.binarise`; "attencraft" spreads the maps along the
+            self-attention and gives a cell to the concept that leads all others by `level`, so regions are disjoint.
+        previous: "post", the maps of the step's own call; "pre", those that its update was computed from.
+        layout: masks [H, W] in the order of the concepts, in the place of all that.
+    """
+
+    def __init__(self, threshold: Rule, level: float | None, previous: str, layout: list[torch.Tensor] | None) -> None:
+        if threshold not in LEVELS:
+            raise SettingError(f"threshold={threshold!r}: choose one of {', '.join(LEVELS)}")
+        if previous not in ("post", "pre") or (previous == "pre" and threshold == "attencraft"):
+            raise SettingError(f"previous={previous!r}: choose 'post' or 'pre', with threshold='attencraft' 'post'")
+        self.threshold: Rule = threshold
+        self.level = finite(LEVELS[threshold] if level is None else level, "level")
+        self.follows = None if layout is not None else previous
+        self.layout = layout
+        self.found: list[torch.Tensor | None] = []
+        self.cross: MapCapture | None = None
+        self.own: MapCapture | None = None
+
+    def bind(self, layers: Sequence[AttentionLayer], choice: LayerChoice) -> None:
+        """Choose the layers to watch."""
+        if self.follows == "post":
+            self.cross = MapCapture(layers, "predict", choice=choice)
+        if self.follows == "post" and self.threshold == "attencraft":
+            self.own = MapCapture(layers, "predict", kind="self", tokens=SELF_TOKENS)
+
+    def edits(self) -> list[Edit]:
+        """What watches them."""
+        return [capture for capture in (self.cross, self.own) if capture is not None]
+
+    def begin(self, pictures: int) -> None:
+        """A new call: nothing is known of the step before."""
+        self.found = [None] * pictures
+        for capture in (self.cross, self.own):
+            if capture is not None:
+                capture.clear()
+
+    def look_back(self, split: Split, pictures: Sequence[Picture]) -> None:
+        """Take the regions from what the previous step's own call looked at, if there was one."""
+        if self.cross is None or not self.cross.maps:
+            return
+        taken = self.cross.averaged()
+        if self.own is None:
+            self.keep([concepts for concepts, _ in split(taken, pictures)])
+        else:
+            self.found = [self._spread(*of) for of in zip(taken, self.own.averaged(), pictures, strict=True)]
+            self.own.clear()
+        self.cross.clear()
+
+    def keep(self, maps: Sequence[torch.Tensor]) -> None:
+        """Take the regions from these concept maps, [C, h, w] for each picture."""
+        self.found = [self._binary(concepts) if len(concepts) else None for concepts in maps]
+
+    def of(self, number: int, like: torch.Tensor) -> torch.Tensor | None:
+        """Regions [C, h, w] of a picture, 0 or 1, at the grid of `like`; None where nothing is known yet."""
+        if self.layout is not None:
+            return torch.stack([to_grid(mask, like) for mask in self.layout])
+        found = self.found[number]
+        return None if found is None else found.to(like)
+
+    def _binary(self, maps: torch.Tensor) -> torch.Tensor:
+        assert self.threshold != "attencraft"
+        return binarise(maps, self.threshold, self.level)
+
+    def _spread(self, cross: torch.Tensor, own: torch.Tensor, picture: Picture) -> torch.Tensor | None:
+        columns = [found.columns for found in picture.concepts]
+        if not columns:
+            return None
+        if picture.tokens is None or picture.tokens.start > 0:
+            columns.append([0])  # the start mark looks at the background
+        maps = concept_maps(cross, columns, normalisation="none", smoothing="none")
+        masks = assign(propagate(maps, own.flatten(1).T), self.level)[: len(picture.concepts)]
+        return torch.stack([to_grid(mask, cross) * bool(mask.any()) for mask in masks])
+
+
+def read_layout(layout: Any, counts: Sequence[int]) -> list[torch.Tensor] | None:
+    """A layout as masks [H, W], one for each of the `counts` concepts of every prompt.
+
+    Raises:
+        MaskError: not a mask. SettingError: not one for each concept.
+    """
+    if layout is None:
+        return None
+    members = [as_mask(one) for one in layout] if isinstance(layout, (list, tuple)) else as_masks(layout)
+    for count in counts:
+        if count != len(members):
+            raise SettingError(f"layout= has {len(members)} masks for {count} concepts: give one for each")
+    return [torch.from_numpy(mask) for mask in members]
