@@ -40,17 +40,17 @@ class Loop:
         return inputs
 
     def with_images(self, inputs: Inputs, pictures: Sequence[Any] | None) -> Inputs:
-        """Adds what a loaded IP-Adapter wants: a picture for each row, or empty ones."""
+        """Adds what a loaded IP-Adapter wants: a picture for each row, or zeros where nothing of it will be used."""
         if getattr(self.denoiser.config, "encoder_hid_dim_type", None) != "ip_image_proj":
             return inputs
-        adapters = len(self.denoiser.encoder_hid_proj.image_projection_layers)
-        rows: list[list[torch.Tensor]] = []
-        for picture in pictures or [_BLACK]:
-            given = [picture] * adapters
-            pairs = self.pipe.prepare_ip_adapter_image_embeds(given, None, self.pipe._execution_device, 1, True)
-            rows.append([pair.chunk(2)[1 if pictures else 0] for pair in pairs])
-        rows = rows * (len(inputs["encoder_hidden_states"]) // len(rows))
-        embeds = [torch.cat([row[i] for row in rows]) for i in range(adapters)]
+        layers = self.denoiser.encoder_hid_proj.image_projection_layers
+        if pictures is None:
+            text = inputs["encoder_hidden_states"]
+            embeds = [text.new_zeros(len(text), 1, *_image_shape(layer)) for layer in layers]
+        else:
+            device, encode = self.pipe._execution_device, self.pipe.prepare_ip_adapter_image_embeds
+            rows = [encode([picture] * len(layers), None, device, 1, False) for picture in pictures]
+            embeds = [torch.cat([row[i] for row in rows]) for i in range(len(layers))]
         return {**inputs, "added_cond_kwargs": {**inputs.get("added_cond_kwargs", {}), "image_embeds": embeds}}
 
     def predict(self, latents: torch.Tensor, timestep: torch.Tensor, inputs: Inputs) -> torch.Tensor:
@@ -166,10 +166,7 @@ def dynamic_shift(tokens: int, scheduler: Any, most: float) -> float:
     return low + (high - low) * (tokens - few) / (many - few)
 
 
-def _black() -> Any:
-    from PIL import Image
-
-    return Image.new("RGB", (64, 64))
-
-
-_BLACK = _black()
+def _image_shape(projection: torch.nn.Module) -> tuple[int, ...]:
+    """Shape of one picture's embedding for an IP-Adapter's projection: pooled, or 257 tokens for the larger kinds."""
+    width = next(m.in_features for m in projection.modules() if isinstance(m, torch.nn.Linear))
+    return (width,) if type(projection).__name__ == "ImageProjection" else (257, width)
