@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -24,9 +26,22 @@ def encode_image(pipe: Any, image: Any, size: tuple[int, int] | None = None) -> 
     height, width = (None, None) if size is None else (size[0] * factor, size[1] * factor)
     processor = _processor(factor)
     pixels = processor.preprocess(image, height=height, width=width)
-    with torch.no_grad():
-        moments = vae.encode(pixels.to(device=pipe._execution_device, dtype=vae.dtype)).latent_dist
-    return (moments.mode() - (getattr(vae.config, "shift_factor", None) or 0.0)) * vae.config.scaling_factor
+    with torch.no_grad(), _wide_enough(vae):
+        mode = vae.encode(pixels.to(device=pipe._execution_device, dtype=vae.dtype)).latent_dist.mode()
+    return ((mode - (getattr(vae.config, "shift_factor", None) or 0.0)) * vae.config.scaling_factor).to(vae.dtype)
+
+
+@contextmanager
+def _wide_enough(vae: Any) -> Generator[None]:
+    """SDXL's autoencoder overflows in float16: it runs in float32 then, as diffusers' own pipelines let it."""
+    narrow = vae.dtype == torch.float16 and getattr(vae.config, "force_upcast", False)
+    if narrow:
+        vae.to(torch.float32)
+    try:
+        yield
+    finally:
+        if narrow:
+            vae.to(torch.float16)
 
 
 def decode_latents(pipe: Any, latents: torch.Tensor, output_type: str = "pil") -> Any:

@@ -75,6 +75,17 @@ def test_outside_the_mask_in_half_precision(dtype):
     assert pipe.vae.dtype == pipe.unet.dtype == dtype
 
 
+def test_an_autoencoder_that_overflows_in_half_precision_encodes_in_float32():
+    pipe = tiny.sdxl().to(dtype=torch.float16)
+    first = pipe.vae.encoder.conv_in.weight
+    with torch.no_grad():
+        first *= 3e4 / first.abs().max()  # sums of these leave float16; the norm behind brings them back
+    pixels = torch.ones(1, 3, 32, 32, dtype=torch.float16)
+    assert not torch.isfinite(pipe.vae.encode(pixels).latent_dist.mode()).all()
+    latents = encode_image(pipe, picture())
+    assert torch.isfinite(latents).all() and latents.dtype == pipe.vae.dtype == torch.float16
+
+
 def test_the_hole_holds_the_generated_pixels_and_the_feather_ends_where_it_says(pipe):
     image, mask = picture(64, 64), box(64, 64, 20, 20, 12)
     hard, soft = (quick(pipe, image, mask, grow=2, feather=feather, crop=False) for feather in (0, 5))
@@ -252,7 +263,9 @@ def states(pipe, image, mask, **settings):
         kept.append((int(t), given["latents"].clone()))
         return given
 
-    hook = pipe.unet.register_forward_pre_hook(lambda m, a, k: first.append(k.get("sample", *a[:1]).clone()), with_kwargs=True)
+    hook = pipe.unet.register_forward_pre_hook(
+        lambda m, a, k: first.append(k.get("sample", *a[:1]).clone()), with_kwargs=True
+    )
     try:
         quick(pipe, image, mask, callback_on_step_end=keep, **settings)
     finally:
