@@ -24,6 +24,7 @@ class Edit:
         every_call: False leaves all but the layer's own attention call alone (an IP-Adapter's image tokens).
         rows: groups that this edit touches, None for all alike. A branch named here joins the batch only at the
             first layer where such an edit is selected.
+        keeps_text: True lets the layer's products of an unchanged text be kept over the steps of a call.
         owns: group whose attention this edit computes itself, in `attention`, instead of the kernel.
     """
 
@@ -31,6 +32,7 @@ class Edit:
     wants_probs: bool = False
     every_call: bool = False
     rows: tuple[str, ...] | None = None
+    keeps_text: bool = False
     owns: str | None = None
 
     def selects(self, layer: AttentionLayer) -> bool:

@@ -26,6 +26,7 @@ from .call import AttentionCall, Kernel, Project
 from .edit import Edit, attend
 from .errors import AttentionNotReachedError
 from .layer import AttentionLayer
+from .memo import TextMemo
 from .step import Step
 
 _SDPA = F.scaled_dot_product_attention
@@ -45,6 +46,7 @@ class Work:
     edits: Sequence[Edit]
     kernel: Kernel = _SDPA
     text: slice | None = None
+    memo: TextMemo | None = None
 
 
 class Source(Protocol):
@@ -58,11 +60,15 @@ class Source(Protocol):
 class Tap(TorchFunctionMode):
     """While active, sends each scaled dot-product attention through `attend`."""
 
-    def __init__(self, layer: AttentionLayer, work: Work, project: Project | None = None) -> None:
+    def __init__(
+        self, layer: AttentionLayer, work: Work, project: Project | None = None, words: torch.Tensor | None = None
+    ) -> None:
         super().__init__()
-        self.layer, self.task, self.calls, self.project = layer, work, 0, project
+        self.layer, self.task, self.calls, self.project, self.words = layer, work, 0, project, words
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.linear and args and args[0] is self.words and self.task.memo is not None:
+            return self.task.memo.linear(self.layer.name, func, args, kwargs or {})
         if func is not _SDPA:
             return func(*args, **(kwargs or {}))
         given: dict[str, Any] = dict(zip(_ARGUMENTS, args, strict=False)) | (kwargs or {})
@@ -114,6 +120,12 @@ def project_text(
     return listener.heard
 
 
+def _text_of(arguments: dict[str, Any]) -> torch.Tensor | None:
+    given = arguments.get("encoder_hidden_states")
+    given = given[0] if isinstance(given, tuple) else given
+    return given if isinstance(given, torch.Tensor) else None
+
+
 def _named(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     bound = inspect.signature(forward).bind(*args, **kwargs)
     rest = next((p.name for p in bound.signature.parameters.values() if p.kind is p.VAR_KEYWORD), "")
@@ -131,7 +143,7 @@ def run_edited(layer: AttentionLayer, work: Work, forward: Callable[..., Any], *
     def project(text: torch.Tensor, mask: torch.Tensor | None) -> AttentionCall:
         return project_text(layer, work, forward, _named(forward, args, kwargs), text, mask)
 
-    with Tap(layer, work, project) as tap:
+    with Tap(layer, work, project, _text_of(kwargs) if work.memo else None) as tap:
         out = forward(*args, **kwargs)
     if not tap.calls:
         processor = type(getattr(layer.module, "processor", None)).__name__

@@ -86,6 +86,8 @@ class Graft:
         """Take everything off; idempotent."""
         stack, self._stack = self._stack, None
         self._everywhere = False
+        for run in self.runs:
+            run.memo.clear()
         if stack is not None:
             stack.close()
 
@@ -172,8 +174,8 @@ class Graft:
     def _refuse_packed(self, plugin: Plugin) -> None:
         if self.adapter.packed and type(plugin).latent is not Plugin.latent:
             raise UnsupportedPipelineError(
-                f"{type(plugin).__name__} moves latents, which {type(self.pipe).__name__} keeps packed as tokens: use it "
-                "on a UNet, PixArt, Sana or SD3 pipeline"
+                f"{type(plugin).__name__} moves latents, which {type(self.pipe).__name__} keeps packed as tokens: use "
+                "it on a UNet, PixArt, Sana or SD3 pipeline"
             )
 
     def _place(self, plugin: Plugin, edit: Edit) -> None:
@@ -242,7 +244,8 @@ class Graft:
         if not edits:
             return None
         self.edited[layer.name] = self.edited.get(layer.name, 0) + 1
-        return Work(step, edits, self.backend.kernel, run.text_slice(layer))
+        memo = run.memo if any(edit.keeps_text for edit in edits) else None
+        return Work(step, edits, self.backend.kernel, run.text_slice(layer), memo)
 
     def link(self, scheduler: Any) -> None:
         """Follow this scheduler's steps until the graft comes off."""

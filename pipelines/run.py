@@ -10,6 +10,7 @@ import torch
 
 from ..attention.errors import GraftError, SettingError, UnsupportedPipelineError
 from ..attention.layer import AttentionLayer
+from ..attention.memo import TextMemo
 from ..attention.step import Step
 from ..plugins.base import Branch, Plugin, Prompt, Text
 from .architectures.base import Inputs
@@ -39,6 +40,7 @@ class Run:
         self.joined, self.base_rows = False, 0
         self.deltas: list[torch.Tensor] = []
         self.streams: list[int] = []
+        self.memo = TextMemo()
 
     # -- Session: what plugins see -----------------------------------------------------------------------------
 
@@ -161,6 +163,7 @@ class Run:
         """What the scheduler's step starts from."""
         self.clock.tick()
         if self.clock.over:
+            self.memo.clear()
             for plugin in self.graft.effective:
                 plugin.finish()
         moved, self.pending = self.pending, None
@@ -185,6 +188,7 @@ class Run:
         if "cond" in rows:
             self.deltas = []
         if fresh:
+            self.memo.clear()
             self.adapter.check()
             for plugin in self.graft.effective:
                 plugin.begin(self, self.step)

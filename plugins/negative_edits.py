@@ -117,6 +117,8 @@ class _TextEdit(Edit):
 class CrossAway(_TextEdit):
     """Steers a cross-attention layer."""
 
+    keeps_text = True
+
     def selects(self, layer: AttentionLayer) -> bool:
         return super().selects(layer) and self.plugin.chooses(layer)
 

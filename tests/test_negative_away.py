@@ -13,9 +13,11 @@ import tiny
 import torch
 from plugins_for_tests import Guide, Scaled, fingerprint
 from test_matrix import add_lora, load_ip_adapter, variant
+from torch.utils.flop_counter import FlopCounterMode
 
 import diffgraft as dg
 from diffgraft.plugins.negative_away import RULES
+from diffgraft.plugins.negative_edits import CrossAway
 
 ONE = {"num_images_per_prompt": 1}
 SETTINGS = {"nasa": {"scale": 0.3}, "nag": {"scale": 3.0, "alpha": 0.5}, "vsf": {"scale": 1.5, "offset": 0.2}}
@@ -205,6 +207,39 @@ def test_negative_keys_are_projected_once_a_call(pipe, steps):
             negative = {key: n for key, n in calls.items() if key[1] == 7}
             assert len(negative) == 2 * 11 and set(negative.values()) == {done}
     undo()
+
+
+def call_flops(pipe, **call):
+    with dg.graft(pipe, away()), FlopCounterMode(display=False) as counter:
+        return tiny.sample(pipe, **call), counter.get_total_flops()
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_the_prompt_is_projected_once_too(lora, monkeypatch):
+    """Bit-identical, and what is saved is the prompt's products of every step but the first."""
+    pipe = tiny.sdxl()
+    if lora:
+        add_lora(pipe)
+    kept, few = call_flops(pipe)
+    monkeypatch.setattr(CrossAway, "keeps_text", False)
+    again, many = call_flops(pipe)
+    assert torch.equal(kept, again)
+    layers = [layer.module for layer in dg.find_layers(pipe.unet) if layer.kind == "cross"]
+    once = sum(2 * 2 * 77 * 64 * (m.inner_dim + (2 if lora else 0)) for m in layers) * 2  # rows, k and v
+    assert many - few == 2 * once
+
+
+def test_a_prompt_that_changes_is_projected_again(pipe, monkeypatch):
+    def fade(pipe, index, timestep, tensors):
+        if index == 0:
+            tensors["prompt_embeds"].mul_(0.5)
+            return {"prompt_embeds": tensors["prompt_embeds"]}
+        return {"prompt_embeds": tensors["prompt_embeds"] + 0.1}
+
+    call = {"callback_on_step_end": fade, "callback_on_step_end_tensor_inputs": ["prompt_embeds"]}
+    kept = run(pipe, away(), **call)
+    monkeypatch.setattr(CrossAway, "keeps_text", False)
+    assert torch.equal(run(pipe, away(), **call), kept) and not torch.equal(run(pipe, away()), kept)
 
 
 def test_a_negative_is_encoded_once_over_calls(pipe):
