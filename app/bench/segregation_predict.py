@@ -1,0 +1,101 @@
+"""Which attention loss, at which step, tells among the seeds of one caption which picture will fail."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+
+from ... import LOSSES, Maps, Plugin, graft
+from ...attention.edit import Edit
+from ...attention.maps import MapCapture, Normalisation, concept_maps
+from ...attention.regions import binarise
+from ...attention.step import Rows, Step
+from ...plugins.base import Session
+from ...plugins.concepts import find_concept
+from ...plugins.losses import binding_loss, segregation_loss
+from .judge import Judge, look
+from .training import share_cores
+from .world import Scene, caption
+
+AT = (0, 2, 4, 8, 12)
+LOOKS: dict[str, tuple[Normalisation, Any]] = {
+    "attend-and-excite, sharpened maps": ("ae", LOSSES["attend-and-excite"]),
+    "attend-and-excite, raw maps": ("none", LOSSES["attend-and-excite"]),
+    "A-STAR segregation, maps / max": ("max", lambda maps: segregation_loss(maps.concepts)),
+    "A-STAR segregation, sharpened maps": ("ae", lambda maps: segregation_loss(maps.concepts)),
+    "A-STAR both terms, maps / max": ("max", LOSSES["a-star"]),
+    "jsd of the kinds": ("none", LOSSES["jsd"]),
+    "colours bound": ("none", binding_loss),
+}
+
+
+class Watch(Plugin):
+    """Notes every loss at the chosen steps of a plain run."""
+
+    def __init__(self, scene: Scene) -> None:
+        super().__init__()
+        self.scene = scene
+        self.seen: dict[tuple[str, int], list[float]] = {}
+
+    def bind(self, session: Session) -> None:
+        self.capture = MapCapture(session.layers, "predict")
+
+    def edits(self) -> Sequence[Edit]:
+        return (self.capture,)
+
+    def begin(self, session: Session, step: Step) -> None:
+        words = [t.kind for t in self.scene.things] + [t.colour for t in self.scene.things]
+        self.columns = [find_concept(session, caption(self.scene), word).columns for word in words]
+        self.before: dict[str, list[torch.Tensor]] = {}
+
+    def combine(self, step: Step, prediction: torch.Tensor, rows: Rows) -> None:
+        taken = self.capture.averaged()
+        self.capture.clear()
+        for name, (normalisation, loss) in LOOKS.items():
+            both = [concept_maps(maps, self.columns, normalisation=normalisation) for maps in taken]
+            count = len(self.scene.things)
+            regions = self.before.get(name, [None] * len(both))
+            if step.index in AT:
+                self.seen[name, step.index] = [
+                    float(loss(Maps(maps[:count], past, dict(enumerate(maps[count:])))))
+                    for maps, past in zip(both, regions, strict=True)
+                ]
+            self.before[name] = [binarise(maps[:count]) for maps in both]
+
+
+def wins(losses: Sequence[float], failed: Sequence[bool]) -> tuple[float, int]:
+    """Pairs of a failure and a success in which the failure had the larger loss (ties count half), and all pairs."""
+    bad = [x for x, f in zip(losses, failed, strict=True) if f]
+    good = [x for x, f in zip(losses, failed, strict=True) if not f]
+    return sum((b > g) + 0.5 * (b == g) for b in bad for g in good), len(bad) * len(good)
+
+
+def predictors(pipe: Any, judge: Judge, scenes: Sequence[Scene], seeds: int) -> Iterator[str]:
+    """Lines of the table; captions that always or never fail say nothing and are counted out."""
+    tally: dict[tuple[str, int], list[float]] = {(name, at): [0.0, 0.0] for name in LOOKS for at in AT}
+    telling = 0
+    for scene in scenes:
+        share_cores()
+        watch = Watch(scene)
+        generators = [torch.Generator().manual_seed(50_000 + i) for i in range(seeds)]
+        with graft(pipe, watch):
+            pictures = pipe(
+                [caption(scene)] * seeds, num_inference_steps=20, guidance_scale=4.0, output_type="pt",
+                generator=generators,
+            ).images  # fmt: skip
+        verdicts = look(judge, pictures * 2 - 1)
+        failed = [any(v.colours.get(t.kind) != t.colour for t in scene.things) for v in verdicts]
+        telling += 0 < sum(failed) < seeds
+        for key, losses in watch.seen.items():
+            won, pairs = wins(losses, failed)
+            tally[key][0] += won
+            tally[key][1] += pairs
+    yield f"{telling} of {len(scenes)} captions fail for some of {seeds} seeds only"
+    yield ""
+    yield "| loss | " + " | ".join(f"step {at}" for at in AT) + " |"
+    yield "|---" * (len(AT) + 1) + "|"
+    for name in LOOKS:
+        cells = [f"{won / pairs:.2f}" if pairs else "-" for won, pairs in (tally[name, at] for at in AT)]
+        yield f"| {name} | " + " | ".join(cells) + " |"
