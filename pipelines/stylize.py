@@ -253,7 +253,7 @@ def whole(pipe: Any, size: tuple[int, int]) -> Region:
     factor = 2 ** (len(pipe.vae.config.block_out_channels) - 1)
     denoiser = getattr(pipe, "unet", None) or pipe.transformer
     side = denoiser.config.sample_size if hasattr(denoiser.config, "sample_size") else pipe.default_sample_size
-    native, multiple = factor * side, factor if hasattr(pipe, "unet") else 2 * factor
+    native, multiple = factor * side, max(8, factor) * (1 if hasattr(pipe, "unet") else 2)
     longest = max(size)
     scale = min(1.0, LARGEST * native / longest) if longest >= native else native / longest
     inner = (max(1, round(size[0] * scale)), max(1, round(size[1] * scale)))

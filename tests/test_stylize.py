@@ -1,0 +1,198 @@
+"""The task: sizes, orientation, sharing of inversions, determinism, pipelines of other kinds."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import tiny
+import tiny_transformers
+import torch
+from diffusers import (
+    EulerDiscreteScheduler,
+    PNDMScheduler,
+    StableDiffusionControlNetPipeline,
+    StableDiffusionImg2ImgPipeline,
+)
+from PIL import Image
+
+import diffgraft as dg
+from diffgraft.pipelines import stylize as module
+
+FAST = {"steps": 2, "iterations": 0}
+
+
+def picture(width: int = 32, height: int = 32, seed: int = 0) -> Image.Image:
+    rng = np.random.default_rng(seed)
+    rough = Image.fromarray(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8))
+    return rough.resize((width, height), Image.Resampling.BICUBIC)
+
+
+def same(a: Image.Image, b: Image.Image) -> bool:
+    return a.size == b.size and a.tobytes() == b.tobytes()
+
+
+@pytest.fixture
+def inversions(monkeypatch):
+    """Every inversion that `stylize` makes: how many, and of what."""
+    made = []
+
+    def counting(pipe, image, **options):
+        made.append(options.get("negative"))
+        return dg.invert(pipe, image, **options)
+
+    monkeypatch.setattr(module, "invert", counting)
+    return made
+
+
+@pytest.mark.parametrize("size", [(32, 32), (37, 21), (20, 61), (100, 40)])
+def test_output_has_the_contents_size(sd15, size):
+    out = dg.stylize(sd15, picture(*size), picture(50, 30, 1), seed=1, **FAST)
+    assert (out.size, out.mode) == (size, "RGB")
+    settings = out.info["diffgraft"]
+    assert (settings["width"], settings["height"], settings["seed"]) == (*size, 1)
+
+
+def test_the_model_sees_the_contents_aspect(sd15):
+    region = module.whole(sd15, (300, 150))
+    assert region.size == (48, 24)  # 1.5 times the model's own 32 pixels
+    assert region.padded == (48, 24)
+    assert module.whole(sd15, (37, 21)).padded == (40, 24)
+    assert module.whole(sd15, (16, 8)).size == (32, 16)
+
+
+def test_exif_orientation_and_transparency(sd15, tmp_path):
+    upright, path = picture(40, 24), tmp_path / "turned.jpg"
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn by 90 degrees to the right
+    upright.save(path, exif=exif, quality=95)
+    assert dg.stylize(sd15, path, picture(), seed=1, **FAST).size == (24, 40)
+    clear = picture().convert("RGBA")
+    clear.putalpha(0)
+    assert same(dg.stylize(sd15, clear, picture(), strength=0.0), Image.new("RGB", (32, 32), "white"))
+
+
+def test_same_seed_same_bytes_and_nothing_else_changes(sd15):
+    state, scheduler, before = torch.get_rng_state(), sd15.scheduler, dict(sd15.scheduler.config)
+    first, again, other = (dg.stylize(sd15, picture(), picture(seed=1), seed=s, **FAST) for s in (5, 5, 6))
+    assert same(first, again)
+    assert not same(first, other)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert sd15.scheduler is scheduler
+    assert dict(scheduler.config) == before
+    assert not any("forward" in part.__dict__ for part in sd15.unet.modules())
+
+
+def test_many_by_many_share_inversions(sd15, inversions):
+    contents, styles = [picture(seed=i) for i in range(3)], [picture(seed=i) for i in (7, 8)]
+    table = dg.stylize(sd15, contents, styles, seed=10, **FAST)
+    assert len(inversions) == 3 + 2
+    assert [len(row) for row in table] == [2, 2, 2]
+    assert same(table[2][1], dg.stylize(sd15, contents[2], styles[1], seed=15, **FAST))
+    assert same(dg.stylize(sd15, contents, styles[0], seed=10, **FAST)[0], table[0][0])
+    assert same(dg.stylize(sd15, contents[0], styles, seed=10, **FAST)[1], table[0][1])
+
+
+def test_a_negative_by_pair_costs_an_inversion_by_pair(sd15, inversions):
+    styles = [picture(seed=7), picture(seed=8)]
+    row = dg.stylize(sd15, [picture(), picture(seed=1)], styles, seed=1, negative="style", **FAST)
+    assert len(inversions) == 2 * 2 + 2
+    assert row[0][0].info["diffgraft"]["negative"] == "attention"
+    inversions.clear()
+    dg.stylize(sd15, picture(), styles, seed=1, negative="a star", invert_style=False, **FAST)
+    assert inversions == ["a star"]
+
+
+def test_strength_zero_is_the_content_and_more_is_further(sd15):
+    content, style = picture(), picture(seed=1)
+    assert same(dg.stylize(sd15, content, style, strength=0.0, seed=1), content)
+    plain = dg.stylize(sd15, content, style, strength=1e-6, alpha=1.0, seed=1, **FAST)
+    far = [
+        np.abs(np.asarray(dg.stylize(sd15, content, style, strength=s, alpha=1.0, seed=1, **FAST), int) - plain).mean()
+        for s in (0.1, 0.5, 1.0)
+    ]
+    assert 0 < far[0] < far[1] < far[2]
+
+
+def test_structure_sets_the_papers_values_in_the_middle(sd15):
+    settings = dg.stylize(sd15, picture(), picture(seed=1), seed=1, **FAST).info["diffgraft"]
+    assert (settings["alpha"], settings["gamma"]) == (0.7, 0.75)
+    settings = dg.stylize(sd15, picture(), picture(seed=1), structure=1.0, gamma=0.3, seed=1, **FAST).info["diffgraft"]
+    assert (settings["alpha"], settings["gamma"]) == (0.4, 0.3)
+
+
+@pytest.mark.parametrize("method", ["styleid", "stylealigned"])
+def test_families_and_guidance(family, method):
+    out = dg.stylize(family, picture(), picture(seed=1), method=method, guidance=3.0, prompt="a star", seed=1, **FAST)
+    assert out.size == (32, 32)
+
+
+def test_other_schedulers_are_left_alone(sd15):
+    want = dg.stylize(sd15, picture(), picture(seed=1), seed=1, **FAST)
+    sd15.scheduler = PNDMScheduler.from_config(sd15.scheduler.config, skip_prk_steps=True)
+    assert same(dg.stylize(sd15, picture(), picture(seed=1), seed=1, **FAST), want)
+    assert isinstance(sd15.scheduler, PNDMScheduler)
+    sd15.scheduler = EulerDiscreteScheduler.from_config(sd15.scheduler.config)
+    assert dg.stylize(sd15, picture(), picture(seed=1), seed=1, **FAST).info["diffgraft"]["scheduler"].startswith("Eu")
+
+
+def test_an_image_to_image_pipeline_serves_too(sd15):
+    want = dg.stylize(sd15, picture(), picture(seed=1), seed=1, **FAST)
+    other = tiny.quiet(StableDiffusionImg2ImgPipeline(**sd15.components, requires_safety_checker=False))
+    assert same(dg.stylize(other, picture(), picture(seed=1), seed=1, **FAST), want)
+
+
+def test_a_controlnet_is_shown_the_content(sd15):
+    net = tiny.controlnet(sd15.unet)
+    pipe = tiny.sd15(cls=StableDiffusionControlNetPipeline, unet=sd15.unet, controlnet=net)
+    seen = []
+    net.register_forward_pre_hook(lambda _, __, kw: seen.append(kw["controlnet_cond"]), with_kwargs=True)
+    out = dg.stylize(pipe, picture(30, 22), picture(seed=1), seed=1, **FAST)
+    assert out.size == (30, 22)
+    assert len(seen) == 2
+    assert (seen[0].min() >= 0) and seen[0].std() > 0.05
+    plain = dg.stylize(sd15, picture(30, 22), picture(seed=1), seed=1, **FAST)
+    assert not same(out, plain)
+    weaker = {"controlnet_conditioning_scale": 0.0}
+    assert same(dg.stylize(pipe, picture(30, 22), picture(seed=1), seed=1, **FAST, **weaker), plain)
+
+
+def test_more_plugins_run_along(sd15):
+    plain = dg.stylize(sd15, picture(), picture(seed=1), seed=1, prompt="a star", **FAST)
+    away = dg.NegativeAway("red", scale=0.5)
+    other = dg.stylize(sd15, picture(), picture(seed=1), seed=1, prompt="a star", plugins=[away], **FAST)
+    assert not same(other, plain)
+
+
+@pytest.mark.parametrize(
+    ("call", "says"),
+    [
+        ({"strength": 1.5}, "strength"),
+        ({"structure": -1.0}, "structure"),
+        ({"method": "gram"}, "styleid"),
+        ({"steps": 0}, "steps"),
+        ({"seed": -3}, "seed"),
+        ({"content": 7}, "picture"),
+        ({"method": "ip_adapter"}, "IP-Adapter"),
+    ],
+)
+def test_bad_settings_say_what_to_do(sd15, call, says):
+    call = {"content": picture(), "style": picture(seed=1), "seed": 1, **FAST} | call
+    with pytest.raises(dg.GraftError, match=says):
+        dg.stylize(sd15, **call)
+
+
+@pytest.mark.parametrize("kind", ["flux", "sd3", "pixart"])
+def test_transformers_invert_and_come_back(kind):
+    pipe = getattr(tiny_transformers, kind)()
+    for part in pipe.components.values():
+        if isinstance(part, torch.nn.Module):
+            part.double()
+    pixels = picture(32, 32) if kind == "pixart" else picture(48, 32)
+    inversion = dg.invert(pipe, pixels, prompt="a ball", steps=4, iterations=80, tolerance=1e-9)
+    call = {"guidance_scale": 1.0, "output_type": "latent", "width": pixels.width, "height": pixels.height}
+    if kind == "pixart":
+        call["use_resolution_binning"] = False
+    back = pipe("a ball", **inversion.call(pipe), **call).images
+    if kind == "flux":
+        back = pipe._unpack_latents(back, 32, 48, pipe.vae_scale_factor)
+    torch.testing.assert_close(back, inversion.clean, rtol=0, atol=1e-3)
