@@ -25,6 +25,7 @@ Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a H
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, mps ...")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16.")]
 Seed = Annotated[int | None, typer.Option(help="Picture i gets seed+i; -1 or none: a random one, recorded in the PNG.")]
+Number = Annotated[int, typer.Option("-n", "--number", min=1, max=10_000, help="Pictures (of each input).")]
 Steps = Annotated[int | None, typer.Option(help="Denoising steps.")]
 Guidance = Annotated[float | None, typer.Option(help="Classifier-free guidance; 1 switches it off.")]
 Plugins = Annotated[
@@ -59,7 +60,7 @@ def generate(
     ] = None,
     plugin: Plugins = None,
     out: Annotated[Path, typer.Option(help="A .png; several pictures get -0, -1 ...")] = Path("out.png"),
-    n: Annotated[int, typer.Option("-n", "--number", min=1, max=10_000, help="Pictures.")] = 1,
+    n: Number = 1,
     seed: Seed = None,
     steps: Steps = None,
     guidance: Guidance = None,
@@ -89,6 +90,9 @@ def erase(
     mask: Annotated[Path, typer.Argument(help="White is removed; or a folder: the mask of a.jpg is a.png there.")],
     out: Annotated[Path, typer.Option(help="A .png; a folder where IMAGE is one.")] = Path("out.png"),
     invert: Annotated[bool, typer.Option("--invert", help="Black is removed.")] = False,
+    prompt: Annotated[str | None, typer.Option(help="What is to be there instead; nothing works best.")] = None,
+    grow: Annotated[int | None, typer.Option(min=0, help="Pixels by which the mask is grown first.")] = None,
+    n: Number = 1,
     seed: Seed = None,
     steps: Steps = None,
     guidance: Guidance = None,
@@ -105,8 +109,8 @@ def erase(
         from . import tasks
 
         wish = tasks.Wish(model, device, dtype, revision, quiet, not no_metadata)
-        settings = {"seed": seed, "steps": steps, "guidance": guidance}
-        _tell(tasks.erase(wish, image, mask, out, invert=invert, **settings))
+        settings = {"steps": steps, "guidance": guidance, "prompt": prompt, "grow": grow}
+        _tell(tasks.erase(wish, image, mask, out, invert=invert, n=n, seed=seed, **settings))
 
 
 @app.command()
@@ -114,6 +118,10 @@ def stylize(
     content: Annotated[Path, typer.Argument(help="A picture, or a folder of pictures.")],
     style: Annotated[Path, typer.Argument(help="The picture whose style is wanted.")],
     out: Annotated[Path, typer.Option(help="A .png; a folder where CONTENT is one.")] = Path("out.png"),
+    strength: Annotated[float | None, typer.Option(help="0 ... 1: how much of the style.")] = None,
+    structure: Annotated[float | None, typer.Option(help="0 ... 1: how firmly the layout is held.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="What the content shows; nothing works.")] = None,
+    n: Number = 1,
     seed: Seed = None,
     steps: Steps = None,
     guidance: Guidance = None,
@@ -130,7 +138,8 @@ def stylize(
         from . import tasks
 
         wish = tasks.Wish(model, device, dtype, revision, quiet, not no_metadata)
-        _tell(tasks.stylize(wish, content, style, out, seed=seed, steps=steps, guidance=guidance))
+        settings = {"steps": steps, "guidance": guidance, "strength": strength, "structure": structure}
+        _tell(tasks.stylize(wish, content, style, out, n=n, seed=seed, prompt=prompt, **settings))
 
 
 @app.command()

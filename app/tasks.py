@@ -59,57 +59,56 @@ def generate(
     pipe = wish.pipe()
     plugins = [build(spec) for spec in specs]
     chosen = suits(wish.model) | _given(settings)
-    paths = [out] if n == 1 else [out.with_name(f"{out.stem}-{i}.png") for i in range(n)]
+    paths = _numbered(out, n)
     for i, path in enumerate(paths):  # one by one, so that an interruption leaves what was made
         [picture] = diffgraft.generate(pipe, prompt, plugins=plugins, seed=first + i, **chosen)
         wish.write(path, picture, picture.info["diffgraft"])
     return paths
 
 
-def erase(
-    wish: Wish, image: Path, mask: Path, out: Path, *, invert: bool, seed: int | None, **settings: Any
-) -> list[Path]:
+def erase(wish: Wish, image: Path, mask: Path, out: Path, *, invert: bool, **options: Any) -> list[Path]:
     """`diffgraft erase`: the paths written."""
 
-    def run(pipe: Any, source: Path, other: Path, used: int) -> Image.Image:
+    def opened(source: Path, other: Path) -> tuple[Image.Image, Image.Image]:
         picture = load_image(source)
-        hole = load_mask(other, picture.size, invert=invert)
-        return diffgraft.erase(pipe, picture, hole, seed=used, **_given(settings))
+        return picture, load_mask(other, picture.size, invert=invert)
 
-    return _edit(wish, "erase", _pairs(image, mask, "mask"), image.is_dir(), out, run, seed, settings)
+    return _edit(wish, "erase", _pairs(image, mask, "mask"), opened, out, image.is_dir(), **options)
 
 
-def stylize(wish: Wish, content: Path, style: Path, out: Path, *, seed: int | None, **settings: Any) -> list[Path]:
+def stylize(wish: Wish, content: Path, style: Path, out: Path, **options: Any) -> list[Path]:
     """`diffgraft stylize`: the paths written."""
 
-    def run(pipe: Any, source: Path, other: Path, used: int) -> Image.Image:
-        return diffgraft.stylize(pipe, load_image(source), load_image(other), seed=used, **_given(settings))
+    def opened(source: Path, other: Path) -> tuple[Image.Image, Image.Image]:
+        return load_image(source), load_image(other)
 
     pairs = [(picture, style) for picture in _pictures(content)] if content.is_dir() else [(content, style)]
-    return _edit(wish, "stylize", pairs, content.is_dir(), out, run, seed, settings)
+    return _edit(wish, "stylize", pairs, opened, out, content.is_dir(), **options)
 
 
 def _edit(
     wish: Wish,
     task: str,
-    pairs: list[tuple[Path, Path]],
-    folder: bool,
+    pairs: Sequence[tuple[Path, Path]],
+    opened: Callable[[Path, Path], tuple[Image.Image, Image.Image]],
     out: Path,
-    run: Callable[[Any, Path, Path, int], Image.Image],
+    folder: bool,
+    *,
     seed: int | None,
-    settings: Mapping[str, Any],
+    n: int,
+    **settings: Any,
 ) -> list[Path]:
-    paths = list(_targets(pairs, out)) if folder else [_png(out)]
-    used = resolve_seed(seed)
+    first = resolve_seed(seed)
+    targets = [_numbered(path, n) for path in (_targets(pairs, out) if folder else [_png(out)])]
     output_folder(out if folder else out.parent)
-    for source, other in pairs:  # a bad file is told before minutes of work
-        load_image(source), load_image(other)
+    for pair in pairs:  # a bad file is told before minutes of work
+        opened(*pair)
     pipe = wish.pipe()
-    for (source, other), path in zip(pairs, paths, strict=True):
-        picture = run(pipe, source, other, used)
-        given = {"task": task, "seed": used, "width": picture.width, "height": picture.height, **_given(settings)}
-        wish.write(path, picture, given | picture.info.get("diffgraft", {}))
-    return paths
+    for pair, paths in zip(pairs, targets, strict=True):
+        for i, path in enumerate(paths):
+            picture = getattr(diffgraft, task)(pipe, *opened(*pair), seed=first + i, **_given(settings))
+            wish.write(path, picture, {"task": task, "seed": first + i} | picture.info.get("diffgraft", {}))
+    return [path for paths in targets for path in paths]
 
 
 def _pairs(images: Path, masks: Path, what: str) -> list[tuple[Path, Path]]:
@@ -133,7 +132,11 @@ def _pictures(folder: Path) -> list[Path]:
     return found
 
 
-def _targets(pairs: list[tuple[Path, Path]], out: Path) -> Iterator[Path]:
+def _numbered(path: Path, n: int) -> list[Path]:
+    return [path] if n == 1 else [path.with_name(f"{path.stem}-{i}.png") for i in range(n)]
+
+
+def _targets(pairs: Sequence[tuple[Path, Path]], out: Path) -> Iterator[Path]:
     stems = [source.stem for source, _ in pairs]
     for source, _ in pairs:  # a.png and a.jpg of one folder must not become one file
         yield out / (f"{source.name}.png" if stems.count(source.stem) > 1 else f"{source.stem}.png")

@@ -89,7 +89,7 @@ def sample(
 ) -> list[Image.Image]:
     """One call of the pipeline: picture i from prompt i and a CPU generator of its own with seed i."""
     _check(prompts, negative_prompt, steps, guidance)
-    _check_size(width, height, getattr(pipe, "vae_scale_factor", 8))
+    _check_size(width, height, max(8, getattr(pipe, "vae_scale_factor", 8)))
     given = {"guidance_scale": guidance, "width": width, "height": height}
     given |= {"negative_prompt": None if negative_prompt is None else [negative_prompt] * len(prompts)}
     call |= {name: value for name, value in given.items() if value is not None}

@@ -105,6 +105,31 @@ def test_pictures_of_a_row_are_those_of_the_library(folder):
         assert Image.open(folder.out / f"a-{i}.png").tobytes() == picture.tobytes()
 
 
+def test_rows_that_edit_pictures(folder):
+    Image.effect_mandelbrot((64, 64), (-2, -1, 1, 1), 20).convert("RGB").save(folder.root / "a.png")
+    mask = Image.new("L", (64, 64))
+    mask.paste(255, (16, 16, 32, 32))
+    mask.save(folder.root / "mask.png")
+    erase = {
+        "id": "e",
+        "task": "erase",
+        "image": "a.png",
+        "mask": "mask.png",
+        "seed": 1,
+        "n": 2,
+        "settings": {"grow": 0},
+    }
+    style = {"id": "s", "task": "stylize", "content": "a.png", "style": "a.png", "settings": {"strength": 0.5}}
+    code, summary = folder.write([erase, style]).run(defaults={"steps": 2, "guidance": 1.0, "width": 32})
+    assert code == 0, summary
+    assert all(Image.open(folder.out / name).size == (64, 64) for name in ("e-0.png", "e-1.png", "s.png"))
+    assert read_settings(folder.out / "e-1.png")["seed"] == 2 and read_settings(folder.out / "s.png")["strength"] == 0.5
+    assert folder.lines("metadata.jsonl")[1]["image"] == "a.png" and folder.lines("metadata.jsonl")[2]["steps"] == 2
+    mask.paste(255, (0, 0, 8, 8))
+    mask.save(folder.root / "mask.png")
+    assert folder.run(defaults={"steps": 2, "guidance": 1.0})[1]["done"] == 1  # the mask has changed
+
+
 POISON = {
     "not JSON": '{"prompt": ',
     "unknown field": {"prompt": "a", "colour": "red"},

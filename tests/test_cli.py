@@ -101,6 +101,57 @@ def test_a_mistake_is_one_line_and_its_exit_code(model, words):
         assert result.stderr.startswith("diffgraft: error: ") and result.stderr.count("\n") == 1
 
 
+def pictures(folder, mask_suffix=".png"):
+    for part in ("in", "masks"):
+        (folder / part).mkdir()
+    for name, size in (("a.png", (64, 64)), ("b.jpg", (48, 64))):
+        Image.effect_mandelbrot(size, (-2, -1, 1, 1), 20).convert("RGB").save(folder / "in" / name)
+        mask = Image.new("L", size)
+        mask.paste(255, (16, 16, 32, 32))
+        mask.save((folder / "masks" / name).with_suffix(mask_suffix))
+
+
+def edit(model, *words):
+    return call(*words, "--model", model, "--device", "cpu", "--steps", 2, "--seed", 1, "-q")
+
+
+def test_erase_one_and_a_folder(model, tmp_path):
+    pictures(tmp_path)
+    assert edit(model, "erase", "in/a.png", "masks/a.png", "-n", 2).stdout == "out-0.png\nout-1.png\n"
+    said = read_settings("out-1.png")
+    assert (said["task"], said["seed"], said["steps"]) == ("erase", 2, 2)
+    assert Image.open("out-0.png").size == (64, 64)
+    assert edit(model, "erase", "in", "masks", "--out", "made").stdout == "made/a.png\nmade/b.png\n"
+    assert Image.open("made/a.png").tobytes() == Image.open("out-0.png").tobytes()
+    (tmp_path / "masks" / "b.png").unlink()
+    result = edit(model, "erase", "in", "masks", "--out", "made")
+    assert result.exit_code == 2 and "no mask of the same name for b.jpg" in result.stderr
+
+
+def test_stylize_one_and_a_folder(model, tmp_path):
+    pictures(tmp_path)
+    assert edit(model, "stylize", "in/a.png", "in/b.jpg", "--strength", 0.5).stdout == "out.png\n"
+    said = read_settings("out.png")
+    assert (said["task"], said["strength"]) == ("stylize", 0.5) and Image.open("out.png").size == (64, 64)
+    assert edit(model, "stylize", "in", "in/a.png", "--out", "made").stdout == "made/a.png\nmade/b.png\n"
+
+
+def test_edits_that_cannot_be_made(model, tmp_path):
+    pictures(tmp_path)
+    Image.new("L", (64, 64)).save("empty.png")
+    for words, code, message in [
+        (["erase", "in/a.png", "empty.png"], 2, "nothing to remove"),
+        (["erase", "in/a.png", "masks/b.png"], 2, "another aspect"),
+        (["erase", "no.png", "masks/b.png"], 2, "does not exist"),
+        (["erase", "in/a.png", "https://host/mask.png"], 2, "does not exist"),
+        (["stylize", "in/a.png", "in/b.jpg", "--strength", "7"], 2, "strength"),
+        (["stylize", "masks", "in/b.jpg", "--out", "in/a.png"], 3, "is a file"),
+        (["erase", "/proc/self/task", "masks/a.png", "--out", "x"], 2, "holds no pictures"),
+    ]:
+        result = edit(model, *words)
+        assert (result.exit_code, result.stderr.count("\n")) == (code, 1) and message in result.stderr, result.stderr
+
+
 def test_show_on_a_picture_without_settings():
     Image.new("RGB", (32, 32)).save("plain.png")
     result = call("show", "plain.png")

@@ -59,12 +59,12 @@ def test_no_global_random_numbers(pipe):
 
 def test_settings_are_json_and_hold_the_plugins(pipe):
     away = dg.NegativeAway("blue", scale=0.5)
-    picture = make(pipe, seed=1, plugins=[away], width=48, height=32, negative_prompt="x", guidance=2.0)[0]
+    picture = make(pipe, seed=1, plugins=[away], width=64, height=32, negative_prompt="x", guidance=2.0)[0]
     said = json.loads(json.dumps(picture.info["diffgraft"]))
     assert said["plugins"][0]["plugin"] == "NegativeAway" and said["plugins"][0]["scale"] == 0.5
-    assert (said["width"], said["height"], said["negative_prompt"], said["steps"]) == (48, 32, "x", 2)
-    assert picture.size == (48, 32)
-    assert not np.array_equal(picture, make(pipe, seed=1, width=48, height=32, negative_prompt="x", guidance=2.0)[0])
+    assert (said["width"], said["height"], said["negative_prompt"], said["steps"]) == (64, 32, "x", 2)
+    assert picture.size == (64, 32)
+    assert not np.array_equal(picture, make(pipe, seed=1, width=64, height=32, negative_prompt="x", guidance=2.0)[0])
 
 
 def test_several_prompts(pipe):
@@ -88,7 +88,7 @@ def test_several_prompts(pipe):
         ({"batch_size": 0}, dg.SettingError, "batch_size"),
         ({"guidance": float("nan")}, dg.SettingError, "finite"),
         ({"width": 0}, dg.SettingError, "width=0"),
-        ({"width": 33}, dg.SettingError, "multiples of 2"),
+        ({"width": 33}, dg.SettingError, "multiples of 8"),
         ({"prompt": "x" * 10_001}, dg.SettingError, "10000"),
         ({"prompt": ["a", 3]}, dg.SettingTypeError, "is a text"),
         ({"prompt": "\ud800"}, dg.SettingError, "no text"),

@@ -167,10 +167,10 @@ def _cells(cells: dict[Any, Any]) -> Any:
     if cells.pop(None, None):
         return ManifestError("more cells than columns; quote text that has commas in it")
     given = {name: value for name, value in cells.items() if value not in (None, "")}
-    if "plugins" in given:
-        given["plugins"] = _json(given["plugins"].encode())
-        if isinstance(given["plugins"], ManifestError):
-            return ManifestError(f"plugins: {given['plugins']}")
+    for name in {"plugins", "settings"} & set(given):
+        given[name] = _json(given[name].encode())
+        if isinstance(given[name], ManifestError):
+            return ManifestError(f"{name}: {given[name]}")
     return given
 
 

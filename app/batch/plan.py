@@ -15,7 +15,7 @@ from ..models import shown_name, suits
 from .manifest import file_names
 from .schema import FILES, Row
 
-_NOT_SETTINGS = {"id", "task", "seed", "n", "model", "plugins", "negative", *FILES}
+_NOT_SETTINGS = {"id", "task", "seed", "n", "model", "plugins", "settings", "negative", *FILES}
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def make_job(row: Row, line: int, setup: Setup, run_seed: int) -> Job:
     """
     model = row.model or setup.model
     given = row.model_dump(exclude=_NOT_SETTINGS, exclude_none=True)
-    settings = (suits(model) if row.task == "generate" else {}) | given
+    settings = (suits(model) if row.task == "generate" else {}) | given | row.settings
     if row.negative and row.task != "generate":
         settings["negative"] = row.negative
     inputs = {name: value for name in FILES if (value := getattr(row, name)) is not None}

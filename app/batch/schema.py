@@ -58,6 +58,8 @@ class Row(BaseModel):
     """Default: the run's."""
     plugins: list[dict[str, Any]] = Field(default_factory=list, max_length=20)
     """Such as {"plugin": "NegativeAway", "negative": "red"}."""
+    settings: dict[str, Any] = Field(default_factory=dict, max_length=50)
+    """Further arguments of `diffgraft.erase` or `diffgraft.stylize`, such as {"strength": 0.8}."""
 
     @field_validator("id", mode="before")
     @classmethod
@@ -102,11 +104,16 @@ def make_row(given: Mapping[str, Any], defaults: Mapping[str, Any], line: int, *
 @cache
 def fields_of(task: str) -> set[str]:
     """The fields that rows of a task may have."""
-    required = set(REQUIRED[task])
     if task == "generate":
-        return set(Row.model_fields) - set(FILES)
-    parameters = inspect.signature(getattr(diffgraft, task)).parameters
-    return _COMMON | required | (set(Row.model_fields) & set(parameters) - set(FILES))
+        return set(Row.model_fields) - {*FILES, "settings"}
+    own = set(Row.model_fields) & set(_arguments(task)) - set(FILES)
+    return _COMMON | {"settings"} | set(REQUIRED[task]) | own
+
+
+def _arguments(task: str) -> list[str]:
+    """Keyword arguments of a task's function."""
+    parameters = inspect.signature(getattr(diffgraft, task)).parameters.values()
+    return [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
 
 
 def _fits_task(row: Row, given: Mapping[str, Any], takes: set[str]) -> None:
@@ -116,6 +123,10 @@ def _fits_task(row: Row, given: Mapping[str, Any], takes: set[str]) -> None:
     foreign = [name for name, value in given.items() if name not in takes and value is not None]
     if foreign:
         raise ManifestError(f"task {row.task!r} takes no {', '.join(foreign)}")
+    further = [name for name in _arguments(row.task) if name not in Row.model_fields] if row.settings else []
+    unknown = [name for name in row.settings if name not in further]
+    if unknown:
+        raise ManifestError(f"settings: {row.task} has no {', '.join(unknown)}; there are {', '.join(further)}")
 
 
 def _said(error: Any) -> str:
