@@ -6,7 +6,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 LINTERS := .venv/.linters
 BENCH := .venv/.bench
-INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+INSTALL = $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check --constraint constraints.txt
 CHROMIUM := for name in chromium chromium-browser google-chrome; do command -v $$name && break; done
 PICTURE := outputs/picture.png
 
