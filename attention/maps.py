@@ -51,7 +51,7 @@ def choose_layers(
     Args:
         layers: every layer of the denoiser in execution order.
         size: (height, width) of the full token grid.
-        kind: "cross" or "self".
+        kind: "cross" or "self"; a model without cross-attention has its joint layers in their place.
         tokens: grid size looked for; nearness is a ratio, so half as many is as far as twice as many.
         choice: "auto": every layer of the level, but the decoder's alone where the level is the full latent grid,
             since the first encoder layers of a model have not seen enough to say where anything is. "decoder": those
@@ -59,6 +59,7 @@ def choose_layers(
     Raises:
         UnsupportedPipelineError: no layer is left. SettingError: the function's layers have several grids.
     """
+    kind = kind_of_maps(layers, kind)
     pool = [layer for layer in layers if layer.kind == kind and (not callable(choice) or choice(layer))]
     decoder = [layer for layer in pool if layer.place in ("up", "block")]
     if not pool or not (decoder or callable(choice)):
@@ -72,6 +73,12 @@ def choose_layers(
     level = min((layer.level for layer in decoder), key=lambda x: abs(math.log(math.prod(grid_of(x, size)) / tokens)))
     alone = choice == "decoder" or (choice == "auto" and level == 0)
     return [layer for layer in (decoder if alone else pool) if layer.level == level]
+
+
+def kind_of_maps(layers: Sequence[AttentionLayer], kind: Kind) -> Kind:
+    """`kind`, or "joint" for a model that attends to image and text in one sequence only."""
+    present = {layer.kind for layer in layers}
+    return "joint" if "joint" in present and kind not in present else kind
 
 
 # -- recording -----------------------------------------------------------------------------------------------------
@@ -107,7 +114,7 @@ class MapCapture(Edit):
         choice: LayerChoice = "auto",
     ) -> None:
         self.layers, self.phase = layers, phase
-        self.kind: Kind = kind
+        self.kind: Kind = kind_of_maps(layers, kind)
         self.tokens = tokens
         self.choice: LayerChoice = choice
         self.maps: dict[str, torch.Tensor] = {}
@@ -159,8 +166,17 @@ class MapCapture(Edit):
 
 
 def probabilities(call: AttentionCall) -> torch.Tensor:
-    """Attention probabilities [B, H, Lq, Lk] of a call, from its queries and keys in at least float32."""
+    """Attention probabilities [B, H, Lq, Lk] of a call, from its queries and keys in at least float32.
+
+    In a joint sequence: of the image tokens over the text tokens alone, since a softmax over the image too would cost
+    its full map and divides all words by the same.
+    """
     dtype = torch.promote_types(call.q.dtype, torch.float32)
+    if call.text is not None:
+        text = list(range(call.q.shape[-2]))[call.text]
+        image = [i for i in range(call.q.shape[-2]) if not call.text.start <= i < call.text.stop]
+        q, k = call.q[..., image, :].to(dtype), call.k[..., text, :].to(dtype)
+        return (q @ k.transpose(-1, -2) * call.scale).softmax(-1)
     call.q, call.k = call.q.to(dtype), call.k.to(dtype)
     return masked_scores(call).softmax(-1)
 

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import tiny
+import tiny_transformers
 import torch
 from diffusers import EulerDiscreteScheduler, PNDMScheduler
 from plugins_for_tests import fingerprint
@@ -392,6 +393,29 @@ def test_a_layout_stands_in_for_regions_and_is_brought_to_the_grid(sd15):
     assert analytic.item() == pytest.approx(1.0)
     with pytest.raises(dg.SettingError, match="3 masks for 2 concepts"):
         dg.AttentionSegregation(WORDS, layout=torch.ones(3, 8, 8))
+
+
+# -- transformers --------------------------------------------------------------------------------------------------
+
+BINNING = {"use_resolution_binning": False, "clean_caption": False}
+CALLS = {"pixart": BINNING, "sana": BINNING | {"complex_human_instruction": None}, "sd3": {}}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_transformers_move_and_come_back(name):
+    """Cross-attention in PixArt and Sana, the text columns of joint attention in SD3."""
+    pipe = getattr(tiny_transformers, name)()
+    def run(*plugins):
+        options = {"num_inference_steps": 3, "height": 32, "width": 32, "output_type": "latent"} | CALLS[name]
+        with dg.graft(pipe, *plugins) as g:
+            return pipe(PROMPT, generator=torch.Generator().manual_seed(0), **options).images, g.report()
+
+    (plain, _), before = run(), fingerprint(pipe)
+    out, report = run(dg.AttentionSegregation(WORDS, loss="jsd", end=1.0))
+    assert out.isfinite().all() and not torch.equal(out, plain) and report.updates == 3
+    losses = report.plugins[0][1]["loss 0"]
+    assert len(losses) == 3 and all(0 <= loss <= 1 for loss in losses)
+    assert fingerprint(pipe) == before and torch.equal(run()[0], plain)
 
 
 # -- T10, T11: schedulers and calls --------------------------------------------------------------------------------
