@@ -13,8 +13,12 @@ from ..pipelines.load import load
 from ..pipelines.picturebook import picturebook
 
 PICTUREBOOK = "picturebook"
+ONE_STEP = "picturebook-one-step"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-_SUITS: Mapping[str, Mapping[str, Any]] = {PICTUREBOOK: {"guidance": 4.0}}
+_SUITS: Mapping[str, Mapping[str, Any]] = {
+    PICTUREBOOK: {"guidance": 4.0},
+    ONE_STEP: {"guidance": 0.0, "steps": 1},
+}
 
 
 def open_model(
@@ -23,7 +27,7 @@ def open_model(
     """A pipeline on a device.
 
     Args:
-        name: "picturebook", a folder, a `.safetensors` file, or a Hub id.
+        name: "picturebook", "picturebook-one-step", a folder, a `.safetensors` file, or a Hub id.
         device: "auto" takes an accelerator if there is one.
         dtype: "auto" is float32 on a CPU and float16 elsewhere.
 
@@ -34,8 +38,8 @@ def open_model(
     if dtype != "auto" and dtype not in DTYPES:
         raise SettingError(f"dtype {dtype!r}: must be auto, {', '.join(DTYPES)}")
     kind = DTYPES[dtype] if dtype != "auto" else torch.float32 if place.type == "cpu" else torch.float16
-    if name == PICTUREBOOK:
-        return picturebook(dtype=kind, device=place)
+    if name in (PICTUREBOOK, ONE_STEP):
+        return picturebook(one_step=name == ONE_STEP, dtype=kind, device=place)
     return load(name, dtype=kind, device=place, revision=revision)
 
 

@@ -1,4 +1,4 @@
-"""The demo: a page on this machine where each technique can be tried with a mouse, and an API with the same functions."""
+"""The demo: a page where each technique can be tried with a mouse, and an API with the same functions."""
 
 from __future__ import annotations
 

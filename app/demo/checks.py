@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import secrets
 from typing import Any
 
 from ...attention.errors import SettingError, SettingTypeError
@@ -61,12 +62,13 @@ def words(value: Any, name: str) -> list[str]:
 
 
 def seed(value: Any) -> int:
-    """The seed to use; None and -1 draw one.
+    """The seed to use; None and -1 draw a short one.
 
     Raises:
         SettingTypeError, SettingError: no seed.
     """
-    return resolve_seed(int(value) if isinstance(value, float) and value == int(value) else value)
+    given = int(value) if isinstance(value, float) and value.is_integer() else value
+    return secrets.randbelow(10**6) if given is None or given == -1 else resolve_seed(given)
 
 
 def side(value: Any, name: str) -> int | None:

@@ -21,6 +21,17 @@ def theme() -> gr.themes.Base:
         body_background_fill="#fdf6ea",
         body_background_fill_dark="#1d1a17",
         block_border_width="1px",
+        block_label_background_fill="#fffaf2",
+        block_label_background_fill_dark="#2b2622",
+        block_label_text_color="#7a4a2b",
+        block_label_text_color_dark="#f3cfa6",
+        block_title_background_fill="transparent",
+        block_title_text_color="#7a4a2b",
+        block_title_text_color_dark="#f3cfa6",
+        block_title_padding="0",
+        block_info_text_color="#6b645c",
+        block_info_text_color_dark="#b5aca2",
+        input_background_fill="#fffdf9",
         block_shadow="none",
         button_primary_background_fill="#e4572e",
         button_primary_background_fill_hover="#c9481f",
@@ -30,11 +41,12 @@ def theme() -> gr.themes.Base:
     )
 
 
-HEADER = """
+_PAGE = 'stroke="#3d3a4b" stroke-width="3" stroke-linejoin="round"'
+HEADER = f"""
 <header class="dg-head">
-  <svg viewBox="0 0 120 72" role="img" aria-label="An open picture book with a ball, a star and a house">
-    <path d="M60 66C48 56 24 54 6 58V14c18-4 42-2 54 8z" fill="#fff" stroke="#3d3a4b" stroke-width="3" stroke-linejoin="round"/>
-    <path d="M60 66c12-10 36-12 54-8V14c-18-4-42-2-54 8z" fill="#22305f" stroke="#3d3a4b" stroke-width="3" stroke-linejoin="round"/>
+  <svg viewBox="0 0 120 72" role="img" aria-label="An open picture book with a ball and a star">
+    <path d="M60 66C48 56 24 54 6 58V14c18-4 42-2 54 8z" fill="#fff" {_PAGE}/>
+    <path d="M60 66c12-10 36-12 54-8V14c-18-4-42-2-54 8z" fill="#22305f" {_PAGE}/>
     <circle cx="33" cy="36" r="11" fill="#2f7de1"/>
     <path d="M86 20l4.2 9.2 10 1.1-7.4 6.9 2 9.9-8.8-4.9-8.8 4.9 2-9.9-7.4-6.9 10-1.1z" fill="#ffc43d"/>
   </svg>
@@ -46,14 +58,23 @@ HEADER = """
 """
 
 CSS = """
-.gradio-container { max-width: 1180px !important; margin: 0 auto; }
+.gradio-container { max-width: 1180px !important; width: 100%; margin: 0 auto; }
+.gradio-container .grid-wrap { min-height: 0; height: auto; max-height: none; }
+.gradio-container .caption-label { font-size: .8rem; max-width: 96%; }
+.gradio-container table { font-family: inherit; }
 .dg-head { display: flex; gap: 18px; align-items: center; padding: 14px 4px 2px; }
 .dg-head svg { width: 96px; flex: none; }
 .dg-head h1 { margin: 0; font-size: 2rem; line-height: 1.1; letter-spacing: -.01em; }
 .dg-head p { margin: 4px 0 0; opacity: .8; }
+.note { padding: 10px 14px; border-left: 4px solid #ffc43d; border-radius: 8px; background: #ffc43d2a; }
+.note .note { padding: 0; border: 0; background: none; }
+.report textarea { font-family: monospace; font-size: .8rem; }
 @media (max-width: 480px) {
-  .dg-head svg { width: 64px; }
+  .gradio-container > .main > .wrap, .gradio-container main { padding: 12px !important; }
+  .gradio-container [role="tab"] { padding: 0 7px; font-size: .84rem; }
+  .dg-head { gap: 12px; }
+  .dg-head svg { width: 60px; }
   .dg-head h1 { font-size: 1.5rem; }
-  .dg-head p { font-size: .9rem; }
+  .dg-head p { font-size: .9rem; line-height: 1.3; }
 }
 """

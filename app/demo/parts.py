@@ -63,9 +63,9 @@ def size_row() -> tuple[gr.Number, gr.Number]:
     return width, height
 
 
-def facts() -> tuple[gr.Number, gr.Code]:
+def facts() -> tuple[gr.Textbox, gr.Code]:
     """Where the used seed and the settings are shown."""
-    seed = gr.Number(label="Seed used", interactive=False, precision=0, elem_classes="seed")
+    seed = gr.Textbox(label="Seed used", interactive=False, elem_classes="seed")
     with gr.Accordion("Settings (also inside the PNG)", open=False):
         settings = gr.Code(language="json", show_label=False, interactive=False, max_lines=18)
     return seed, settings

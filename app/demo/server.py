@@ -13,14 +13,21 @@ from ..extras import need
 from ..models import PICTUREBOOK
 from . import looks
 from .checks import UPLOADS
-from .parts import stopper
+from .parts import stopper, visitor
 from .studio import Studio
+from .tab_compose import ComposeTab
+from .tab_erase import EraseTab
 from .tab_generate import GenerateTab
+from .tab_one_step import OneStepTab
+from .tab_style import StyleTab
 from .told import told
 
 WAITING = 20
 LOCAL = ("127.0.0.1", "localhost", "::1")
 _HOUR = 3600
+TABS = {
+    "Generate": GenerateTab, "One step": OneStepTab, "Erase": EraseTab, "Style": StyleTab, "Compose": ComposeTab,
+}  # fmt: skip
 
 
 def page(studio: Studio) -> gr.Blocks:
@@ -28,12 +35,16 @@ def page(studio: Studio) -> gr.Blocks:
     with gr.Blocks(title="diffgraft", analytics_enabled=False, delete_cache=(_HOUR, 24 * _HOUR)) as blocks:
         gr.HTML(looks.HEADER, padding=False)
         with gr.Tabs():
-            for title, tab in (("Generate", GenerateTab),):
+            for title, tab in TABS.items():
                 with gr.Tab(title):
                     tab(studio).build()
         stop = gr.Button(visible=False)
         stop.click(told(stopper(studio)), None, None, queue=False, api_name="stop")
-        blocks.unload(lambda request: studio.stop(request.session_hash))
+
+        def leave(request: gr.Request) -> None:
+            studio.stop(visitor(request))
+
+        blocks.unload(leave)
     return blocks.queue(max_size=WAITING)
 
 
@@ -43,7 +54,8 @@ def serve(studio: Studio, *, host: str = "127.0.0.1", port: int | None = None, *
     blocks.launch(
         server_name=host, server_port=port, theme=looks.theme(), css=looks.CSS, footer_links=["api"],
         run_history=False, enable_monitoring=False, max_file_size=UPLOADS.file_bytes, strict_cors=True, ssr_mode=False,
-        favicon_path=looks.FAVICON, show_error=True, **options,
+        favicon_path=looks.FAVICON, show_error=True,
+        quiet=True, **options,
     )  # fmt: skip
     return blocks
 

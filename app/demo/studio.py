@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from ...attention.errors import GraftError, SettingError
-from ..models import PICTUREBOOK, open_model
+from ..models import ONE_STEP, PICTUREBOOK, open_model
 
 Tell = Callable[[tuple[int, int] | None, str], object]
 """tell((steps done, steps in all) or None, what is going on)"""
@@ -83,7 +83,7 @@ class Studio:
             SettingError: another one than this page offers.
         """
         name = (model or "").strip() or self.model
-        if self.fixed and name not in (self.model, PICTUREBOOK):
+        if self.fixed and name not in (self.model, PICTUREBOOK, ONE_STEP):
             raise SettingError(f"this page runs {self.model!r} only: start your own with `diffgraft demo` for others")
         return name
 

@@ -9,19 +9,22 @@ from PIL import Image
 
 import diffgraft
 
+from ...attention.errors import ConceptError, UnsupportedPipelineError
 from ...plugins.base import Plugin
 from . import checks, parts
 from .parts import Shown, keep, keep_plain
 from .studio import Job, Studio
 from .told import warn
-from .watch import Watch, overlay
 
+SMALL_WORDS = {"a", "an", "and", "the", "of", "on", "in", "with", "at", "to", "style"}
+MOST_WORDS = 6
 EXAMPLES = [
     ["a blue ball and a yellow star , night", "ball, star", ""],
     ["a red house and a green tree , snow", "house, tree", ""],
     ["a flower , meadow", "", "red"],
     ["a yellow moon and a white boat , sea", "moon, boat", "purple"],
 ]
+LABELS = ["a ball and a star", "a house and a tree", "a flower, but not red", "a moon and a boat, not purple"]
 
 
 class GenerateTab:
@@ -57,7 +60,7 @@ class GenerateTab:
             knobs.model,
         ]  # fmt: skip
         parts.runs("generate", self.studio, self.generate, inputs, [pictures, maps, seed, settings], buttons)
-        gr.Examples(EXAMPLES, [prompt, concepts, negative], label="Try")
+        gr.Examples(EXAMPLES, [prompt, concepts, negative], label="Try", example_labels=LABELS)
 
     def generate(
         self,
@@ -74,7 +77,7 @@ class GenerateTab:
         model: str = "",
         request: gr.Request | None = None,
         progress: gr.Progress = gr.Progress(),  # noqa: B008
-    ) -> tuple[Shown, Shown, int, str]:
+    ) -> tuple[Shown, Shown, str, str]:
         """Paint a prompt so that every concept appears and the negative stays away.
 
         Args:
@@ -106,19 +109,17 @@ class GenerateTab:
         plugins = techniques(together, kept_away)
         shown: Shown = []
         with self.studio.job(model, parts.visitor(request), parts.teller(progress)) as job:
+            made, seen = look(job, text, together, plugins, first, wish, f"picture 1 of {number}")
+            settings = made.info["diffgraft"]
             for i in range(number):
-                watch = Watch(together)
-                made = paint(job, text, [*plugins, watch], first + i, wish, f"picture {i + 1} of {number}")
-                made.info["diffgraft"]["plugins"].pop()
-                if i == 0:
-                    seen = [(keep_plain(overlay(made, m), "map"), word) for word, m in watch.maps.items()]
-                    settings = made.info["diffgraft"]
+                if i:
+                    made = paint(job, text, plugins, first + i, wish, f"picture {i + 1} of {number}")
                 shown.append((keep(made, name), caption(plugins, first + i)))
-                if compare and plugins:
+                if compare is True and plugins:
                     plain = paint(job, text, [], first + i, wish, f"plain picture {i + 1} of {number}")
-                    shown.append((keep(plain, name), f"plain, seed {first + i}"))
+                    shown.append((keep(plain, name), caption([], first + i)))
         warn(job.warnings)
-        return shown, seen, first, parts.as_json(settings)
+        return shown, seen, str(first), parts.as_json(settings)
 
 
 def techniques(concepts: list[str], negative: str) -> list[Plugin]:
@@ -131,9 +132,30 @@ def techniques(concepts: list[str], negative: str) -> list[Plugin]:
     return plugins
 
 
-def paint(
-    job: Job, prompt: str, plugins: list[Plugin], seed: int, wish: dict[str, Any], what: str
-) -> Image.Image:
+def look(
+    job: Job, prompt: str, concepts: list[str], plugins: list[Plugin], seed: int, wish: dict[str, Any], what: str
+) -> tuple[Image.Image, Shown]:
+    """One picture and, where its model has such maps, where the concepts or the prompt's first words looked."""
+    words = concepts or telling_words(prompt)
+    ignored = (UnsupportedPipelineError,) if concepts else (UnsupportedPipelineError, ConceptError)
+    job.expect(what, wish["steps"])
+    try:
+        maps = diffgraft.attention_maps(job.pipe, prompt, words, plugins=plugins, seed=seed, **wish) if words else None
+    except ignored:
+        maps = None
+    if maps is None:
+        return paint(job, prompt, plugins, seed, wish, what), []
+    maps.image.info["diffgraft"]["plugins"] = [{"plugin": type(p).__name__} | p.settings() for p in plugins]
+    return maps.image, [(keep_plain(maps.overlay(word), "map"), word) for word in maps]
+
+
+def telling_words(prompt: str) -> list[str]:
+    """The first words of a prompt that name something."""
+    words = [word.strip(".,;:!?()").lower() for word in prompt.split()]
+    return list(dict.fromkeys(word for word in words if word.isalpha() and word not in SMALL_WORDS))[:MOST_WORDS]
+
+
+def paint(job: Job, prompt: str, plugins: list[Plugin], seed: int, wish: dict[str, Any], what: str) -> Image.Image:
     """One picture, with its progress."""
     job.expect(what, wish["steps"])
     [picture] = diffgraft.generate(job.pipe, prompt, plugins=plugins, seed=seed, **wish)

@@ -1,4 +1,4 @@
-"""Pictures and masks out of requests. Gradio would decode an upload before anyone checked it; here nothing is trusted."""
+"""Pictures and masks out of requests, checked before they are decoded; Gradio would decode them first."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def picture(value: Any, name: str) -> Image.Image:
 
 
 def drawn(value: Any, uploaded: Any = None, *, invert: bool = False) -> tuple[Image.Image, Image.Image]:
-    """(picture, mask) of what was painted in the editor; an uploaded mask is used instead of the strokes.
+    """(picture, mask) of what was painted in the editor; where nothing was, the uploaded mask.
 
     Args:
         value: the editor's `{"background": file, "layers": [files]}`.
@@ -63,12 +63,23 @@ def drawn(value: Any, uploaded: Any = None, *, invert: bool = False) -> tuple[Im
     if not isinstance(value, dict) or not isinstance(value.get("layers") or [], list):
         raise ImageError("the picture is missing: drop one into the editor")
     image = picture(value.get("background"), "the picture")
-    if uploaded is not None:
-        return image, load_mask(uploaded, image.size, invert=invert, limits=UPLOADS)
     layers = [layer for layer in value.get("layers") or () if layer is not None]
     if len(layers) > MOST_LAYERS or not all(isinstance(layer, (str, bytes)) for layer in layers):
         raise ImageError(f"the painting has {len(layers)} layers: at most {MOST_LAYERS}, as files")
     marked = np.zeros((image.height, image.width), bool)
     for layer in layers:
         marked |= np.asarray(load_mask(layer, image.size, allow_empty=True, limits=UPLOADS)) > 127
-    return image, load_mask(marked)
+    if uploaded is None or marked.any():
+        return image, load_mask(marked)
+    return image, mask(uploaded, image, invert=invert)
+
+
+def mask(value: Any, image: Image.Image, *, invert: bool = False) -> Image.Image:
+    """An uploaded mask for a picture.
+
+    Raises:
+        ImageError: none, or one that cannot be used. MaskError: it is empty, full or of another aspect.
+    """
+    if not isinstance(value, (str, bytes)):
+        raise ImageError("the mask is missing: choose or drop one there")
+    return load_mask(value, image.size, invert=invert, limits=UPLOADS)

@@ -1,0 +1,204 @@
+"""Tab "Compose": any techniques together, in an order that is shown, and what they did."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import gradio as gr
+
+from ...attention.errors import SettingError
+from ...pipelines.graft import Graft, graft
+from ...plugins.base import Plugin
+from ..techniques import build, check, techniques
+from . import checks, parts
+from .parts import Shown, keep
+from .studio import Studio
+from .tab_generate import paint
+from .told import told, warn
+from .uploads import picture, unread
+
+MOST = 6
+UPLOAD = "upload"
+PICTURES = ("mask", "style")
+NEVER = ("image", "layout", "content", "generator")
+STARTS: Mapping[str, Mapping[str, Any]] = {
+    "AttentionSegregation": {"concepts": ["house", "tree"]},
+    "NegativeAway": {"negative": "blue"},
+    "SelfAttentionRedirection": {"mask": UPLOAD, "scale": 3.0},
+    "StartpointFilter": {"alpha": 0.8, "sigma": 0.3},
+    "StyleInjection": {"style": UPLOAD, "strength": 0.6},
+}
+PROMPT = "a red house and a green tree , snow"
+FIRST = ["AttentionSegregation", "NegativeAway"]
+
+
+class ComposeTab:
+    """The tab and its handlers."""
+
+    def __init__(self, studio: Studio) -> None:
+        self.studio = studio
+
+    def build(self) -> None:
+        """Lay the tab out."""
+        with gr.Row():
+            with gr.Column(scale=4, min_width=300):
+                prompt = gr.Textbox(PROMPT, label="Prompt", lines=2)
+                chosen = gr.Dropdown(
+                    list(techniques()), value=FIRST, multiselect=True, max_choices=MOST, label="Techniques",
+                    info="Their order is the order of their edits, where two are of equal rank",
+                )  # fmt: skip
+                specs = gr.Code(
+                    starting_specs(FIRST), language="json", label="Their settings, as in a batch row", lines=6,
+                    max_lines=16,
+                )  # fmt: skip
+                chosen.input(told(rewritten), [chosen, specs], specs, api_visibility="private", queue=False)
+                with gr.Accordion('Pictures for "upload"', open=False), gr.Row():
+                    mask, style = (
+                        unread(
+                            gr.Image(
+                                str(parts.EXAMPLES / file), label=label, type="filepath", height=150, min_width=120
+                            )
+                        )
+                        for file, label in (("ball-mask.png", "Mask"), ("mosaic.png", "Style"))
+                    )
+                buttons = parts.buttons("Paint")
+                knobs = parts.knobs(self.studio, steps=25, guidance=4.0)
+            with gr.Column(scale=5, min_width=300):
+                pictures = gr.Gallery(label="Pictures", columns=2, height="auto", interactive=False, format="png")
+                order = gr.Dataframe(
+                    headers=["", "technique", "edits, by rank", "layers", "on"], label="Order", interactive=False,
+                    wrap=True, buttons=[],
+                )  # fmt: skip
+                report = gr.Textbox(label="Report", lines=8, max_lines=14, interactive=False, elem_classes="report")
+                seed, settings = parts.facts()
+        inputs = [prompt, specs, mask, style, knobs.steps, knobs.guidance, knobs.count, knobs.seed, knobs.model]
+        outputs = [pictures, order, report, seed, settings]
+        parts.runs("compose", self.studio, self.compose, inputs, outputs, buttons)
+
+    def compose(
+        self,
+        prompt: str,
+        plugins: str,
+        mask: str | None = None,
+        style: str | None = None,
+        steps: int = 25,
+        guidance: float = 4.0,
+        count: int = 1,
+        seed: int | None = None,
+        model: str = "",
+        request: gr.Request | None = None,
+        progress: gr.Progress = gr.Progress(),  # noqa: B008
+    ) -> tuple[Shown, list[list[Any]], str, str, str]:
+        """Paint a prompt with any techniques together, next to the plain picture.
+
+        Args:
+            prompt: What to paint.
+            plugins: JSON list in order, such as [{"plugin": "NegativeAway", "negative": "red"}]; a mask or a style
+                is written "upload" and given below.
+            mask: The picture for "mask": "upload".
+            style: The picture for "style": "upload".
+            steps: Denoising steps, 1 to 100.
+            guidance: Classifier-free guidance, 0 to 30.
+            count: Number of pictures, 1 to 6; picture i gets seed + i.
+            seed: 0 or more; empty or -1 draws one.
+            model: Empty for the page's model, else a folder, a .safetensors file or a Hub id.
+
+        Returns:
+            Pictures, the techniques in the order in which they edit, a report, the first seed, its settings as JSON.
+        """
+        wish = {
+            "steps": checks.whole(steps, "steps", 1, checks.STEPS),
+            "guidance": checks.number(guidance, "guidance", 0, checks.GUIDANCE),
+        }
+        text, first = checks.text(prompt, "the prompt", needed=True), checks.seed(seed)
+        number, name = checks.whole(count, "pictures", 1, checks.PICTURES), self.studio.check(model)
+        specs = read_specs(plugins)
+        shown: Shown = []
+        with self.studio.job(model, parts.visitor(request), parts.teller(progress)) as job:
+            used = [build(with_uploads(spec, {"mask": mask, "style": style})) for spec in specs]
+            for i in range(number):
+                with graft(job.pipe, *used) as on:
+                    made = paint(job, text, [], first + i, wish, f"picture {i + 1} of {number}")
+                made.info["diffgraft"]["plugins"] = [{"plugin": type(p).__name__} | p.settings() for p in used]
+                if i == 0:
+                    settings, rows, report = made.info["diffgraft"], in_order(on), str(on.report())
+                shown.append((keep(made, name), f"together, seed {first + i}"))
+                if used:
+                    plain = paint(job, text, [], first + i, wish, f"plain picture {i + 1} of {number}")
+                    shown.append((keep(plain, name), f"plain, seed {first + i}"))
+        warn(job.warnings)
+        return shown, rows, report, str(first), parts.as_json(settings)
+
+
+def starting_specs(names: list[str]) -> str:
+    """The specs of techniques with settings to start from, as JSON, one a line."""
+    return _lines([{"plugin": name, **STARTS.get(name, {})} for name in names])
+
+
+def rewritten(names: list[str], specs: str) -> str:
+    """The specs after the choice of techniques changed: what was written for the others stays."""
+    known: dict[str, Any] = {spec["plugin"]: spec for spec in read_specs(specs)}
+    return _lines([known.get(name) or {"plugin": name, **STARTS.get(name, {})} for name in names])
+
+
+def _lines(specs: list[dict[str, Any]]) -> str:
+    return "[\n" + ",\n".join(f"  {json.dumps(spec, ensure_ascii=False)}" for spec in specs) + "\n]"
+
+
+def read_specs(written: Any) -> list[dict[str, Any]]:
+    """Specs of plugins out of a request.
+
+    Raises:
+        SettingError, SettingTypeError: not a JSON list of at most `MOST` known plugins with known arguments.
+    """
+    written = checks.text(written, "the list of techniques") or "[]"
+    try:
+        specs = json.loads(written)
+    except (ValueError, RecursionError) as error:
+        raise SettingError(f"the list of techniques is not JSON: {error}") from None
+    if not isinstance(specs, list) or len(specs) > MOST:
+        raise SettingError(f"the techniques are a JSON list of at most {MOST} objects")
+    for spec in specs:
+        check(spec)
+    return specs
+
+
+def with_uploads(spec: Mapping[str, Any], uploads: Mapping[str, Any]) -> dict[str, Any]:
+    """A spec with its pictures: uploads only, never a path on this machine.
+
+    Raises:
+        SettingError: a path or an object instead of "upload". ImageError: the upload is missing or unusable.
+    """
+    filled = dict(spec)
+    for argument in NEVER:
+        if argument in spec:
+            raise SettingError(
+                f"{spec['plugin']}: {argument!r} cannot be given on this page, but in Python"
+            )
+    for argument in PICTURES:
+        if argument in spec:
+            if spec[argument] != UPLOAD:
+                raise SettingError(f'{spec["plugin"]}: write "{argument}": "{UPLOAD}" and drop the picture below')
+            filled[argument] = picture(uploads[argument], f"the {argument}")
+    return filled
+
+
+def in_order(on: Graft) -> list[list[Any]]:
+    """Techniques in the order in which their edits run: (place, name, ranks of its edits, layers, steps)."""
+    ranks: dict[Plugin, set[int]] = {plugin: set() for plugin in on.plugins}
+    layers: dict[Plugin, int] = dict.fromkeys(on.plugins, 0)
+    for placed in on.edits.values():
+        for plugin in {plugin for plugin, _ in placed}:
+            layers[plugin] += 1
+        for plugin, edit in placed:
+            ranks[plugin].add(edit.order)
+    order = sorted(on.plugins, key=lambda plugin: min(ranks[plugin], default=0))
+    return [
+        [
+            i + 1, type(plugin).__name__, ", ".join(map(str, sorted(ranks[plugin]))) or "latents only", layers[plugin],
+            "off (neutral)" if plugin.neutral else f"{plugin.start:.0%} to {plugin.end:.0%}",
+        ]
+        for i, plugin in enumerate(order)
+    ]  # fmt: skip

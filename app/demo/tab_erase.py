@@ -1,0 +1,191 @@
+"""Tab "Erase": paint over an object, and it is gone; a few candidates to choose from."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import gradio as gr
+from PIL import Image
+
+import diffgraft
+
+from ...pipelines.region import as_picture
+from ..images import coverage
+from . import checks, parts
+from .parts import Shown, keep, keep_plain
+from .studio import Studio
+from .tab_style import example
+from .told import told, warn
+from .uploads import drawn, unread
+
+BRUSH = "#ff5a5f"
+STRENGTH = 0.8
+EXAMPLES = [("moon", "night"), ("ball", "meadow"), ("flower", "desert")]
+
+
+class EraseTab:
+    """The tab and its handlers."""
+
+    def __init__(self, studio: Studio) -> None:
+        self.studio = studio
+
+    def build(self) -> None:
+        """Lay the tab out."""
+        with gr.Row():
+            with gr.Column(scale=4, min_width=300):
+                editor = unread(
+                    gr.ImageEditor(
+                        example("moon"), label="Paint over it", type="filepath",
+                        brush=gr.Brush(14, [BRUSH], color_mode="fixed"), eraser=gr.Eraser(14), layers=False,
+                        transforms=(), sources=("upload", "clipboard"), format="png", height=380,
+                    )
+                )  # fmt: skip
+                prompt = gr.Textbox("night", label="What is there instead", info="May be empty")
+                with gr.Accordion("Or a mask, used where nothing is painted", open=True), gr.Row():
+                    mask = unread(
+                        gr.Image(
+                            example("moon-mask"), label="White is removed", type="filepath",
+                            height=130, min_width=120, sources=("upload", "clipboard"),
+                        )
+                    )  # fmt: skip
+                    invert = gr.Checkbox(False, label="Black is removed instead", min_width=120)
+                buttons = parts.buttons("Erase")
+                with gr.Accordion("Edges and strength", open=False):
+                    grow = gr.Slider(0, 24, 2, step=1, label="Grow", info="Pixels around the paint that go too")
+                    feather = gr.Slider(0, 24, 2, step=1, label="Soft edge", info="Pixels over which old and new mix")
+                    scale = gr.Slider(0, 20, 9, step=0.5, label="Redirection", info="Away from what was there")
+                knobs = parts.knobs(self.studio, steps=30, guidance=3.0, count=3)
+            with gr.Column(scale=5, min_width=300):
+                slider = gr.ImageSlider(
+                    label="Before and after", interactive=False, type="filepath", format="png", max_height=460
+                )
+                candidates = gr.Gallery(
+                    label="Candidates: choose one",
+                    columns=3,
+                    interactive=False,
+                    height="auto",
+                    object_fit="contain",
+                    format="png",
+                )
+                seed, settings = parts.facts()
+        drawer = [prompt, grow, feather, scale, knobs.steps, knobs.guidance, knobs.count, knobs.seed, knobs.model]
+        outputs = [candidates, slider, seed, settings]
+        parts.runs("erase_drawn", self.studio, self.erase_drawn, [editor, mask, invert, *drawer], outputs, buttons)
+        candidates.select(chosen, [slider, candidates], [slider, seed], api_visibility="private", queue=False)
+        gr.Examples(
+            [[example(name), example(f"{name}-mask"), there] for name, there in EXAMPLES], [editor, mask, prompt],
+            label="Try", example_labels=[name for name, _ in EXAMPLES],
+        )  # fmt: skip
+        self._api(drawer, outputs)
+
+    def _api(self, drawer: list[Any], outputs: list[Any]) -> None:
+        """The same with a plain picture and mask, for programs."""
+        picture, mask = (unread(gr.Image(type="filepath", visible=False)) for _ in range(2))
+        hidden = gr.Button(visible=False)
+        hidden.click(
+            told(self.erase), [picture, mask, *drawer], outputs, api_name="erase", concurrency_id=parts.MODEL,
+            concurrency_limit=1,
+        )  # fmt: skip
+
+    def erase_drawn(
+        self,
+        drawing: dict[str, Any] | None,
+        mask: str | None = None,
+        invert: bool = False,
+        prompt: str = "",
+        grow: int = 2,
+        feather: int = 2,
+        scale: float = 9.0,
+        steps: int = 30,
+        guidance: float = 3.0,
+        count: int = 3,
+        seed: int | None = None,
+        model: str = "",
+        request: gr.Request | None = None,
+        progress: gr.Progress = gr.Progress(),  # noqa: B008
+    ) -> tuple[Shown, tuple[str, str], str, str]:
+        """Remove what is painted over a picture, and continue the background.
+
+        Args:
+            drawing: The editor's value: background (the picture) and layers (what is painted is removed).
+            mask: A mask of the picture's size, used where nothing is painted.
+            invert: In the mask, remove what is black.
+            prompt: What is there instead; may be empty.
+            grow: Pixels around the mask that are removed too, 0 to 24.
+            feather: Pixels over which the new picture fades into the old one, 0 to 24.
+            scale: Guidance away from what was there, 0 to 20.
+            steps: Denoising steps, 1 to 100.
+            guidance: Classifier-free guidance, towards the prompt, 0 to 30; 1 is off.
+            count: Candidates, 1 to 6; candidate i gets seed + i.
+            seed: 0 or more; empty or -1 draws one.
+            model: Empty for the page's model, else a folder, a .safetensors file or a Hub id.
+
+        Returns:
+            Candidates, before and after of the first one, its seed, and its settings as JSON.
+        """
+        image, hole = drawn(drawing, mask, invert=invert is True)
+        wish = {
+            "prompt": checks.text(prompt, "the prompt"),
+            "scale": checks.number(scale, "redirection", 0, 20),
+            "grow": checks.whole(grow, "grow", 0, 24),
+            "feather": checks.whole(feather, "the soft edge", 0, 24),
+            "steps": checks.whole(steps, "steps", 1, checks.STEPS),
+            "guidance": checks.number(guidance, "guidance", 0, checks.GUIDANCE),
+        }
+        number, first = checks.whole(count, "pictures", 1, checks.PICTURES), checks.seed(seed)
+        name = self.studio.check(model)
+        made: list[Image.Image] = []
+        with self.studio.job(model, parts.visitor(request), parts.teller(progress)) as job:
+            for i in range(number):
+                job.expect(f"candidate {i + 1} of {number}", max(1, int(wish["steps"] * STRENGTH)))
+                made.append(diffgraft.erase(job.pipe, image, hole, seed=first + i, strength=STRENGTH, **wish))
+        warn(job.warnings)
+        settings = made[0].info["diffgraft"] | {"masked": round(coverage(hole), 4)}
+        files = [keep(picture, name) for picture in made]
+        shown = [(file, f"seed {first + i}") for i, file in enumerate(files)]
+        return shown, (keep_plain(as_picture(image), "before"), files[0]), str(first), parts.as_json(settings)
+
+    def erase(
+        self,
+        picture: str,
+        mask: str,
+        prompt: str = "",
+        grow: int = 2,
+        feather: int = 2,
+        scale: float = 9.0,
+        steps: int = 30,
+        guidance: float = 3.0,
+        count: int = 3,
+        seed: int | None = None,
+        model: str = "",
+        request: gr.Request | None = None,
+        progress: gr.Progress = gr.Progress(),  # noqa: B008
+    ) -> tuple[Shown, tuple[str, str], str, str]:
+        """Remove what a mask covers in a picture, and continue the background.
+
+        Args:
+            picture: The picture.
+            mask: A mask of its size: white is removed.
+            prompt: What is there instead; may be empty.
+            grow: Pixels around the mask that are removed too, 0 to 24.
+            feather: Pixels over which the new picture fades into the old one, 0 to 24.
+            scale: Guidance away from what was there, 0 to 20.
+            steps: Denoising steps, 1 to 100.
+            guidance: Classifier-free guidance, towards the prompt, 0 to 30; 1 is off.
+            count: Candidates, 1 to 6; candidate i gets seed + i.
+            seed: 0 or more; empty or -1 draws one.
+            model: Empty for the page's model, else a folder, a .safetensors file or a Hub id.
+
+        Returns:
+            Candidates, before and after of the first one, its seed, and its settings as JSON.
+        """
+        return self.erase_drawn(
+            {"background": picture}, mask, False, prompt, grow, feather, scale, steps, guidance, count, seed, model,
+            request, progress,
+        )  # fmt: skip
+
+
+def chosen(event: gr.SelectData, slider: Any, candidates: Any) -> tuple[Any, str]:
+    """Show the chosen candidate against the picture before."""
+    file, caption = candidates[event.index]
+    return (slider[0], file), caption.removeprefix("seed ")

@@ -1,0 +1,110 @@
+"""Tab "Style": a picture repainted in the style of another one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import gradio as gr
+
+import diffgraft
+
+from ...pipelines.region import as_picture
+from . import checks, parts
+from .parts import keep, keep_plain
+from .studio import Studio
+from .told import warn
+from .uploads import picture, unread
+
+PASSES = 3  # the content is inverted, the style is inverted, the result is sampled
+REFINEMENTS = 2
+EXAMPLES = [("winter", "mosaic"), ("fish", "sketch"), ("winter", "dots")]
+
+
+class StyleTab:
+    """The tab and its handler."""
+
+    def __init__(self, studio: Studio) -> None:
+        self.studio = studio
+
+    def build(self) -> None:
+        """Lay the tab out."""
+        with gr.Row():
+            with gr.Column(scale=4, min_width=300):
+                with gr.Row():
+                    content, style = (
+                        unread(
+                            gr.Image(
+                                example(name), label=label, type="filepath", height=220, min_width=130,
+                                sources=("upload", "clipboard"),
+                            )
+                        )
+                        for name, label in zip(EXAMPLES[0], ("Content", "Style"), strict=True)
+                    )  # fmt: skip
+                strength = gr.Slider(0, 1, 1.0, step=0.05, label="Style", info="How much of its colours and texture")
+                structure = gr.Slider(0, 1, 0.5, step=0.05, label="Structure", info="How firmly the layout is held")
+                prompt = gr.Textbox("", label="What the content shows", info="May be empty")
+                buttons = parts.buttons("Repaint")
+                knobs = parts.knobs(self.studio, steps=20, guidance=1.0)
+                knobs.count.visible = False
+            with gr.Column(scale=5, min_width=300):
+                slider = gr.ImageSlider(
+                    label="Before and after", interactive=False, type="filepath", format="png", max_height=460
+                )
+                seed, settings = parts.facts()
+        inputs = [content, style, strength, structure, prompt, knobs.steps, knobs.guidance, knobs.seed, knobs.model]
+        parts.runs("stylize", self.studio, self.stylize, inputs, [slider, seed, settings], buttons)
+        gr.Examples(
+            [[example(a), example(b)] for a, b in EXAMPLES], [content, style], label="Try",
+            example_labels=[f"{a} as {b}" for a, b in EXAMPLES],
+        )  # fmt: skip
+
+    def stylize(
+        self,
+        content: str,
+        style: str,
+        strength: float = 1.0,
+        structure: float = 0.5,
+        prompt: str = "",
+        steps: int = 20,
+        guidance: float = 1.0,
+        seed: int | None = None,
+        model: str = "",
+        request: gr.Request | None = None,
+        progress: gr.Progress = gr.Progress(),  # noqa: B008
+    ) -> tuple[tuple[str, str], str, str]:
+        """Repaint a picture in the style of another one, its layout kept.
+
+        Args:
+            content: The picture whose layout is kept.
+            style: The picture whose style is wanted.
+            strength: How much of the style, 0 to 1.
+            structure: How firmly the layout is held, 0 to 1.
+            prompt: What the content shows; may be empty.
+            steps: Denoising steps, 1 to 100.
+            guidance: Classifier-free guidance while sampling, 0 to 30; 1 is off.
+            seed: 0 or more; empty or -1 draws one.
+            model: Empty for the page's model, else a folder, a .safetensors file or a Hub id.
+
+        Returns:
+            Before and after, the seed, and the settings as JSON.
+        """
+        before, wanted = picture(content, "the content"), picture(style, "the style")
+        wish: dict[str, Any] = {
+            "strength": checks.number(strength, "style", 0, 1),
+            "structure": checks.number(structure, "structure", 0, 1),
+            "prompt": checks.text(prompt, "the prompt"),
+            "steps": checks.whole(steps, "steps", 1, checks.STEPS),
+            "guidance": checks.number(guidance, "guidance", 0, checks.GUIDANCE),
+        }
+        used, name = checks.seed(seed), self.studio.check(model)
+        with self.studio.job(model, parts.visitor(request), parts.teller(progress)) as job:
+            job.expect("looking closely, then painting", PASSES * wish["steps"])
+            made = diffgraft.stylize(job.pipe, before, wanted, seed=used, iterations=REFINEMENTS, **wish)
+        warn(job.warnings)
+        files = keep_plain(as_picture(before), "before"), keep(made, name)
+        return files, str(used), parts.as_json(made.info["diffgraft"])
+
+
+def example(name: str) -> str:
+    """The file of an example picture."""
+    return str(parts.EXAMPLES / f"{name}.png")
