@@ -158,6 +158,7 @@ def demo(
     port: Annotated[int, typer.Option(help="Where to listen.")] = 7860,
     host: Annotated[str, typer.Option(help="127.0.0.1 is this machine only.")] = "127.0.0.1",
     share: Annotated[bool, typer.Option("--share", help="A public link through Gradio's servers.")] = False,
+    mcp: Annotated[bool, typer.Option("--mcp", help="Also serve the functions as MCP tools.")] = False,
     model: Model = "picturebook",
     device: Device = "auto",
     verbose: Verbose = False,
@@ -169,7 +170,7 @@ def demo(
         need("gradio", "demo")
         from .demo import launch
 
-        launch(model=model, device=device, host=host, port=port, share=share)
+        launch(model=model, device=device, host=host, port=port, share=share, mcp=mcp)
 
 
 app.command()(batch)
