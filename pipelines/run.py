@@ -65,6 +65,7 @@ class Run:
             texts, pictures, getattr(self.running.pipe, "guidance_scale", None),
             prompts if isinstance(prompts, int) else None,
             "uncond" in self.step.rows or self.adapter.guided_apart(self.running), arguments.get("negative_prompt"),
+            "strength" not in arguments,
         )  # fmt: skip
 
     @property

@@ -46,6 +46,7 @@ class Prompt:
         prompts: how many prompts the pictures come from, None where that cannot be seen.
         guided: whether this call runs classifier-free guidance.
         negative: the call's own `negative_prompt`, as given.
+        from_noise: False where the call starts from a picture that it noises, as image-to-image and inpainting do.
     """
 
     texts: list[str] | None
@@ -54,6 +55,7 @@ class Prompt:
     prompts: int | None = None
     guided: bool = False
     negative: Any = None
+    from_noise: bool = True
 
 
 @dataclass(frozen=True)

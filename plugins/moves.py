@@ -33,3 +33,15 @@ def low_pass(gradient: torch.Tensor, cell: int) -> torch.Tensor:
     height, width = gradient.shape[-2:]
     coarse = F.adaptive_avg_pool2d(gradient, (-(-height // cell), -(-width // cell)))
     return F.interpolate(coarse, (height, width), mode="bilinear", align_corners=False)
+
+
+def shuffled(noise: torch.Tensor, number: int) -> torch.Tensor:
+    """[n, C, h, w] with the values of each picture in another order, the same for every picture; number 0 as it is.
+
+    Values of Gaussian noise are exchangeable, so this is another draw of it, with the same norm, made without any
+    random state but `number`.
+    """
+    if number == 0:
+        return noise
+    order = torch.randperm(noise[0].numel(), generator=torch.Generator().manual_seed(number)).to(noise.device)
+    return noise.flatten(1)[:, order].view_as(noise)

@@ -15,7 +15,7 @@ from ..attention.step import Step
 from .base import Plugin, Probe, Session, finite
 from .concepts import Concepts, Picture, check_concepts, find_picture, for_pictures
 from .losses import Loss, Maps, binding_loss, find_loss
-from .moves import gradient_step, low_pass, relative_step, step_factor
+from .moves import gradient_step, low_pass, relative_step, shuffled, step_factor
 from .retention import Regions, Rule, read_layout
 
 Units = Literal["relative", "gradient"]
@@ -67,6 +67,8 @@ class AttentionSegregation(Plugin):
         previous: "post": the map that the previous step really used. "pre": the one before its update.
         every: update at every n-th step only.
         refine: step number -> loss to reach before going on, by at most 20 updates, as in Attend-and-Excite.
+        candidates: starts compared by the loss before the first step, forward only: the run's own noise, and shuffles
+            of it, which are noise as good (1: its own alone). Runs that do not start from noise keep their start.
         loss_scale: factor on the loss against underflow, halved when a gradient overflows. Default 4096 in float16,
             else 1.
 
@@ -104,6 +106,7 @@ class AttentionSegregation(Plugin):
         previous: Literal["post", "pre"] = "post",
         every: int = 1,
         refine: Mapping[int, float] | None = None,
+        candidates: int = 1,
         loss_scale: float | None = None,
     ) -> None:
         if preset not in (None, *PRESETS):
@@ -129,7 +132,7 @@ class AttentionSegregation(Plugin):
         self.lowpass: int | None = default("lowpass", lowpass)
         self.layers: LayerChoice = layers
         self.threshold, self.level, self.previous, self.layout = threshold, level, previous, layout
-        self.every, self.refine = every, dict(refine or {})
+        self.every, self.refine, self.candidates = every, dict(refine or {}), candidates
         self.loss_scale = loss_scale
         self._loss = find_loss(loss)
         self._check_choices()
@@ -142,7 +145,7 @@ class AttentionSegregation(Plugin):
             value = getattr(self, name)
             if value not in choices and not callable(value):
                 raise SettingError(f"{name}={value!r}: choose one of {', '.join(choices)}")
-        for name, low in (("every", 1), ("lowpass", 0)):
+        for name, low in (("every", 1), ("lowpass", 0), ("candidates", 1)):
             value = getattr(self, name)
             if value is not None and not (isinstance(value, int) and value >= low):
                 raise SettingError(f"{name}={value!r}: a whole number, {low} or more, is needed")
@@ -202,6 +205,9 @@ class AttentionSegregation(Plugin):
     def latent(self, step: Step, latent: torch.Tensor, probe: Probe) -> torch.Tensor | None:
         self._regions.look_back(self._split, self._pictures)
         goal, before = self.refine.get(step.index), latent
+        assert self._session is not None
+        if self.candidates > 1 and step.index == 0 and self._session.prompt.from_noise:
+            latent = self._best_start(latent, probe)
         waiting = [True] * len(latent)
         for _ in range(1 if goal is None else 1 + _MAX_REFINEMENTS):
             move, losses, usable = self._move(step, latent, probe)
@@ -216,6 +222,14 @@ class AttentionSegregation(Plugin):
             self._regions.keep(self._last)
         return None if latent is before else latent
 
+    def _best_start(self, latent: torch.Tensor, probe: Probe) -> torch.Tensor:
+        """Of each picture's noise and its shuffles, the one with the lowest loss."""
+        starts = torch.stack([shuffled(latent, number) for number in range(self.candidates)])
+        with torch.no_grad():
+            losses = torch.stack([torch.stack(self.losses(start, probe)) for start in starts])
+        best = losses.nan_to_num(float("inf")).argmin(0)
+        return starts[best, torch.arange(len(latent), device=best.device)]
+
     def _move(
         self, step: Step, latent: torch.Tensor, probe: Probe
     ) -> tuple[torch.Tensor, list[torch.Tensor], list[bool]]:
@@ -223,6 +237,8 @@ class AttentionSegregation(Plugin):
         assert self._probed is not None and self._session is not None
         z = latent.detach().requires_grad_()
         losses = self.losses(z, probe)
+        for picture, loss in zip(self._pictures, losses, strict=True):
+            picture.losses.append(loss.detach())
         grid, scale = self._probed.grid, self._scale_for(self._probed.dtype)
         self._probed.clear()
         gradient = _gradient(torch.stack(losses).sum(), z, scale)
@@ -251,7 +267,6 @@ class AttentionSegregation(Plugin):
         loss = self._loss(seen)
         if self.binding:
             loss = loss + self.binding * binding_loss(seen)
-        self._pictures[number].losses.append(loss.detach())
         return loss
 
     def _usable(self, gradient: torch.Tensor) -> list[bool]:
@@ -290,7 +305,7 @@ class AttentionSegregation(Plugin):
         for i, picture in enumerate(self._pictures):
             words = [f"{x.concept} at {x.columns}{f' ({x.note})' if x.note else ''}" for x in picture.concepts]
             values[f"picture {i}"] = ", ".join(words)
-            if picture.losses:
+            if picture.concepts and picture.losses:
                 values[f"loss {i}"] = [round(float(loss), 4) for loss in picture.losses]
         return values
 

@@ -8,7 +8,7 @@ import pytest
 import tiny
 import tiny_transformers
 import torch
-from diffusers import EulerDiscreteScheduler, PNDMScheduler
+from diffusers import EulerDiscreteScheduler, PNDMScheduler, StableDiffusionImg2ImgPipeline
 from plugins_for_tests import fingerprint
 
 import diffgraft as dg
@@ -23,7 +23,7 @@ from diffgraft.plugins.losses import (
     segregation_loss,
     soft_overlap,
 )
-from diffgraft.plugins.moves import low_pass, relative_step, step_factor
+from diffgraft.plugins.moves import low_pass, relative_step, shuffled, step_factor
 
 PROMPT = "a red ball and a blue star"
 WORDS = ["ball", "star"]
@@ -331,6 +331,30 @@ def test_nothing_is_left_after_an_error_inside(family):
     assert fingerprint(family) == before and torch.equal(tiny.sample(family), plain)
 
 
+# -- starts --------------------------------------------------------------------------------------------------------
+
+
+def test_the_best_of_several_starts_is_a_shuffle_with_the_lowest_loss(double):
+    z = torch.cat([noise(double, seed) for seed in range(2)])
+    plugin = dg.AttentionSegregation(WORDS, candidates=4, **(RAW | {"size": 1e-30}))
+    best = moved(double, z, plugin, [PROMPT] * 2)
+    for i in range(2):
+        starts = [shuffled(z[i : i + 1], number) for number in range(4)]
+        losses = [gradient(double, start)[1][0] for start in starts]
+        assert torch.equal(best[i], starts[losses.index(min(losses))][0])
+        assert torch.equal(starts[1].flatten().sort().values, z[i].flatten().sort().values)
+    assert torch.equal(starts[0], z[1:]) and not torch.equal(starts[1], starts[2])
+
+
+def test_a_run_that_starts_from_a_picture_keeps_it():
+    pipe = tiny.sd15(cls=StableDiffusionImg2ImgPipeline)
+    picture, results = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0)), []
+    for candidates in (1, 4):
+        with dg.graft(pipe, dg.AttentionSegregation(WORDS, candidates=candidates, end=1.0)):
+            results.append(tiny.sample(pipe, PROMPT, image=picture, strength=0.6, num_inference_steps=5))
+    assert torch.equal(*results)
+
+
 # -- T9: regions ---------------------------------------------------------------------------------------------------
 
 
@@ -620,6 +644,7 @@ def test_cut_off_words_and_wrong_counts(sd15):
         ({"loss": "mine"}, dg.SettingError), ({"segregation": -1}, dg.SettingError),
         ({"size": math.nan}, dg.SettingError),
         ({"normalisation": "x"}, dg.SettingError), ({"every": 0}, dg.SettingError), ({"lowpass": -1}, dg.SettingError),
+        ({"candidates": 0}, dg.SettingError),
         ({"binding": 1.0}, dg.SettingError), ({"attributes": {"cat": "red"}}, dg.SettingError),
         ({"layout": [1, 2]}, dg.MaskError),
     ],
