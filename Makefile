@@ -27,7 +27,9 @@ $(BENCH): $(INSTALLED)
 	@touch $@
 
 picture: $(INSTALLED)  ## generate a picture on the embedded model, a negative grafted on
-	@$(BIN)/diffgraft generate "a red ball and a blue star , night" --negative "green" --steps 25 --seed 7 --out $(PICTURE)
+	@$(BIN)/diffgraft generate "a red ball and a blue star , night" --negative "green" --steps 25 --seed 7 \
+	  --out $(PICTURE) >/dev/null
+	@echo "the picture is $(CURDIR)/$(PICTURE)"
 
 test: $(INSTALLED) browser  ## run every test (makes .venv/ first; installs chromium when run as root)
 	@if test -n "$$($(CHROMIUM))"; then $(BIN)/python -m pytest; \
