@@ -27,8 +27,8 @@ class Texts:
     def encode(self, texts: Sequence[str], running: Running) -> Text:
         """The texts by the pipeline's encoders, with this call's `clip_skip`, LoRA scale and text length."""
         scale = (running.arguments.get("cross_attention_kwargs") or {}).get("scale")
-        length = running.arguments.get("max_sequence_length")
-        state = (running.clip_skip, scale, length, _fingerprint(self.adapter.pipe))
+        asked = (running.arguments.get(name) for name in ("max_sequence_length", "clean_caption"))
+        state = (running.clip_skip, scale, *asked, _fingerprint(self.adapter.pipe))
         missing = [text for text in dict.fromkeys(texts) if (text, *state) not in self._memo]
         if missing:
             self._need_encoder()

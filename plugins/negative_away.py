@@ -34,7 +34,7 @@ def nasa(
     Args:
         z_pos, z_neg: [B, H, L, D]. lse_pos, lse_neg: not used. scale: NASA's alpha, 0 is neutral.
     """
-    return _wide(z_pos) - scale * _wide(z_neg)
+    return torch.sub(_wide(z_pos), _wide(z_neg), alpha=scale)
 
 
 def nag(

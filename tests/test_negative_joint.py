@@ -6,10 +6,12 @@ from collections import Counter
 
 import diffusers
 import pytest
+import tiny
 import tiny_transformers as tt
 import torch
 import torch.nn.functional as F
 from plugins_for_tests import Climb, fingerprint
+from test_matrix import IMAGE, MASK
 from torch.overrides import TorchFunctionMode
 
 import diffgraft as dg
@@ -166,8 +168,9 @@ def run(pipe, *plugins, prompt="a blue ball", **call):
         options["prompt_embeds"] = normal(2 if isinstance(prompt, list) else 1, 6, 32, seed=8)
         options["height"] = options["width"] = 16
         prompt = None
+    torch.manual_seed(0)  # ControlNet pipelines draw the control latent from the global generator
     with dg.graft(pipe, *plugins):
-        return pipe(prompt, **(options | call)).images
+        return pipe(prompt=prompt, **(options | call)).images
 
 
 def family_name(pipe):
@@ -356,6 +359,49 @@ def test_skip_layer_guidance_runs_its_third_call_plain():
         run(pipe, *plugins, num_inference_steps=1, **call)
     hook.remove()
     assert len(seen) == 4 and torch.equal(seen[1], seen[3]) and not torch.equal(seen[0][1], seen[2][1])
+
+
+def variant(name):
+    """(pipeline, what its call needs) of the same families' other pipelines."""
+    model, cls = {
+        "flux dev": ("flux", None), "flux img2img": ("flux", "FluxImg2ImgPipeline"),
+        "flux inpaint": ("flux", "FluxInpaintPipeline"), "flux kontext": ("flux", "FluxKontextPipeline"),
+        "sd3 img2img": ("sd3", "StableDiffusion3Img2ImgPipeline"), "sd3 controlnet": ("sd3", None),
+        "sana sprint": ("sana", "SanaSprintPipeline"), "pixart lcm": ("pixart", None),
+    }[name]  # fmt: skip
+    pipe = tt.flux(guidance=True) if name == "flux dev" else getattr(tt, model)()
+    parts, call = pipe.components, call_of(pipe, guided=False) if model in ("sana", "pixart") else {}
+    if name == "sd3 controlnet":
+        net = diffusers.SD3ControlNetModel.from_transformer(
+            parts["transformer"], num_layers=2, num_extra_conditioning_channels=0
+        )
+        kept = {k: v for k, v in parts.items() if k not in ("image_encoder", "feature_extractor")}
+        pipe = diffusers.StableDiffusion3ControlNetPipeline(controlnet=tt.lively(net), **kept)
+        return tiny.quiet(pipe), {"control_image": IMAGE}
+    if name == "sana sprint":
+        parts = tt.sana(guidance=True).components | {"scheduler": diffusers.SCMScheduler()}
+        call = {k: v for k, v in call.items() if k != "guidance_scale"}
+    if name == "pixart lcm":
+        parts, call = parts | {"scheduler": diffusers.LCMScheduler()}, call | {"num_inference_steps": 1}
+    if "kontext" in name:
+        call = {"image": IMAGE, "_auto_resize": False, "max_area": 32 * 32}
+    elif cls and "Sprint" not in cls:
+        call = {"image": IMAGE, "strength": 0.7} | ({"mask_image": MASK} if "inpaint" in name else {})
+    cls = getattr(diffusers, cls) if cls else type(pipe)
+    return tiny.quiet(cls(**parts)), call
+
+
+@pytest.mark.parametrize(
+    "name", ["flux dev", "flux img2img", "flux inpaint", "flux kontext", "sd3 img2img", "sd3 controlnet",
+             "sana sprint", "pixart lcm"],
+)  # fmt: skip
+def test_other_pipelines_of_the_families(name):
+    pipe, call = variant(name)
+    plain = run(pipe, prompt="a ball", **call)
+    for rule in ("nasa", "vsf"):
+        steered = run(pipe, dg.NegativeAway("red cat", rule=rule, scale=0.8), prompt="a ball", **call)
+        assert steered.isfinite().all() and (steered - plain).abs().max() > 1e-3
+    assert torch.equal(run(pipe, prompt="a ball", **call), plain)
 
 
 def test_what_joint_models_refuse():

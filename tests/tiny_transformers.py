@@ -52,6 +52,13 @@ def lively(model: Any, seed: int = 9) -> Any:
     return model.eval()
 
 
+def vae() -> Any:
+    """With the shift that the transformer families' autoencoders have."""
+    model = tiny.vae()
+    model.register_to_config(shift_factor=0.1)
+    return model
+
+
 def flow() -> Any:
     return diffusers.FlowMatchEulerDiscreteScheduler(shift=1.0)
 
@@ -63,7 +70,7 @@ def flux(seed: int = 1, guidance: bool = False, cls: Any = diffusers.FluxPipelin
         joint_attention_dim=32, pooled_projection_dim=tiny.WIDTH, axes_dims_rope=(4, 6, 6), guidance_embeds=guidance,
     )  # fmt: skip
     return tiny.quiet(cls(
-        transformer=lively(transformer), vae=tiny.vae(), scheduler=flow(), text_encoder=tiny.text_encoder(),
+        transformer=lively(transformer), vae=vae(), scheduler=flow(), text_encoder=tiny.text_encoder(),
         tokenizer=tiny.tokenizer(), text_encoder_2=t5(), tokenizer_2=tokenizer(),
     ))  # fmt: skip
 
@@ -77,7 +84,7 @@ def sd3(seed: int = 1, **config: Any) -> Any:
         "qk_norm": "rms_norm", "dual_attention_layers": (0,),
     }  # fmt: skip
     return tiny.quiet(diffusers.StableDiffusion3Pipeline(
-        transformer=lively(diffusers.SD3Transformer2DModel(**(options | config))), vae=tiny.vae(), scheduler=flow(),
+        transformer=lively(diffusers.SD3Transformer2DModel(**(options | config))), vae=vae(), scheduler=flow(),
         text_encoder=tiny.text_encoder(2, projection=True), tokenizer=tiny.tokenizer(),
         text_encoder_2=tiny.text_encoder(3, projection=True), tokenizer_2=tiny.tokenizer(),
         text_encoder_3=None, tokenizer_3=None,
@@ -91,16 +98,16 @@ def pixart(seed: int = 1, cls: Any = diffusers.PixArtSigmaPipeline) -> Any:
         patch_size=2, cross_attention_dim=32, caption_channels=32, use_additional_conditions=False,
     )  # fmt: skip
     return tiny.quiet(cls(
-        transformer=lively(transformer), vae=tiny.vae(), scheduler=tiny.ddim(), text_encoder=t5(), tokenizer=tokenizer()
+        transformer=lively(transformer), vae=vae(), scheduler=tiny.ddim(), text_encoder=t5(), tokenizer=tokenizer()
     ))  # fmt: skip
 
 
-def sana(seed: int = 1) -> Any:
+def sana(seed: int = 1, guidance: bool = False) -> Any:
     torch.manual_seed(seed)
     transformer = diffusers.SanaTransformer2DModel(
         in_channels=4, out_channels=4, num_attention_heads=4, attention_head_dim=8, num_layers=2,
         num_cross_attention_heads=4, cross_attention_head_dim=8, cross_attention_dim=32, caption_channels=32,
-        sample_size=16, qk_norm="rms_norm_across_heads",
+        sample_size=16, qk_norm="rms_norm_across_heads", guidance_embeds=guidance,
     )  # fmt: skip
     torch.manual_seed(seed)
     vae = diffusers.AutoencoderDC(

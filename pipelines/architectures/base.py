@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -154,6 +155,15 @@ class Adapter:
         raise UnsupportedPipelineError(
             f"{type(self.pipe).__name__} encodes no text that diffgraft knows of: pass embeddings instead of strings"
         )
+
+    def encode_prompt(self, running: Running, *texts: Sequence[str], **options: Any) -> tuple[Any, ...]:
+        """The pipeline's `encode_prompt` with the running call's text settings, as far as it takes them."""
+        taken = inspect.signature(self.pipe.encode_prompt).parameters
+        asked = {"device": self.pipe._execution_device, "num_images_per_prompt": 1}
+        asked |= {"do_classifier_free_guidance": False, "clip_skip": running.clip_skip}
+        asked |= {k: v for k, v in running.arguments.items() if k in ("max_sequence_length", "clean_caption")}
+        given = {k: v for k, v in (asked | options).items() if k in taken}
+        return self.pipe.encode_prompt(*map(list, texts), **given)
 
     def tokenizer(self) -> Any:
         """The tokenizer whose tokens are the columns of the text embeddings."""

@@ -87,12 +87,8 @@ class FluxAdapter(PackedAdapter):
         return {**super().extend_text(inputs, texts), "txt_ids": torch.cat([ids, more], -2)}
 
     def encode_text(self, texts: Sequence[str], running: Running) -> Text:
-        options = {name: running.arguments[name] for name in ("max_sequence_length",) if name in running.arguments}
         scale = (running.arguments.get("joint_attention_kwargs") or {}).get("scale")
-        encoded = self.pipe.encode_prompt(
-            list(texts), list(texts), device=self.pipe._execution_device, lora_scale=scale, **options
-        )
-        return Text(encoded[0])
+        return Text(self.encode_prompt(running, texts, texts, lora_scale=scale)[0])
 
     def tokenizer(self) -> Any:
         return self.pipe.tokenizer_2

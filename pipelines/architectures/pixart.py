@@ -21,11 +21,7 @@ class CaptionAdapter(Adapter):
         return height // config.patch_size, width // config.patch_size
 
     def encode_text(self, texts: Sequence[str], running: Running) -> Text:
-        options = {name: running.arguments[name] for name in ("max_sequence_length",) if name in running.arguments}
-        embeds, mask = self.pipe.encode_prompt(
-            list(texts), do_classifier_free_guidance=False, device=self.pipe._execution_device,
-            clean_caption=bool(running.arguments.get("clean_caption")), **options,
-        )[:2]  # fmt: skip
+        embeds, mask = self.encode_prompt(running, texts)[:2]
         return Text(embeds, mask.bool())
 
     def layer_text(self, text: Text) -> Text:

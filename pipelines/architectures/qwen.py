@@ -60,6 +60,5 @@ class QwenAdapter(PackedAdapter):
         return [transformer.pos_embed.register_forward_hook(Hook(after)).remove]
 
     def encode_text(self, texts: Sequence[str], running: Running) -> Text:
-        options = {name: running.arguments[name] for name in ("max_sequence_length",) if name in running.arguments}
-        embeds, mask = self.pipe.encode_prompt(list(texts), device=self.pipe._execution_device, **options)
+        embeds, mask = self.encode_prompt(running, texts)
         return Text(embeds, None if mask is None else mask.bool())

@@ -47,10 +47,5 @@ class SD3Adapter(Adapter):
         return slice(height * width, height * width + self.text_length(inputs))
 
     def encode_text(self, texts: Sequence[str], running: Running) -> Text:
-        options = {name: running.arguments[name] for name in ("max_sequence_length",) if name in running.arguments}
         scale = (running.arguments.get("joint_attention_kwargs") or {}).get("scale")
-        encoded = self.pipe.encode_prompt(
-            list(texts), list(texts), list(texts), device=self.pipe._execution_device, clip_skip=running.clip_skip,
-            do_classifier_free_guidance=False, lora_scale=scale, **options,
-        )  # fmt: skip
-        return Text(encoded[0])
+        return Text(self.encode_prompt(running, texts, texts, texts, lora_scale=scale)[0])

@@ -74,10 +74,5 @@ class UNetAdapter(Adapter):
         pipe = self.pipe
         if getattr(pipe, "tokenizer", None) is None and getattr(pipe, "tokenizer_2", None) is None:
             return super().encode_text(texts, running)
-        device = pipe._execution_device
         scale = (running.arguments.get("cross_attention_kwargs") or {}).get("scale")
-        encoded = pipe.encode_prompt(
-            list(texts), device=device, num_images_per_prompt=1, do_classifier_free_guidance=False,
-            clip_skip=running.clip_skip, lora_scale=scale,
-        )  # fmt: skip
-        return Text(encoded[0])
+        return Text(self.encode_prompt(running, texts, lora_scale=scale)[0])
