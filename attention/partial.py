@@ -11,6 +11,8 @@ from typing import NamedTuple
 
 import torch
 
+_SCORES = 2**27
+
 
 class Partial(NamedTuple):
     """Attention over some of the keys.
@@ -36,6 +38,8 @@ def attend_with_lse(
         q: [B, H, Lq, D]. k, v: [B, H, Lk, D]. mask: None, boolean (True attends) or additive, broadcastable to
             [B, H, Lq, Lk]. scale: factor of the logits.
     """
+    if mask is not None:
+        mask = mask.reshape((1,) * (4 - mask.ndim) + mask.shape)
     if mask is not None and mask.dtype == torch.bool:
         mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, -torch.inf)
     part = _fused(q, k, v, mask, scale) or _explicit(q, k, v, mask, scale)
@@ -79,7 +83,14 @@ def _fused(
 
 
 def _explicit(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float) -> Partial:
-    scores = (q @ k.transpose(-1, -2)).to(torch.promote_types(q.dtype, torch.float32)) * scale
-    scores = scores if mask is None else scores + mask
-    lse = scores.logsumexp(-1)
-    return Partial((scores - lse[..., None]).exp().to(v.dtype) @ v, lse)
+    """By the scores, some queries at a time: all of a large picture's would fill the memory."""
+    block = max(1, _SCORES // (q.shape[0] * q.shape[1] * k.shape[-2]))
+    parts: list[Partial] = []
+    for start in range(0, q.shape[-2], block):
+        rows = slice(start, start + block)
+        scores = (q[:, :, rows] @ k.transpose(-1, -2)).to(torch.promote_types(q.dtype, torch.float32)) * scale
+        if mask is not None:
+            scores = scores + (mask[:, :, rows] if mask.shape[-2] > 1 else mask)
+        lse = scores.logsumexp(-1)
+        parts.append(Partial((scores - lse[..., None]).exp().to(v.dtype) @ v, lse))
+    return Partial(torch.cat([part.out for part in parts], -2), torch.cat([part.lse for part in parts], -1))

@@ -52,9 +52,11 @@ class Call:
     keys: dict[tuple[str, int], tuple[Any, ...]] = field(default_factory=dict[tuple[str, int], tuple[Any, ...]])
 
     def steer(self, positive: torch.Tensor, lse: torch.Tensor | None, negatives: Sequence[Partial]) -> torch.Tensor:
-        """Z of Z+ [B, H, L, D] and the negatives, in the dtype of Z+."""
+        """Z of Z+ [B, H, L, D] and the negatives, in the dtype of Z+, of which it keeps the range."""
         one = pooled(self.rule, negatives, self.weights)
-        return self.combine(positive, lse, one.out, one.lse).to(positive.dtype)
+        new = self.combine(positive, lse, one.out, one.lse)
+        limit = torch.finfo(positive.dtype).max
+        return (new.clamp(-limit, limit) if positive.dtype == torch.float16 else new).to(positive.dtype)
 
     def projected(self, call: AttentionCall, number: int, rows: int) -> tuple[torch.Tensor, ...]:
         """Keys, values and mask of a negative in this layer for `rows` rows; projected at the first use."""

@@ -440,6 +440,7 @@ def test_beside_an_edit_that_wants_probabilities(pipe, rule):
 def test_half_precision_stays_finite(rule, dtype):
     pipe = tiny.sd15().to(dtype)
     assert run(pipe, away(rule=rule), num_inference_steps=2).isfinite().all()
+    assert run(pipe, away(rule=rule, scale=100.0), num_inference_steps=2).isfinite().all()
 
 
 # -- bad input ------------------------------------------------------------------------------------------------------
