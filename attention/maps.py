@@ -165,6 +165,26 @@ class MapCapture(Edit):
         return mean.transpose(1, 2).unflatten(2, self.grid)
 
 
+class ValuesOnly(Edit):
+    """Lets a probe's gradient pass through the values of attention, not through where it looks, outside of a capture.
+
+    Deep layers of small models look at nearly one token and flip to another at tiny changes of the latent, so that
+    the exact gradient turns with its last digits; this one is smooth, and not the gradient of the loss.
+    """
+
+    def __init__(self, capture: MapCapture) -> None:
+        self.capture = capture
+
+    def selects(self, layer: AttentionLayer) -> bool:
+        return True
+
+    def active(self, layer: AttentionLayer, step: Step) -> bool:
+        return step.phase == "latent" and layer.name not in self.capture.names(step.size)
+
+    def qkv(self, call: AttentionCall) -> None:
+        call.q, call.k = call.q.detach(), call.k.detach()
+
+
 def probabilities(call: AttentionCall) -> torch.Tensor:
     """Attention probabilities [B, H, Lq, Lk] of a call, from its queries and keys in at least float32.
 

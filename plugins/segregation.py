@@ -10,7 +10,7 @@ import torch
 
 from ..attention.edit import Edit
 from ..attention.errors import SettingError, UnsupportedPipelineError
-from ..attention.maps import LayerChoice, MapCapture, Normalisation, Smoothing, concept_maps
+from ..attention.maps import LayerChoice, MapCapture, Normalisation, Smoothing, ValuesOnly, concept_maps
 from ..attention.step import Step
 from .base import Plugin, Probe, Session, finite
 from .concepts import Concepts, Picture, check_concepts, find_picture, for_pictures
@@ -22,11 +22,11 @@ Units = Literal["relative", "gradient"]
 PRESETS: dict[str, dict[str, Any]] = {
     "measured": {
         "normalisation": "max", "smoothing": "mean", "rule": "relative", "size": 0.05, "decay": 0.5, "lowpass": None,
-        "end": 0.4,
+        "route": "exact", "end": 0.4,
     },
     "paper": {
         "normalisation": "ae", "smoothing": "gaussian", "rule": "gradient", "size": 20.0, "decay": 0.5, "lowpass": 0,
-        "end": 1.0,
+        "route": "exact", "end": 1.0,
     },
 }  # fmt: skip
 _MAX_REFINEMENTS = 20
@@ -66,6 +66,8 @@ class AttentionSegregation(Plugin):
             "std", "quantile", "otsu", or "attencraft" (spread along the self-attention, disjoint by a margin of 0.1).
         previous: "post": the map that the previous step really used. "pre": the one before its update.
         every: update at every n-th step only.
+        route: what the gradient passes through: "exact", everything; "values", not through where layers other than the
+            captured ones look. Cheaper, and steady where the exact one turns with the last digits of the latent.
         refine: step number -> loss to reach before going on, by at most 20 updates, as in Attend-and-Excite.
         candidates: starts compared by the loss before the first step, forward only: the run's own noise, and shuffles
             of it, which are noise as good (1: its own alone). Runs that do not start from noise keep their start.
@@ -105,6 +107,7 @@ class AttentionSegregation(Plugin):
         level: float | None = None,
         previous: Literal["post", "pre"] = "post",
         every: int = 1,
+        route: Literal["exact", "values"] | None = None,
         refine: Mapping[int, float] | None = None,
         candidates: int = 1,
         loss_scale: float | None = None,
@@ -131,6 +134,7 @@ class AttentionSegregation(Plugin):
         self.decay = finite(default("decay", decay), "decay", 0, 1)
         self.lowpass: int | None = default("lowpass", lowpass)
         self.layers: LayerChoice = layers
+        self.route: str = default("route", route)
         self.threshold, self.level, self.previous, self.layout = threshold, level, previous, layout
         self.every, self.refine, self.candidates = every, dict(refine or {}), candidates
         self.loss_scale = loss_scale
@@ -185,7 +189,8 @@ class AttentionSegregation(Plugin):
 
     def edits(self) -> Sequence[Edit]:
         assert self._probed is not None
-        return [self._probed, *self._regions.edits()]
+        route = [ValuesOnly(self._probed)] if self.route == "values" else []
+        return [*route, self._probed, *self._regions.edits()]
 
     def begin(self, session: Session, step: Step) -> None:
         self._session = session
@@ -314,6 +319,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "normalisation": ("ae", "eot", "max", "minmax", "sum1", "none"),
     "smoothing": ("gaussian", "mean", "none"),
     "rule": ("relative", "gradient"),
+    "route": ("exact", "values"),
     "layers": ("auto", "decoder", "all"),
 }
 

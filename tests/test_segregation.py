@@ -509,11 +509,11 @@ def book():
 CAPTION = "a blue ball and a yellow star , night"
 
 
-def gradient_at(pipe, latents, step, steps):
+def gradient_at(pipe, latents, step, steps, **settings):
     """Gradient on `latents` at a later step of a run."""
     window = {"start": step / steps, "end": 1.0}
     look = Look(**window)
-    plugin = dg.AttentionSegregation(WORDS, **(RAW | window))
+    plugin = dg.AttentionSegregation(WORDS, **(RAW | window | settings))
     with pytest.raises(Done), dg.graft(pipe, Put(latents, **window), plugin, look):
         tiny.sample(pipe, CAPTION, num_inference_steps=steps, guidance_scale=1.0, height=128, width=128)
     return (latents - look.seen[0]) / LARGE
@@ -534,6 +534,21 @@ def test_half_precision_gives_the_same_gradient_and_no_nan(book, dtype):
     with dg.graft(pipe, dg.AttentionSegregation(WORDS, end=1.0)) as g:
         out = tiny.sample(pipe, CAPTION, num_inference_steps=50, guidance_scale=1.0, height=64, width=64)
     assert torch.isfinite(out).all() and g.report().updates == 50
+
+
+def test_the_route_of_values_is_steady_and_in_half_precision_too(book):
+    look = Look(start=0.1)
+    with pytest.raises(Done), dg.graft(book, look):
+        tiny.sample(book, CAPTION, num_inference_steps=10, guidance_scale=1.0, height=128, width=128)
+    z = look.seen[0].bfloat16().float()
+    near = z + 0.03 * noise(book, 5)
+    pipe = dg.picturebook(dtype=torch.bfloat16)
+    pipe.set_progress_bar_config(disable=True)
+    found = {route: gradient_at(book, z, 1, 10, route=route).flatten() for route in ("exact", "values")}
+    half, beside = (gradient_at(*of, 1, 10, route="values").flatten() for of in ((pipe, z), (book, near)))
+    assert torch.cosine_similarity(found["values"], beside, 0) >= 0.98
+    assert torch.cosine_similarity(found["values"], half, 0) >= 0.98
+    assert 0 < torch.cosine_similarity(found["values"], found["exact"], 0) < 0.999
 
 
 def test_loss_scale_is_exact_in_float32(book):
