@@ -22,7 +22,7 @@ SCARCE = 0.02
 
 def suppress(q: torch.Tensor, masked: torch.Tensor, factor: float) -> torch.Tensor:
     """Similarity suppression: logits of masked queries times `factor`, as a scale of q [..., N, D]; masked is [N]."""
-    return q * torch.where(masked, factor, 1.0).to(q.dtype)[:, None]
+    return torch.where(masked[:, None], q * factor, q)
 
 
 def background(tokens: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
