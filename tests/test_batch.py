@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import psutil
 import pytest
@@ -27,6 +28,8 @@ from diffgraft.app.batch.sheet import write_sheets
 from diffgraft.app.batch.worker import Worker
 from diffgraft.app.errors import ManifestError, OutputError
 from diffgraft.app.metadata import read_settings
+
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="session")
@@ -364,6 +367,13 @@ def test_dry_run_lists_everything_and_writes_nothing(folder):
     assert "not a supported image" in errors[2]
     assert (counts["rows"], counts["to_do"], counts["errors"]) == (6, 4, 3) and not folder.out.exists()
     assert dry_run(folder.write(rows(2)).manifest, folder.setup(), options)[:2] == (0, [])
+
+
+def test_the_example_in_the_repository_is_right(tmp_path):
+    path = ROOT / "examples" / "jobs.jsonl"
+    setup = Setup(out=tmp_path / "out", base=path.parent, model="picturebook")
+    code, errors, counts = dry_run(path, setup, Options())
+    assert (code, errors) == (0, []) and counts["to_do"] == len(path.read_text().splitlines())
 
 
 def test_the_runs_own_model_missing_is_exit_3(folder):

@@ -86,7 +86,8 @@ def _tell(summary: dict[str, Any], as_json: bool, quiet: bool) -> None:
     if as_json:
         typer.echo(json.dumps(summary))
     elif not quiet or summary.get("stopped"):
-        words = [f"{value} {name.replace('_', ' ')}" for name, value in summary.items() if isinstance(value, int)]
-        say(", ".join(word for word in words if not word.endswith("exit code")))
+        counts = {name.replace("_", " "): value for name, value in summary.items() if isinstance(value, int)}
+        counts.pop("exit code", None)
+        say(f"{counts.pop('rows')} rows: " + ", ".join(f"{value} {name}" for name, value in counts.items() if value))
         if summary.get("stopped"):
             say(str(summary["stopped"]))

@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import replace
 from multiprocessing.connection import Connection, wait
 from typing import Any, Protocol
@@ -21,10 +21,11 @@ from ..extras import need
 from .plan import Job, Setup
 from .worker import Record, Worker, failed
 
-Engine = Callable[[Setup, Sequence[list[Job]], int], Iterator[Record]]
+Records = Generator[Record, None, None]
+Engine = Callable[[Setup, Sequence[list[Job]], int], Records]
 
 
-def local(setup: Setup, batches: Sequence[list[Job]], workers: int) -> Iterator[Record]:
+def local(setup: Setup, batches: Sequence[list[Job]], workers: int) -> Records:
     """In this process, one batch after the other."""
     threads = torch.get_num_threads()
     try:
@@ -35,12 +36,12 @@ def local(setup: Setup, batches: Sequence[list[Job]], workers: int) -> Iterator[
         torch.set_num_threads(threads)
 
 
-def processes(setup: Setup, batches: Sequence[list[Job]], workers: int) -> Iterator[Record]:
+def processes(setup: Setup, batches: Sequence[list[Job]], workers: int) -> Records:
     """In `workers` processes of this machine, spread over its accelerators."""
     yield from _drive(_Processes(setup, min(workers, len(batches))), batches)
 
 
-def ray(setup: Setup, batches: Sequence[list[Job]], workers: int) -> Iterator[Record]:
+def ray(setup: Setup, batches: Sequence[list[Job]], workers: int) -> Records:
     """In `workers` Ray actors: of the cluster at RAY_ADDRESS, else of a local one. The folders must be shared."""
     if not batches:  # a cluster is not started for nothing
         return
@@ -75,7 +76,7 @@ class _Pool(Protocol):
     def close(self) -> None: ...
 
 
-def _drive(pool: _Pool, batches: Sequence[list[Job]]) -> Iterator[Record]:
+def _drive(pool: _Pool, batches: Sequence[list[Job]]) -> Records:
     """Feed a pool. A dead worker's rows are tried once more, each alone: the one that kills again has failed."""
     queue, lost = deque(batches), set[str]()
     try:

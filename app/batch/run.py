@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from ...attention.errors import GraftError, ModelLoadError
 from ..console import FAILED, INTERRUPTED, NOT_STARTED, OK, USAGE, one_line, say
 from ..errors import ManifestError, OutputError
 from ..outputs import output_folder
-from .engines import engine
+from .engines import Records, engine
 from .manifest import BadRow, Manifest, read_manifest
 from .plan import Job, Setup, batches, in_shard, make_job
 from .progress import Progress
@@ -185,7 +185,7 @@ class _Outcome:
             self.progress.say(f"row {record['id'][:60]!r} failed: {record['message']}")
         self.progress.advance(len(self.failures))
 
-    def follow(self, results: Iterator[Record]) -> None:
+    def follow(self, results: Records) -> None:
         """Take everything an engine gives, until it ends, fails as a whole, is interrupted, or too much failed."""
         try:
             while not self._enough():
@@ -200,7 +200,7 @@ class _Outcome:
         except GraftError as error:
             self.stopped, self.code = one_line(error), FAILED
         finally:
-            results.close()  # type: ignore[attr-defined]
+            results.close()
             self.progress.close()
 
     def _enough(self) -> bool:
@@ -221,8 +221,7 @@ def _finish(
 ) -> tuple[int, dict[str, Any]]:
     """Bring the folder's overview up to date: results, metadata, sheets, summary."""
     records = store.records()  # other shards may have gone on meanwhile
-    order = {name: line for line, name in [*((line, row.id) for line, row in manifest.rows)]}
-    order |= {bad.id: bad.line for bad in manifest.bad}
+    order = {row.id: line for line, row in manifest.rows} | {bad.id: bad.line for bad in manifest.bad}
     ordered = sorted(records.values(), key=lambda r: (r["id"] not in order, order.get(r["id"], 0), r["id"]))
     failed = [record for record in ordered if record["status"] != "ok"]
     code = outcome.code or (FAILED if failed else OK)

@@ -8,7 +8,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from ..outputs import write_whole
 
@@ -70,11 +70,9 @@ def _page(folder: Path, tiles: Sequence[Tile]) -> bytes:
 def _small(path: Path) -> Image.Image | None:
     try:
         with Image.open(path, formats=("PNG",)) as image:
-            small = image.convert("RGB")
+            return ImageOps.contain(image.convert("RGB"), (TILE, TILE))
     except OSError:  # deleted since
         return None
-    small.thumbnail((TILE, TILE))
-    return small
 
 
 def _fitted(text: str, font: Any) -> str:
