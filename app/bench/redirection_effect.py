@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,8 +23,10 @@ from .world import FRESH, Scene, masks, render, scene
 FIRST = FRESH + 7_000_000
 KINDS = ("exact", "grown", "box", "brush")
 PLAIN = "blended diffusion"
+BACKGROUND = "<background>"
 DIFFUSION: dict[str, dict[str, Any]] = {
     "redirection": {},
+    "redirection, background named": {"prompt": BACKGROUND, "guidance": 3.0},
     "redirection, inverted start": {"method": "dip"},
     "redirection without suppression": {"suppression": 1.0},
     PLAIN: {"scale": 0.0},
@@ -57,6 +59,9 @@ class Score:
     psnr: float
     seam: float
     colours: dict[str, str] | None = None
+
+
+Fill = Callable[[Case, int], NDArray[Any]]
 
 
 def cases(count: int, kind: str = "exact") -> Iterator[Case]:
@@ -104,7 +109,7 @@ def _psnr(error: NDArray[Any]) -> float:
     return float(10 * np.log10(255**2 / max(1e-2, (error**2).mean())))
 
 
-def measure(fill: Callable[[Case, int], NDArray[Any]], chosen: list[Case], seeds: int) -> list[Score]:
+def measure(fill: Fill, chosen: list[Case], seeds: int) -> list[Score]:
     """Scores of every case and seed, judged if the judge is there."""
     pictures = [(case, fill(case, seed)) for case in chosen for seed in range(seeds)]
     scores = [score(case, out) for case, out in pictures]
@@ -147,31 +152,39 @@ HEAD = (
 
 def run(full: bool) -> None:
     """Print one table for exact masks with every fill, and one of the mask kinds with redirection."""
+    tables(*((100, 3) if full else (8, 1)))
+
+
+def tables(count: int, seeds: int) -> None:
+    """The same with a choice of how many."""
     pipe = picturebook()
     pipe.set_progress_bar_config(disable=True)
-    count, seeds = (100, 3) if full else (8, 1)
+    sys.stdout.write(f"{count} scenes, seeds: {seeds}, exact masks\n\n{HEAD}")
     chosen = list(cases(count))
-    sys.stdout.write(f"{count} scenes, {seeds} seeds, exact masks\n\n{HEAD}")
-
-    def diffusion(**settings: Any) -> Callable[[Case, int], NDArray[Any]]:
-        return lambda case, seed: np.asarray(erase(pipe, case.image, case.marked, seed=seed, **settings), float)
-
-    reference = measure(diffusion(**DIFFUSION[PLAIN]), chosen, seeds)
+    reference = measure(_diffusion(pipe, DIFFUSION[PLAIN]), chosen, seeds)
     for name, settings in DIFFUSION.items():
-        found = reference if name == PLAIN else measure(diffusion(**settings), chosen, seeds)
+        found = reference if name == PLAIN else measure(_diffusion(pipe, settings), chosen, seeds)
         _line(row(name, found, None if name == PLAIN else reference, chosen, seeds))
     for name, fill in FILLS.items():
-        found = measure(lambda case, _, fill=fill: _filled(fill, case), chosen, seeds)
-        _line(row(name, found, reference, chosen, seeds))
-    sys.stdout.write(f"\nRedirection by kind of mask, {count} scenes, 1 seed\n\n{HEAD}")
+        _line(row(name, measure(_fixed(fill), chosen, seeds), reference, chosen, seeds))
+    sys.stdout.write(f"\nRedirection by kind of mask, {count} scenes, seeds: 1\n\n{HEAD}")
     for kind in KINDS:
         chosen = list(cases(count, kind))
-        reference = measure(diffusion(**DIFFUSION[PLAIN]), chosen, 1)
-        _line(row(kind, measure(diffusion(), chosen, 1), reference, chosen, 1))
+        reference = measure(_diffusion(pipe, DIFFUSION[PLAIN]), chosen, 1)
+        _line(row(kind, measure(_diffusion(pipe, {}), chosen, 1), reference, chosen, 1))
 
 
-def _filled(fill: Callable[..., NDArray[Any]], case: Case) -> NDArray[Any]:
-    return np.clip(fill(np.asarray(case.image, float), grow(case.marked, 2)), 0, 255)
+def _diffusion(pipe: Any, settings: Mapping[str, Any]) -> Fill:
+    def fill(case: Case, seed: int) -> NDArray[Any]:
+        named = {"prompt": case.scene.background} if settings.get("prompt") == BACKGROUND else {}
+        return np.asarray(erase(pipe, case.image, case.marked, seed=seed, **{**settings, **named}), float)
+
+    return fill
+
+
+def _fixed(fill: Callable[[NDArray[Any], Bools], NDArray[Any]]) -> Fill:
+    """A fill without a model; it gets the same two pixels around the mark as `erase` takes."""
+    return lambda case, _: np.clip(fill(np.asarray(case.image, float), grow(case.marked, 2)), 0, 255)
 
 
 def _line(text: str) -> None:
