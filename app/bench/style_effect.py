@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +16,14 @@ from PIL import Image
 from ... import Inversion, StartpointFilter, StyleInjection, graft, invert, picturebook
 from ...pipelines.latents import decode_latents, encode_image
 from . import world
+from .segregation_effect import fingerprint
 from .statistics import mean, paired_difference
 from .style_scores import layout_accuracy, leak, psnr, style_distance
 
-STEPS = 25
+STEPS = 20
 STYLES = ("sketch", "mosaic", "dots", "watercolor")
+BATCH = 2 * len(STYLES)
+KEPT = Path("outputs/bench/style")
 PLOT = Path(__file__).parents[2] / "assets" / "style-pareto.png"
 
 
@@ -44,7 +49,7 @@ class Way:
     strength: float = 1.0
     filtered: bool = False
     omega: float | None = None
-    inverted: bool = False
+    inverted: bool = True
     words: bool = False
 
 
@@ -52,7 +57,7 @@ WAYS = (
     Way("plain img2img, style in words", None, words=True),
     Way("AdaIN of the startpoint only", None),
     Way("StyleID"),
-    Way("StyleID, inverted reference", inverted=True),
+    Way("StyleID, style under noise instead of inverted", inverted=False),
     Way("StyleAligned", "stylealigned"),
     Way("StyleID + filter", filtered=True),
     Way("StyleID + negative 1.5", omega=1.5),
@@ -100,14 +105,16 @@ class Studio:
     def __init__(self, pipe: Any, steps: int = STEPS) -> None:
         self.pipe, self.steps = pipe, steps
         self.inversions: dict[Any, Inversion] = {}
+        self.key = fingerprint(pipe)
 
     def paint(self, way: Way, batch: Sequence[Pair], styles: Sequence[Image.Image], seed: int) -> list[Image.Image]:
         """One output a pair, for these style pictures."""
         pipe, n = self.pipe, len(batch)
         if way.words:
             return self._in_words(batch, seed)
-        reference = self._invert(styles, None) if way.inverted else encode_image(pipe, list(styles))
-        content = self._contents(batch, way.omega, styles)
+        content, reference = self._contents(batch, way.omega, styles), encode_image(pipe, list(styles))
+        if way.inverted:
+            reference = self._remembered(("styles", *(s.tobytes() for s in styles)), lambda: self._invert(styles, None))
         noise = torch.Generator().manual_seed(seed)
         style = StyleInjection(
             reference, method=way.method or "styleid", content=content, strength=way.strength, generator=noise,
@@ -119,22 +126,25 @@ class Studio:
         return decode_latents(pipe, out)
 
     def _contents(self, batch: Sequence[Pair], omega: float | None, styles: Sequence[Image.Image]) -> Any:
-        pictures = [world.render(pair.content) for pair in batch]
+        scenes = [pair.content for pair in batch]
         if omega is not None:
-            return self._invert(pictures, list(styles), omega)
-        key = tuple(pair.content for pair in batch)
+            key = (omega, *scenes, *(style.tobytes() for style in styles))
+            pictures = [world.render(scene) for scene in scenes]
+            return self._remembered(key, lambda: self._invert(pictures, list(styles), omega))
+        unique = list(dict.fromkeys(scenes))
+        made = self._remembered(tuple(unique), lambda: self._invert([world.render(scene) for scene in unique], None))
+        index = [unique.index(scene) for scene in scenes]
+        return replace(made, latents=made.latents[index], trajectory=[z[index] for z in made.trajectory or ()])
+
+    def _remembered(self, key: tuple[Any, ...], make: Callable[[], Inversion]) -> Inversion:
         if key not in self.inversions:
-            unique = list(dict.fromkeys(key))
-            made = self._invert([world.render(scene) for scene in unique], None)
-            index = [unique.index(scene) for scene in key]
-            path = [z[index] for z in made.trajectory or ()]
-            self.inversions[key] = replace(made, latents=made.latents[index], trajectory=path)
+            self.inversions[key] = make()
         return self.inversions[key]
 
     def _invert(self, pictures: Sequence[Image.Image], negative: Any, omega: float = 1.5) -> Inversion:
         return invert(
             self.pipe, list(pictures), steps=self.steps, negative=negative, guidance=omega, trajectory=True,
-            iterations=3,
+            iterations=2,
         )  # fmt: skip
 
     def _in_words(self, batch: Sequence[Pair], seed: int) -> list[Image.Image]:
@@ -165,22 +175,35 @@ class StartAdaIN(StartpointFilter):
         return self._inner.latent(step, latent, probe)
 
 
-def measure(studio: Studio, way: Way, chosen: Sequence[Pair], canaries: int, note: Callable[[str], None]) -> Scores:
-    """Scores of one way on the pairs; the leak on the first `canaries` of them."""
+def measure(studio: Studio, way: Way, chosen: Sequence[Pair], canaries: int) -> Scores:
+    """Scores of one way on the pairs, made or remembered; the leak on the first `canaries` of them."""
     scores = Scores()
-    size = 5 * len(STYLES)
-    for start in range(0, len(chosen), size):
-        batch = chosen[start : start + size]
-        styles = [world.render(pair.style) for pair in batch]
-        outs = studio.paint(way, batch, styles, start)
-        for pair, style, out in zip(batch, styles, outs, strict=True):
-            _score(scores, pair, style, out)
-        if start < canaries and not way.words:
-            bare = [world.render(pair.style.empty()) for pair in batch]
-            others = studio.paint(way, batch, bare, start)
-            for values in zip(outs, others, batch, styles, bare, strict=True):
-                scores.leak.append(leak(values[0], values[1], values[2].style, (values[3], values[4])))
-        note(f"{way.name}: {start + len(batch)} of {len(chosen)}")
+    for start in range(0, len(chosen), BATCH):
+        batch = chosen[start : start + BATCH]
+        label = f"{studio.key} {STEPS} {replace(way, name='')} {batch} {start < canaries}"
+        kept = KEPT / f"{hashlib.sha256(label.encode()).hexdigest()[:24]}.json"
+        if not kept.exists():
+            made = scored(studio, way, batch, start, start < canaries and not way.words)
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            kept.write_text(json.dumps(asdict(made)))
+        for name, values in json.loads(kept.read_text()).items():
+            getattr(scores, name).extend(values)
+        sys.stderr.write(f"{way.name}: {start + len(batch)} of {len(chosen)}\n")
+    return scores
+
+
+def scored(studio: Studio, way: Way, batch: Sequence[Pair], seed: int, canary: bool) -> Scores:
+    """Scores of one batch."""
+    scores = Scores()
+    styles = [world.render(pair.style) for pair in batch]
+    outs = studio.paint(way, batch, styles, seed)
+    for pair, style, out in zip(batch, styles, outs, strict=True):
+        _score(scores, pair, style, out)
+    if canary:
+        bare = [world.render(pair.style.empty()) for pair in batch]
+        others = studio.paint(way, batch, bare, seed)
+        for values in zip(outs, others, batch, styles, bare, strict=True):
+            scores.leak.append(leak(values[0], values[1], values[2].style, (values[3], values[4])))
     return scores
 
 
@@ -225,7 +248,7 @@ def line(name: str, scores: Scores) -> str:
 
 def run(full: bool) -> None:
     """Print the table, the differences that the paper claims, and draw the Pareto plot."""
-    studio, chosen = Studio(_quiet()), pairs(25 if full else 3)
+    studio, chosen = Studio(_quiet()), pairs(25 if full else 2)
     head = "| way | PSNR to the true re-rendering, dB | layout accuracy | style distance / nothing done | canary leak |"
     _write(head)
     _write("|---|---|---|---|---|")
@@ -233,7 +256,7 @@ def run(full: bool) -> None:
         _write(line(name, scores))
     found: dict[str, Scores] = {}
     for way in WAYS:
-        found[way.name] = measure(studio, way, chosen, 40 if full else 12, _note)
+        found[way.name] = measure(studio, way, chosen, 40 if full else 8)
         _write(line(way.name, found[way.name]))
     _write(f"\n{len(chosen)} pairs; intervals: 95%, bootstrap over pairs. Against StyleID alone, pair by pair:\n")
     _write("| added | PSNR, dB | layout | style | leak |\n|---|---|---|---|---|")
@@ -243,14 +266,19 @@ def run(full: bool) -> None:
         deltas = [paired_difference(after, before) for after, before in kinds]
         cells = [f"{d.value:+.3f} ({d.low:+.3f} to {d.high:+.3f})" for d in deltas]
         _write(f"| {name.removeprefix('StyleID ')} | {' | '.join(cells)} |")
-    sweep = {way: measure(studio, way, chosen[: 40 if full else 12], 0, _note) for way in SWEEP}
+    if full:
+        sweep_strength(studio, chosen[:40])
+
+
+def sweep_strength(studio: Studio, chosen: Sequence[Pair]) -> None:
+    """Print and draw what `strength` trades."""
+    sweep = {way: measure(studio, way, chosen, 0) for way in SWEEP}
     _write("\n| strength sweep | PSNR to the true re-rendering, dB | layout accuracy | style distance | |")
     _write("|---|---|---|---|---|")
     for way, scores in sweep.items():
         _write(line(way.name, scores))
-    if full:
-        plot({way.name: (mean(s.layout).value, mean(s.style).value) for way, s in sweep.items()}, PLOT)
-        _write(f"\nPareto plot: {PLOT.name}")
+    plot({way.name: (mean(s.layout).value, mean(s.style).value) for way, s in sweep.items()}, PLOT)
+    _write(f"\nPareto plot: {PLOT.name}")
 
 
 def plot(points: dict[str, tuple[float, float]], path: Path) -> None:
@@ -281,7 +309,7 @@ def plot(points: dict[str, tuple[float, float]], path: Path) -> None:
 
 
 def _quiet() -> Any:
-    pipe: Any = picturebook()
+    pipe: Any = picturebook(device="cuda" if torch.cuda.is_available() else None)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -289,7 +317,3 @@ def _quiet() -> Any:
 def _write(text: str) -> None:
     sys.stdout.write(f"{text}\n")
     sys.stdout.flush()
-
-
-def _note(text: str) -> None:
-    sys.stderr.write(f"{text}\n")
