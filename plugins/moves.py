@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from ..attention.errors import UnsupportedPipelineError
+
 
 def step_factor(index: int, total: int, decay: float) -> float:
     """sqrt of the line from 1 at the first step to `decay` at the last: Attend-and-Excite's schedule for decay 0.5."""
@@ -45,3 +47,14 @@ def shuffled(noise: torch.Tensor, number: int) -> torch.Tensor:
         return noise
     order = torch.randperm(noise[0].numel(), generator=torch.Generator().manual_seed(number)).to(noise.device)
     return noise.flatten(1)[:, order].view_as(noise)
+
+
+def gradient_of(loss: torch.Tensor, latent: torch.Tensor, scale: float) -> torch.Tensor:
+    """d loss / d latent, computed with the loss times `scale`."""
+    if not loss.requires_grad:
+        raise UnsupportedPipelineError(
+            "the attention maps have no gradient with respect to the latent (quantised layers without a backward pass, "
+            "or a processor under no_grad): load the model in float16, bfloat16 or float32"
+        )
+    (gradient,) = torch.autograd.grad(scale * loss, latent)
+    return gradient / scale

@@ -9,26 +9,16 @@ from typing import Any, Literal
 import torch
 
 from ..attention.edit import Edit
-from ..attention.errors import SettingError, UnsupportedPipelineError
+from ..attention.errors import SettingError
 from ..attention.maps import LayerChoice, MapCapture, Normalisation, Smoothing, ValuesOnly, concept_maps
 from ..attention.step import Step
 from .base import Plugin, Probe, Session, finite
 from .concepts import Concepts, Picture, check_concepts, find_picture, for_pictures
 from .losses import Loss, Maps, binding_loss, find_loss
-from .moves import gradient_step, low_pass, relative_step, shuffled, step_factor
+from .moves import gradient_of, gradient_step, low_pass, relative_step, shuffled, step_factor
+from .presets import Route, Units, check_choices, preset_named
 from .retention import Regions, Rule, read_layout
 
-Units = Literal["relative", "gradient"]
-PRESETS: dict[str, dict[str, Any]] = {
-    "measured": {
-        "normalisation": "max", "smoothing": "mean", "rule": "relative", "size": 0.05, "decay": 0.5, "lowpass": None,
-        "route": "exact", "end": 0.4,
-    },
-    "paper": {
-        "normalisation": "ae", "smoothing": "gaussian", "rule": "gradient", "size": 20.0, "decay": 0.5, "lowpass": 0,
-        "route": "exact", "end": 1.0,
-    },
-}  # fmt: skip
 _MAX_REFINEMENTS = 20
 _LOSS_SCALE = 2.0**12
 
@@ -107,14 +97,12 @@ class AttentionSegregation(Plugin):
         level: float | None = None,
         previous: Literal["post", "pre"] = "post",
         every: int = 1,
-        route: Literal["exact", "values"] | None = None,
+        route: Route | None = None,
         refine: Mapping[int, float] | None = None,
         candidates: int = 1,
         loss_scale: float | None = None,
     ) -> None:
-        if preset not in (None, *PRESETS):
-            raise SettingError(f"preset={preset!r}: choose one of {', '.join(PRESETS)}")
-        chosen = PRESETS[preset or "measured"]
+        chosen = preset_named(preset)
 
         def default(name: str, given: Any) -> Any:
             return chosen[name] if given is None else given
@@ -134,25 +122,18 @@ class AttentionSegregation(Plugin):
         self.decay = finite(default("decay", decay), "decay", 0, 1)
         self.lowpass: int | None = default("lowpass", lowpass)
         self.layers: LayerChoice = layers
-        self.route: str = default("route", route)
+        self.route: Route = default("route", route)
         self.threshold, self.level, self.previous, self.layout = threshold, level, previous, layout
         self.every, self.refine, self.candidates = every, dict(refine or {}), candidates
-        self.loss_scale = loss_scale
+        self.loss_scale = None if loss_scale is None else finite(loss_scale, "loss_scale", 1)
         self._loss = find_loss(loss)
-        self._check_choices()
+        check_choices(self)
+        self._check_attributes()
         masks = read_layout(layout, [len(group) for group in self.concepts])
         self._regions = Regions(threshold, level, previous, masks)
         self._forget()
 
-    def _check_choices(self) -> None:
-        for name, choices in _CHOICES.items():
-            value = getattr(self, name)
-            if value not in choices and not callable(value):
-                raise SettingError(f"{name}={value!r}: choose one of {', '.join(choices)}")
-        for name, low in (("every", 1), ("lowpass", 0), ("candidates", 1)):
-            value = getattr(self, name)
-            if value is not None and not (isinstance(value, int) and value >= low):
-                raise SettingError(f"{name}={value!r}: a whole number, {low} or more, is needed")
+    def _check_attributes(self) -> None:
         named = {str(concept) for group in self.concepts for concept in group}
         unknown = sorted({word for group in self.attributes for word in group} - named)
         if unknown:
@@ -246,7 +227,7 @@ class AttentionSegregation(Plugin):
             picture.losses.append(loss.detach())
         grid, scale = self._probed.grid, self._scale_for(self._probed.dtype)
         self._probed.clear()
-        gradient = _gradient(torch.stack(losses).sum(), z, scale)
+        gradient = gradient_of(torch.stack(losses).sum(), z, scale)
         usable = self._usable(gradient)
         cell = self.lowpass if self.lowpass is not None else 4 * (tuple(z.shape[-2:]) == grid)
         if cell > 1:
@@ -313,23 +294,3 @@ class AttentionSegregation(Plugin):
             if picture.concepts and picture.losses:
                 values[f"loss {i}"] = [round(float(loss), 4) for loss in picture.losses]
         return values
-
-
-_CHOICES: dict[str, tuple[str, ...]] = {
-    "normalisation": ("ae", "eot", "max", "minmax", "sum1", "none"),
-    "smoothing": ("gaussian", "mean", "none"),
-    "rule": ("relative", "gradient"),
-    "route": ("exact", "values"),
-    "layers": ("auto", "decoder", "all"),
-}
-
-
-def _gradient(loss: torch.Tensor, latent: torch.Tensor, scale: float) -> torch.Tensor:
-    """d loss / d latent, computed with the loss times `scale`."""
-    if not loss.requires_grad:
-        raise UnsupportedPipelineError(
-            "the attention maps have no gradient with respect to the latent (quantised layers without a backward pass, "
-            "or a processor under no_grad): load the model in float16, bfloat16 or float32"
-        )
-    (gradient,) = torch.autograd.grad(scale * loss, latent)
-    return gradient / scale

@@ -96,6 +96,8 @@ ROWS: dict[str, Row] = {
     "segregation only": partial(guided, retention=0),
     "retention only": partial(guided, segregation=0),
     "default + colours bound": bound,
+    "default, route of values": partial(guided, route="values"),
+    "default, best of 8 starts": partial(guided, candidates=8),
     "attend-and-excite, 10%": partial(guided, loss="attend-and-excite", size=0.1),
     "jsd": partial(guided, loss="jsd"),
     'preset="paper"': partial(guided, preset="paper"),
