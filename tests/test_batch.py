@@ -370,7 +370,7 @@ def test_dry_run_lists_everything_and_writes_nothing(folder):
 
 
 def test_the_example_in_the_repository_is_right(tmp_path):
-    path = ROOT / "examples" / "jobs.jsonl"
+    path = ROOT / "assets" / "examples" / "jobs.jsonl"
     setup = Setup(out=tmp_path / "out", base=path.parent, model="picturebook")
     code, errors, counts = dry_run(path, setup, Options())
     assert (code, errors) == (0, []) and counts["to_do"] == len(path.read_text().splitlines())
