@@ -55,7 +55,7 @@ def feather(mask: Bools, pixels: int) -> NDArray[np.float32]:
 
 def fill_holes(mask: Bools) -> Bools:
     """The mask with every unmasked region that it encloses."""
-    regions = _regions(~mask)
+    regions = components(~mask)
     edge = np.concatenate([regions[0], regions[-1], regions[:, 0], regions[:, -1]])
     outside = np.zeros(mask.size + 1, np.bool_)
     outside[edge] = True
@@ -65,12 +65,12 @@ def fill_holes(mask: Bools) -> Bools:
 
 def drop_small(mask: Bools, area: int) -> Bools:
     """The mask without connected parts of fewer than `area` pixels; 0 and 1 are neutral."""
-    regions = _regions(mask)
+    regions = components(mask)
     counts = np.bincount(regions[mask], minlength=mask.size)
     return mask & (counts[regions] >= area)
 
 
-def _regions(mask: Bools) -> NDArray[np.int64]:
+def components(mask: Bools) -> NDArray[np.int64]:
     """A number for each 4-connected part of the mask, -1 elsewhere.
 
     Numbers spread along whole runs of a row, then of a column, until nothing changes: passes as many as bends.

@@ -23,7 +23,7 @@ from .generate import guard, resolve_seed
 from .graft import graft
 from .inversion import invert
 from .latents import encode_image
-from .region import Region, as_picture, paste, plan_region
+from .region import Region, as_picture, paste, plan_regions
 
 REACH = 24
 """Pixels around the mask that `erase` changes at most unless told otherwise."""
@@ -90,7 +90,8 @@ def erase(
         fill: also remove what the mask encloses. min_area: parts of the mask with fewer pixels are specks to be left.
         crop: give the model the surroundings of the hole at their own resolution; False: the whole picture.
         plugins: further techniques for the same run.
-        call: passed on to the pipeline, such as `negative_prompt` or, with a ControlNet, `control_image`.
+        call: passed on to the pipeline, such as `negative_prompt` or, with a ControlNet, `control_image` (a PIL picture
+            of the whole picture is cut out alike).
     Returns:
         A PIL picture of the input's size and mode; further than `grow + feather` pixels from the mask every byte is the
         input's. Its settings are in `.info["diffgraft"]`. `n` > 1 gives a list, a list of images a list of these.
@@ -130,14 +131,16 @@ def _erase_one(
         warnings.warn("the mask is empty: the picture comes back unchanged", stacklevel=4)
         return [picture.copy() for _ in seeds]
     hole, opacity, used = edges.apply(marked)
-    region = plan_region(hole, _native(pipe), _multiple(pipe), crop)
-    left, top, right, bottom = region.box
+    regions = plan_regions(hole, _native(pipe), _multiple(pipe), crop)
     results: list[Image.Image] = []
     for seed in seeds:
-        generated = sample(pipe, region, picture, hole, seed, sampling)
-        made = paste(picture, region.uncut(generated), (left, top), opacity[top:bottom, left:right])
+        made = picture
+        for region in regions:
+            left, top, right, bottom = region.box
+            generated = region.uncut(sample(pipe, region, made, hole, seed, sampling))
+            made = paste(made, generated, (left, top), opacity[top:bottom, left:right])
         made.info["diffgraft"] = {
-            "task": "erase", "seed": seed, **settings, **used, "box": list(region.box),
+            "task": "erase", "seed": seed, **settings, **used, "boxes": [list(region.box) for region in regions],
             "scheduler": type(pipe.scheduler).__name__, "pipeline": type(pipe).__name__,
             "plugins": [{"plugin": type(plugin).__name__} | plugin.settings() for plugin in sampling.plugins],
         }  # fmt: skip
@@ -156,7 +159,7 @@ def sample(pipe: Any, region: Region, picture: Image.Image, hole: Bools, seed: i
     tokens = level_mask(masked, grid, grid)
     call = dict(sampling.call)
     if isinstance(call.get("control_image"), Image.Image):
-        call["control_image"] = region.cut(call["control_image"])
+        call["control_image"] = region.cut(call["control_image"].resize(picture.size))
     if inpainting:
         call |= _inpainting(pipe, part, tokens)
     then = Blend(source, tokens, call.pop("callback_on_step_end", None))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -13,6 +14,7 @@ from PIL import Image, ImageOps
 
 from ..attention.errors import SettingError, SettingTypeError
 from ..attention.masks import Bools, fit
+from ..attention.morphology import components
 
 CONTEXT = 2.0
 """A crop is at least this many times as wide and as high as the hole."""
@@ -66,25 +68,60 @@ def plan_region(mask: Bools, native: int, multiple: int, crop: bool = True) -> R
         mask: [h, w], the hole.
         native: the side in pixels that the model was made for.
         multiple: what sides must be multiples of.
-        crop: False takes the whole picture at its own size. True takes the surroundings of the hole, at least `native`
-            pixels wide and high and at least twice the hole, at the picture's own resolution; only a hole that is
-            large against `native` is generated at a lower one.
+        crop: False takes the whole picture at its own size. True takes the surroundings of the hole at the picture's
+            own resolution: at least `native` pixels wide and high, twice the hole, and half as much across as along.
+            Only a hole that is large against `native` is generated at a lower one.
     """
     height, width = mask.shape
     if not crop:
         return Region((0, 0, width, height), (width, height), (_up(width, multiple), _up(height, multiple)))
-    left, right = _around(np.any(mask, axis=0), native, multiple)
-    top, bottom = _around(np.any(mask, axis=1), native, multiple)
+    across, down = np.any(mask, axis=0), np.any(mask, axis=1)
+    long = max(_extent(across), _extent(down))
+    least = max(native, round(CONTEXT * long / 2))  # a line needs surroundings on its long sides too
+    left, right = _around(across, least, multiple)
+    top, bottom = _around(down, least, multiple)
     scale = min(1.0, LARGEST * native / max(right - left, bottom - top))
     size = max(1, round((right - left) * scale)), max(1, round((bottom - top) * scale))
     return Region((left, top, right, bottom), size, (_up(size[0], multiple), _up(size[1], multiple)))
 
 
-def _around(masked: Bools, native: int, multiple: int) -> tuple[int, int]:
+def plan_regions(mask: Bools, native: int, multiple: int, crop: bool = True) -> list[Region]:
+    """One region, or one for each far part of a hole that would be made smaller as a whole; arguments as before."""
+    whole = plan_region(mask, native, multiple, crop)
+    if not crop or whole.size == (whole.box[2] - whole.box[0], whole.box[3] - whole.box[1]):
+        return [whole]
+    labels = components(mask)
+    groups: list[Bools] = [labels == label for label in np.unique(labels[mask])]
+    planned = [plan_region(group, native, multiple) for group in groups]
+    while pair := _touching(groups, planned):
+        i, j = pair
+        groups[i] |= groups.pop(j)
+        planned.pop(j)
+        planned[i] = plan_region(groups[i], native, multiple)
+    return planned
+
+
+def _touching(groups: Sequence[Bools], planned: Sequence[Region]) -> tuple[int, int] | None:
+    """Two groups, the earlier first, of which one lies in the other's region."""
+    for i, region in enumerate(planned):
+        left, top, right, bottom = region.box
+        for j, group in enumerate(groups):
+            if i != j and group[top:bottom, left:right].any():
+                return min(i, j), max(i, j)
+    return None
+
+
+def _extent(masked: Bools) -> int:
+    first, last = np.flatnonzero(masked)[[0, -1]]
+    return int(last - first + 1)
+
+
+def _around(masked: Bools, least: int, multiple: int) -> tuple[int, int]:
     """Start and end, along one axis, of the surroundings of what is masked."""
-    first, last = (int(i) for i in np.flatnonzero(masked)[[0, -1]])
-    side = min(len(masked), _up(max(native, round(CONTEXT * (last + 1 - first))), multiple))
-    start = min(max(0, (first + last + 1 - side) // 2), len(masked) - side)
+    extent = _extent(masked)
+    middle = 2 * int(np.flatnonzero(masked)[0]) + extent
+    side = min(len(masked), _up(max(least, round(CONTEXT * extent)), multiple))
+    start = min(max(0, (middle - side) // 2), len(masked) - side)
     return start, start + side
 
 

@@ -18,7 +18,7 @@ from diffgraft.app.bench.redirection_effect import KINDS, cases, score
 from diffgraft.attention.morphology import distance, grow
 from diffgraft.pipelines.blend import sibling
 from diffgraft.pipelines.latents import encode_image
-from diffgraft.pipelines.region import paste, plan_region
+from diffgraft.pipelines.region import paste, plan_region, plan_regions
 
 
 def picture(width=32, height=32, mode="RGB", seed=0):
@@ -195,7 +195,7 @@ def test_the_settings_that_make_it_again_are_in_the_picture(pipe):
     settings = dict(out.info["diffgraft"])
     assert settings["task"] == "erase" and settings["plugins"] == [{"plugin": "Scaled", "factor": 0.5, "kind": "cross",
         "start": 0.0, "end": 1.0, "steps": str(settings["plugins"][0]["steps"])}]  # fmt: skip
-    for name in ("task", "box", "scheduler", "pipeline", "plugins"):
+    for name in ("task", "boxes", "scheduler", "pipeline", "plugins"):
         del settings[name]
     again = dg.erase(pipe, picture(), box(), plugins=[Scaled(0.5)], **settings)
     assert np.array_equal(np.asarray(again), np.asarray(out))
@@ -215,7 +215,7 @@ def test_a_small_hole_in_a_large_picture_is_worked_on_at_its_own_resolution(pipe
     hook.remove()
     assert set(seen) == {(16, 16)} and out.size == (300, 200)
     assert not changed(image, out)[~grow(mask, 6)].any() and changed(image, out)[mask].mean() > 0.9
-    left, top, right, bottom = out.info["diffgraft"]["box"]
+    [(left, top, right, bottom)] = out.info["diffgraft"]["boxes"]
     assert (right - left, bottom - top) == (32, 32) and right <= 300 and left <= 280 and bottom >= 159
 
 
@@ -243,6 +243,20 @@ def test_regions_hold_the_hole_and_fit(seed):
         assert np.array_equal(np.asarray(region.uncut(cut)), np.asarray(image)[top:bottom, left:right])
     back = paste(image, region.uncut(cut), (left, top), np.zeros((bottom - top, right - left)))
     assert not changed(image, back).any()
+
+
+def test_far_parts_of_a_hole_are_worked_on_one_by_one_and_near_ones_together(pipe):
+    mask = box(300, 200, 5, 5, 6) | box(300, 200, 180, 280, 6) | box(300, 200, 12, 14, 4)
+    image = picture(300, 200)
+    out = quick(pipe, image, mask, grow=1, feather=0)
+    boxes = out.info["diffgraft"]["boxes"]
+    assert len(boxes) == 2 and all((r - x, b - y) == (32, 32) for x, y, r, b in boxes)
+    hole = grow(mask, 1)
+    assert not changed(image, out)[~hole].any() and changed(image, out)[hole].mean() > 0.9
+    across = np.zeros((200, 300), bool)
+    across[100, 10:290] = True  # one part cannot be divided: it is generated smaller
+    [region] = plan_regions(across, 32, 8)
+    assert region.size[0] < region.box[2] - region.box[0] and quick(pipe, image, across).size == (300, 200)
 
 
 def test_padding_mirrors_picture_and_mask_alike():
