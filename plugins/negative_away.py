@@ -158,7 +158,7 @@ class NegativeAway(Plugin):
         scale = known.scale if self.scale is None else self.scale
         strength = scale if self.rule == "vsf" else scale * sum(weights)
         self._calls[threading.get_ident()] = Call(
-            session.layer_text, texts, weights, prompt.pictures, self.rule, self._combine(known, strength), self.joint
+            session.layer_text, texts, weights, self.rule, self._combine(known, strength), self.joint
         )
         given = self.scale is not None
         self._used = {"rule": self.rule, "scale": scale, "scale_from": "given" if given else known.source}

@@ -36,7 +36,6 @@ class Call:
     Attributes:
         layer_text: brings a text to the form that cross-attention layers get.
         texts, weights: one a negative; rows of a text are one, or one a prompt.
-        pictures: rows of the conditional group.
         rule, combine: the rule's name and its function of the four tensors, settings bound.
         joint: NASA's form in a joint sequence.
     """
@@ -44,7 +43,6 @@ class Call:
     layer_text: Callable[[Text], Text]
     texts: list[Text]
     weights: list[float]
-    pictures: int
     rule: str
     combine: Callable[..., torch.Tensor]
     joint: str
@@ -58,7 +56,7 @@ class Call:
         limit = torch.finfo(positive.dtype).max
         return (new.clamp(-limit, limit) if positive.dtype == torch.float16 else new).to(positive.dtype)
 
-    def projected(self, call: AttentionCall, number: int, rows: int) -> tuple[torch.Tensor, ...]:
+    def projected(self, call: AttentionCall, number: int, rows: int) -> tuple[Any, ...]:
         """Keys, values and mask of a negative in this layer for `rows` rows; projected at the first use."""
         module = call.layer.module
         mark = (call.q.dtype, call.q.device, *(_lora(getattr(module, name, None)) for name in ("to_k", "to_v")))
@@ -68,20 +66,23 @@ class Call:
             text = self._layer_text(number)
             made = call.project(text.embeddings.to(call.q), _bias(text.mask, call.q.dtype))
             kept = self.keys[call.layer.name, number] = mark, made.k, made.v, made.mask
-        return tuple(self._rows(tensor, rows) for tensor in kept[1:])
+        cond = call.step.rows["cond"]
+        return tuple(_for_rows(tensor, rows, cond.stop - cond.start) for tensor in kept[1:])
 
     def _layer_text(self, number: int) -> Text:
         if not self.seen:
             self.seen = [self.layer_text(text) for text in self.texts]
         return self.seen[number]
 
-    def _rows(self, tensor: Any, rows: int) -> Any:
-        if tensor is None:
-            return None
-        n = len(tensor)
-        if n == 1:
-            return tensor.expand(rows, *tensor.shape[1:])
-        return tensor[torch.arange(rows, device=tensor.device) % self.pictures // (self.pictures // n)]
+
+def _for_rows(tensor: torch.Tensor | None, rows: int, pictures: int) -> torch.Tensor | None:
+    """One row, or one a prompt, for every one of `rows`: the pictures, and the branches that copy them."""
+    if tensor is None:
+        return None
+    n = len(tensor)
+    if n == 1:
+        return tensor.expand(rows, *tensor.shape[1:])
+    return tensor[torch.arange(rows, device=tensor.device) % pictures // (pictures // n)]
 
 
 def pooled(rule: str, parts: Sequence[Partial], weights: Sequence[float]) -> Partial:

@@ -180,10 +180,11 @@ def flops_table() -> None:
         first, *later = (100 * (n / plain - 1) for n in count(shape, pipe, negative, calls=calls))
         layers = len(set(calls))
         once = f"{(len(calls) - STEPS * layers) / layers:g} a layer and call" if layers else "carried along"
-        out(f"| {shape.name} | {plain / 1e12:.3f} | +{first:.2f}% | +{max(later):.2f}% | {once} |\n")
+        out(f"| {shape.name} | {plain / 1e12:.3f} | {first:+.2f}% | {max(later):+.2f}% | {once} |\n")
+        sys.stdout.flush()
         for found, bound in ((first, shape.first), (max(later), shape.later)):
             if bound is not None and found > bound:
-                raise AssertionError(f"{shape.name}: +{found:.2f}% FLOPs, at most +{bound}% was promised")
+                raise AssertionError(f"{shape.name}: {found:+.2f}% FLOPs, at most +{bound}% was promised")
 
 
 def time_table(repeats: int) -> None:
