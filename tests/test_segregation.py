@@ -8,7 +8,12 @@ import pytest
 import tiny
 import tiny_transformers
 import torch
-from diffusers import EulerDiscreteScheduler, PNDMScheduler, StableDiffusionImg2ImgPipeline
+from diffusers import (
+    EulerDiscreteScheduler,
+    PNDMScheduler,
+    StableDiffusionControlNetPipeline,
+    StableDiffusionImg2ImgPipeline,
+)
 from plugins_for_tests import fingerprint
 
 import diffgraft as dg
@@ -440,6 +445,19 @@ def test_transformers_move_and_come_back(name):
     losses = report.plugins[0][1]["loss 0"]
     assert len(losses) == 3 and all(0 <= loss <= 1 for loss in losses)
     assert fingerprint(pipe) == before and torch.equal(run()[0], plain)
+
+
+def test_beside_a_controlnet_and_another_technique():
+    model = tiny.unet()
+    pipe = tiny.sd15(cls=StableDiffusionControlNetPipeline, unet=model, controlnet=tiny.controlnet(model))
+    call = {"image": torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))}
+    plain, before, moved_by = tiny.sample(pipe, **call), fingerprint(pipe), []
+    for others in ([], [dg.NegativeAway("red")]):
+        with dg.graft(pipe, *others, dg.AttentionSegregation(WORDS)) as g:
+            moved_by.append(tiny.sample(pipe, **call))
+        assert g.report().updates == 2
+    assert not torch.equal(moved_by[0], plain) and not torch.equal(*moved_by)
+    assert fingerprint(pipe) == before and torch.equal(tiny.sample(pipe, **call), plain)
 
 
 # -- T10, T11: schedulers and calls --------------------------------------------------------------------------------
