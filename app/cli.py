@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import typer
 
@@ -87,10 +87,13 @@ def generate(
 @app.command()
 def erase(
     image: Annotated[Path, typer.Argument(help="A picture, or a folder of pictures.")],
-    mask: Annotated[Path, typer.Argument(help="White is removed; or a folder: the mask of a.jpg is a.png there.")],
+    mask: Annotated[
+        Path | None, typer.Argument(help="White is removed; or a folder: the mask of a.jpg is a.png there.")
+    ] = None,
+    mask_option: Annotated[Path | None, typer.Option("--mask", help="The mask, given by name.")] = None,
     out: Annotated[Path, typer.Option(help="A .png; a folder where IMAGE is one.")] = Path("out.png"),
     invert: Annotated[bool, typer.Option("--invert", help="Black is removed.")] = False,
-    prompt: Annotated[str | None, typer.Option(help="What is to be there instead; nothing works best.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="What is to be there instead, such as the background.")] = None,
     grow: Annotated[int | None, typer.Option(min=0, help="Pixels by which the mask is grown first.")] = None,
     n: Number = 1,
     seed: Seed = None,
@@ -105,12 +108,15 @@ def erase(
     verbose: Verbose = False,
 ) -> None:
     """Remove what a mask covers and continue the background."""
+    if (mask is None) == (mask_option is None):
+        raise typer.BadParameter("give one mask: diffgraft erase photo.png --mask mask.png --out out.png")
     with reported(verbose):
         from . import tasks
 
         wish = tasks.Wish(model, device, dtype, revision, quiet, not no_metadata)
         settings = {"steps": steps, "guidance": guidance, "prompt": prompt, "grow": grow}
-        _tell(tasks.erase(wish, image, mask, out, invert=invert, n=n, seed=seed, **settings))
+        hole = cast("Path", mask or mask_option)
+        _tell(tasks.erase(wish, image, hole, out, invert=invert, n=n, seed=seed, **settings))
 
 
 @app.command()

@@ -121,7 +121,7 @@ def test_erase_one_and_a_folder(model, tmp_path):
     said = read_settings("out-1.png")
     assert (said["task"], said["seed"], said["steps"]) == ("erase", 2, 2)
     assert Image.open("out-0.png").size == (64, 64)
-    assert edit(model, "erase", "in", "masks", "--out", "made").stdout == "made/a.png\nmade/b.png\n"
+    assert edit(model, "erase", "in", "--mask", "masks", "--out", "made").stdout == "made/a.png\nmade/b.png\n"
     assert Image.open("made/a.png").tobytes() == Image.open("out-0.png").tobytes()
     (tmp_path / "masks" / "b.png").unlink()
     result = edit(model, "erase", "in", "masks", "--out", "made")
@@ -140,6 +140,8 @@ def test_edits_that_cannot_be_made(model, tmp_path):
     pictures(tmp_path)
     Image.new("L", (64, 64)).save("empty.png")
     for words, code, message in [
+        (["erase", "in/a.png"], 2, "give one mask"),
+        (["erase", "in/a.png", "empty.png", "--mask", "empty.png"], 2, "give one mask"),
         (["erase", "in/a.png", "empty.png"], 2, "nothing to remove"),
         (["erase", "in/a.png", "masks/b.png"], 2, "another aspect"),
         (["erase", "no.png", "masks/b.png"], 2, "does not exist"),
