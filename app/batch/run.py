@@ -78,7 +78,7 @@ def run_batch(manifest_path: Path, setup: Setup, options: Options) -> tuple[int,
         for bad in plan.bad:
             outcome.add(_bad_record(manifest, bad))
         outcome.follow(run(setup, batches(plan.jobs, setup.batch_size), options.workers))
-        return _finish(manifest, store, records, plan, outcome, options)
+        return _finish(manifest, store, plan, outcome, options)
 
 
 def dry_run(manifest_path: Path, setup: Setup, options: Options) -> tuple[int, list[str], dict[str, Any]]:
@@ -212,17 +212,12 @@ class _Outcome:
 
 
 def _finish(
-    manifest: Manifest,
-    store: Store,
-    records: dict[str, Record],
-    plan: Plan,
-    outcome: _Outcome,
-    options: Options,
+    manifest: Manifest, store: Store, plan: Plan, outcome: _Outcome, options: Options
 ) -> tuple[int, dict[str, Any]]:
     """Bring the folder's overview up to date: results, metadata, sheets, summary."""
-    records = store.records()  # other shards may have gone on meanwhile
     order = {row.id: line for line, row in manifest.rows} | {bad.id: bad.line for bad in manifest.bad}
-    ordered = sorted(records.values(), key=lambda r: (r["id"] not in order, order.get(r["id"], 0), r["id"]))
+    records = store.records().values()  # read again: other shards may have gone on meanwhile
+    ordered = sorted(records, key=lambda r: (r["id"] not in order, order.get(r["id"], 0), r["id"]))
     failed = [record for record in ordered if record["status"] != "ok"]
     code = outcome.code or (FAILED if failed else OK)
     summary: dict[str, Any] = {
