@@ -219,7 +219,7 @@ def level_shares(mask: Bools, size: tuple[int, int], levels: Sequence[int]) -> d
         left = 1 - float(tokens.double().mean())
         if bool(tokens.all()):
             raise MaskError(
-                f"no background is left at the level of {name} tokens (the mask covers {mask.mean():.0%} of the pixels): "
+                f"no background is left at the level of {name} tokens (the mask covers {mask.mean():.0%} of it all): "
                 "use a smaller mask, a larger picture, or layers of a finer level"
             )
         if left < SCARCE:

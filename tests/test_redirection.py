@@ -331,7 +331,7 @@ def test_no_background_is_an_error_before_any_denoiser_call(sd15):
         dg.SelfAttentionRedirection(np.ones((32, 32), bool))
     comb = np.zeros((32, 32), bool)
     comb[::4] = True  # a quarter of the pixels, half of the 16x16 tokens, all of the 8x8
-    with pytest.raises(dg.MaskError, match=r"8x8 tokens \(the mask covers 25% of the pixels\)"):
+    with pytest.raises(dg.MaskError, match=r"8x8 tokens \(the mask covers 25% of it all\)"):
         untouched(sd15, lambda: erased(sd15, comb))
     fine = [i for i, name in SELF if name.startswith("up_blocks.1")]
     out, _ = erased(sd15, comb, layers=fine)  # but not where only finer levels are asked for
