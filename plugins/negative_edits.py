@@ -19,6 +19,7 @@ from ..attention.call import AttentionCall, Kernel
 from ..attention.edit import Edit
 from ..attention.layer import AttentionLayer
 from ..attention.partial import Partial, attend_with_lse, merge, sum_weighted
+from ..attention.sequence import joined, placed, without
 from ..attention.step import Step
 from .base import Text
 
@@ -142,7 +143,7 @@ class CrossAway(_TextEdit):
                 lse = kept[rows]
             else:  # another edit took the kernel's place
                 lse = attend_with_lse(some.q, some.k, some.v, some.mask, some.scale).lse
-        return _placed(out, rows, state.steer(out[rows], lse, negatives))
+        return placed(out, rows, state.steer(out[rows], lse, negatives))
 
     def _attend(self, call: AttentionCall, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> Partial:
         if self.plugin.rule == "vsf":
@@ -161,8 +162,8 @@ class CutStreams(_TextEdit):
         lengths = [text.embeddings.shape[1] for text in self.plugin.call().texts]
         start, stop = call.text.stop - sum(lengths), call.text.stop
         call.aside[_STREAMS] = [_columns(call, start + sum(lengths[:i]), n) for i, n in enumerate(lengths)]
-        call.q, call.k, call.v = (_without(t, slice(start, stop), -2) for t in (call.q, call.k, call.v))
-        call.mask = None if call.mask is None else _without(call.mask, slice(start, stop), -1)
+        call.q, call.k, call.v = (without(t, slice(start, stop), -2) for t in (call.q, call.k, call.v))
+        call.mask = None if call.mask is None else without(call.mask, slice(start, stop), -1)
         call.text = slice(call.text.start, start)
         call.kernel = _sharing_image(call)
 
@@ -177,9 +178,9 @@ class JointAway(_TextEdit):
         rows, text = call.select("cond"), call.text
         streams = [stream.narrow(rows) for stream in call.aside.pop(_STREAMS)]
         if self.plugin.chooses(call.layer):
-            steered = self._steered(call, _without(out, text, -2), rows, streams)
-            out = _joined(out[:, :, text], steered, text)
-        own = _placed(
+            steered = self._steered(call, without(out, text, -2), rows, streams)
+            out = joined(out[:, :, text], steered, text)
+        own = placed(
             out.new_zeros(len(out), out.shape[1], sum(s.q.shape[-2] for s in streams), out.shape[-1]),
             rows, torch.cat([_own_attention(call.narrow(rows), stream) for stream in streams], -2),
         )  # fmt: skip
@@ -199,7 +200,7 @@ class JointAway(_TextEdit):
             negatives = words
         else:
             negatives = [merge([w, image]) for w in words]
-        return _placed(out, rows, state.steer(out[rows], positive.lse, negatives))
+        return placed(out, rows, state.steer(out[rows], positive.lse, negatives))
 
 
 # -- kernels that keep what the rules need -------------------------------------------------------------------------
@@ -228,7 +229,7 @@ def _sharing_image(call: AttentionCall) -> Kernel:
         image, positive = _in_parts(_image(q, text), k, v, attn_mask, rest["scale"], text)
         aside[_SHARED] = image, positive
         words = plain(q[:, :, text], k, v, attn_mask=attn_mask, **rest)
-        return _joined(words, positive.out, text)
+        return joined(words, positive.out, text)
 
     return kernel
 
@@ -237,7 +238,7 @@ def _in_parts(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float, text: slice
 ) -> tuple[Partial, Partial]:
     """(attention over the image, attention over all keys) of image queries."""
-    seen = None if mask is None else _without(mask, text, -1)
+    seen = None if mask is None else without(mask, text, -1)
     image = attend_with_lse(q, _image(k, text), _image(v, text), seen, scale)
     words = attend_with_lse(q, k[:, :, text], v[:, :, text], None if mask is None else mask[..., text], scale)
     return image, merge([image, words])
@@ -260,7 +261,7 @@ def _own_attention(call: AttentionCall, stream: AttentionCall) -> torch.Tensor:
     k, v = (torch.cat([a, _image(b, call.text)], -2) for a, b in ((stream.k, call.k), (stream.v, call.v)))
     mask = None
     if call.mask is not None and stream.mask is not None:
-        mask = torch.cat([stream.mask, _without(call.mask, call.text, -1)], -1)
+        mask = torch.cat([stream.mask, without(call.mask, call.text, -1)], -1)
     return stream.attend(stream.q, k, v, mask)
 
 
@@ -275,30 +276,9 @@ def _columns(call: AttentionCall, start: int, length: int) -> AttentionCall:
     return part
 
 
-def _without(tensor: torch.Tensor, columns: slice, dim: int) -> torch.Tensor:
-    """`tensor` less some columns of `dim`; a view where they are at an end."""
-    length = tensor.shape[dim]
-    head, tail = tensor.narrow(dim, 0, columns.start), tensor.narrow(dim, columns.stop, length - columns.stop)
-    return tail if not columns.start else head if columns.stop == length else torch.cat([head, tail], dim)
-
-
 def _image(tensor: torch.Tensor, text: slice | None) -> torch.Tensor:
     assert text is not None
-    return _without(tensor, text, -2)
-
-
-def _joined(words: torch.Tensor, image: torch.Tensor, text: slice) -> torch.Tensor:
-    """A sequence of its text and its image tokens again."""
-    return torch.cat([image[:, :, : text.start], words, image[:, :, text.start :]], -2)
-
-
-def _placed(tensor: torch.Tensor, rows: slice | list[int], new: torch.Tensor) -> torch.Tensor:
-    """`tensor` with some rows replaced."""
-    if len(new) == len(tensor):
-        return new
-    tensor = tensor.clone()
-    tensor[rows] = new
-    return tensor
+    return without(tensor, text, -2)
 
 
 def _bias(mask: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:

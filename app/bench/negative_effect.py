@@ -151,5 +151,5 @@ def run(full: bool) -> None:
         curve(student, judge, seeds, Sampling(1))
     pipe = picturebook()
     pipe.set_progress_bar_config(disable=True)
-    seeds = seeds if full else 2
-    table("20 steps", pipe, judge, seeds, [Sampling(20), Sampling(20, 4.0), Sampling(20, 4.0, True)])
+    seeds, steps = (seeds, 20) if full else (2, 10)
+    table(f"{steps} steps", pipe, judge, seeds, [Sampling(steps), Sampling(steps, 4.0), Sampling(steps, 4.0, True)])
