@@ -17,6 +17,7 @@ from ..plugins.base import Plugin, finite
 from ..plugins.startpoint import StartpointFilter
 from ..plugins.style_injection import Method, StyleInjection
 from . import latents
+from .architectures import adapter_for
 from .architectures.loop import loop_for
 from .blend import same_parts
 from .generate import guard, resolve_seed
@@ -87,7 +88,8 @@ def stylize(
         seed: of the refill and the style's noise; pair i has seed + i. None or -1 draws one.
         strength: 0 (the content) ... 1, how much of the style's colours and texture.
         structure: 0 ... 1, how firmly the layout is held. Sets gamma = 0.5 + structure / 2, alpha = 1 - 0.6 * structure
-            and the ControlNet's scale; at 0.5 the first two are those of the papers.
+            and the ControlNet's scale; at 0.5 the first two are those of the papers. On the picture book alpha stays 1:
+            there the filter is measured to cost layout.
         prompt: what the content shows; empty works.
         steps: of the inversion and of the sampling.
         guidance: classifier-free guidance while sampling; 1 is none, as in StyleID.
@@ -106,13 +108,15 @@ def stylize(
     Raises:
         SettingError, SettingTypeError: a setting out of range, or no picture. NonFiniteError: sampling diverged.
     """
+    strength, structure = finite(strength, "strength", 0, 1), finite(structure, "structure", 0, 1)
+    first, sampler = resolve_seed(seed), sampling_pipe(pipe)
+    damped = 0.0 if adapter_for(sampler).family == "picturebook" else 0.6 * structure
     recipe = Recipe(
-        prompt, finite(strength, "strength", 0, 1), finite(structure, "structure", 0, 1), steps, guidance, method,
-        1 - 0.6 * structure if alpha is None else finite(alpha, "alpha", 0, 1),
+        prompt, strength, structure, steps, guidance, method,
+        1 - damped if alpha is None else finite(alpha, "alpha", 0, 1),
         0.5 + structure / 2 if gamma is None else finite(gamma, "gamma", 0, 1),
         temperature, invert_style, negative, omega, iterations, tolerance, plugins, call,
     )  # fmt: skip
-    first, sampler = resolve_seed(seed), sampling_pipe(pipe)
     contents, styles = _several(content), _several(style)
     table: list[list[Image.Image]] = []
     references: dict[tuple[int, tuple[int, int]], Reference] = {}
