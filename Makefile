@@ -9,6 +9,7 @@ BENCH := .venv/.bench
 INSTALL = $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check --constraint constraints.txt
 CHROMIUM := for name in chromium chromium-browser google-chrome; do command -v $$name && break; done
 PICTURE := outputs/picture.png
+PYTEST ?= -n 2 --dist loadfile
 
 help:  ## say what there is to make
 	@awk -F ':.*##' '/^[a-z]+:.*##/ {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -32,9 +33,9 @@ picture: $(INSTALLED)  ## generate a picture on the embedded model, a negative g
 	@echo "the picture is $(CURDIR)/$(PICTURE)"
 
 test: $(INSTALLED) browser  ## run every test (makes .venv/ first; installs chromium when run as root)
-	@if test -n "$$($(CHROMIUM))"; then $(BIN)/python -m pytest; \
+	@if test -n "$$($(CHROMIUM))"; then $(BIN)/python -m pytest $(PYTEST); \
 	else echo "no chromium: the browser tests are left out; to run them too: sudo apt-get install -y chromium"; \
-	  $(BIN)/python -m pytest -m "not browser"; fi
+	  $(BIN)/python -m pytest $(PYTEST) -m "not browser"; fi
 
 browser:
 	@if test -z "$$($(CHROMIUM))" && test "$$(id -u)" = 0 && command -v apt-get >/dev/null; then \
