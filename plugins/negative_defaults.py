@@ -20,15 +20,18 @@ class Default(NamedTuple):
     source: str = "unmeasured"
 
 
-_NASA, _NAG, _VSF = "NASA, section 5", "NAG, table 5", "VSF's own settings"
+_NASA, _NAG, _VSF = "NASA's own settings", "NAG, table 5", "VSF's own settings"
 _BOOK = "measured on the picture book"
 
 DEFAULTS: Mapping[str, Mapping[str, Default]] = {
     "nasa": {
-        "picturebook": Default(0.3, 0.8, source=_BOOK),
+        "picturebook": Default(0.6, 0.6, source=_BOOK),
         "sd15": Default(0.1, 0.1, source=_NASA),
         "sd2": Default(0.2, 0.2, source=_NASA),
         "pixart": Default(0.5, 0.5, source=_NASA),
+        "flux": Default(0.5, 0.5),
+        "sd3": Default(0.5, 0.5),
+        "qwen": Default(0.5, 0.5),
         "other": Default(0.2, 0.2),
     },
     "nag": {

@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import diffgraft as dg
 from diffgraft.plugins.negative_away import RULES
+from diffgraft.plugins.negative_defaults import DEFAULTS, default
 from diffgraft.plugins.negative_edits import CrossAway
 
 ONE = {"num_images_per_prompt": 1}
@@ -524,3 +525,25 @@ def test_the_report_says_where_the_scale_is_from(pipe):
     with dg.graft(pipe, dg.NegativeAway("red")) as g:
         tiny.sample(pipe)
     assert "unmeasured" in str(g.report())
+    with dg.graft(pipe, dg.NegativeAway("red", scale=0.25)) as g:
+        tiny.sample(pipe)
+    assert g.report().plugins == [("NegativeAway", {"rule": "nasa", "scale": 0.25, "scale_from": "given"})]
+
+
+def test_defaults_by_family_rule_and_guidance():
+    for rule, families in DEFAULTS.items():
+        assert rule in RULES and families["other"].source == "unmeasured"
+        for family in (*families, "never heard of"):
+            for guided in (False, True):
+                found = default(rule, family, guided)
+                assert 0 < found.scale <= 100 and 0 < found.alpha <= 1
+                assert found.source.startswith("unmeasured") or family in families
+    assert default("nasa", "sd15", False) == (0.1, 0.1, 0.5, "NASA's own settings")
+    assert default("nag", "sd3", False)[::2] == (4.0, 0.125)
+    assert "under guidance" in default("nasa", "sd15", True).source
+
+
+def test_the_picture_book_is_a_family_of_its_own(picturebook):
+    with dg.graft(picturebook, dg.NegativeAway("red")) as g:
+        picturebook("a ball , sky", num_inference_steps=1, guidance_scale=0.0, output_type="latent")
+    assert "measured on the picture book" in str(g.report())
