@@ -40,16 +40,16 @@ def whole(value: Any, name: str, low: int, high: int) -> int:
     return int(checked)
 
 
-def text(value: Any, name: str, needed: bool = False) -> str:
-    """`value` as a text of at most `LENGTH` characters; None is empty.
+def text(value: Any, name: str, *, needed: bool = False, longest: int = LENGTH) -> str:
+    """`value` as a text of at most `longest` characters; None is empty.
 
     Raises:
         SettingTypeError: no text. SettingError: too long, or empty where it is needed.
     """
     if not isinstance(value, (str, type(None))):
         raise SettingTypeError(f"{name}: a text is needed")
-    if len(value or "") > LENGTH:
-        raise SettingError(f"{name} has {len(value or '')} characters: at most {LENGTH}")
+    if len(value or "") > longest:
+        raise SettingError(f"{name} has {len(value or '')} characters: at most {longest}")
     stripped = (value or "").strip()
     if needed and not stripped:
         raise SettingError(f"{name} is empty: write something there")

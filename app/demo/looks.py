@@ -61,6 +61,7 @@ CSS = """
 .gradio-container { max-width: 1180px !important; width: 100%; margin: 0 auto; }
 .gradio-container .grid-wrap { min-height: 0; height: auto; max-height: none; }
 .gradio-container .caption-label { font-size: .8rem; max-width: 96%; }
+.gradio-container .image-frame img { width: 100%; height: 100%; object-fit: contain; }
 .gradio-container table { font-family: inherit; }
 .dg-head { display: flex; gap: 18px; align-items: center; padding: 14px 4px 2px; }
 .dg-head svg { width: 96px; flex: none; }
@@ -70,8 +71,8 @@ CSS = """
 .note .note { padding: 0; border: 0; background: none; }
 .report textarea { font-family: monospace; font-size: .8rem; }
 @media (max-width: 480px) {
-  .gradio-container > .main > .wrap, .gradio-container main { padding: 12px !important; }
-  .gradio-container [role="tab"] { padding: 0 7px; font-size: .84rem; }
+  .gradio-container .main.fillable { padding: 12px !important; }
+  .gradio-container .tab-container button { padding: 0 7px !important; font-size: .84rem !important; }
   .dg-head { gap: 12px; }
   .dg-head svg { width: 60px; }
   .dg-head h1 { font-size: 1.5rem; }

@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import gradio as gr
 from gradio import processing_utils, utils
@@ -73,18 +73,19 @@ def facts() -> tuple[gr.Textbox, gr.Code]:
 
 def runs(
     label: str, studio: Studio, handler: Callable[..., Any], inputs: Sequence[Any], outputs: Sequence[Any],
-    buttons: tuple[gr.Button, gr.Button],
+    buttons: tuple[gr.Button, gr.Button], visibility: Literal["public", "undocumented"] = "public",
 ) -> Any:  # fmt: skip
     """Let a button run a handler, one at a time for the whole page, and the other one stop it.
 
     Args:
         label: the endpoint's name.
         buttons: (run, stop).
+        visibility: of the endpoint, in the API's pages and among the MCP tools.
     """
     run, halt = buttons
     event = run.click(
-        told(handler), inputs, outputs, api_name=label, concurrency_id=MODEL, concurrency_limit=1,
-        scroll_to_output=True, show_progress_on=list(outputs[:1]),
+        told(handler), inputs, outputs, api_name=label, api_visibility=visibility, concurrency_id=MODEL,
+        concurrency_limit=1, scroll_to_output=True, show_progress_on=list(outputs[:1]),
     )  # fmt: skip
     halt.click(stopper(studio), None, None, queue=False, api_visibility="private", cancels=[event])
     return event
@@ -101,10 +102,11 @@ def buttons(label: str) -> tuple[gr.Button, gr.Button]:
 def stopper(studio: Studio) -> Callable[..., None]:
     """The handler of a Stop button."""
 
-    def stop(request: gr.Request) -> None:
+    def press_stop(request: gr.Request) -> None:
+        """Stop what you are running here; a running step is finished first."""
         gr.Info("Stopped." if studio.stop(visitor(request)) else "Nothing of yours is running.", duration=3)
 
-    return stop
+    return press_stop
 
 
 def visitor(request: gr.Request | None) -> str:

@@ -9,18 +9,19 @@ os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read when Gradio i
 
 import gradio as gr
 
+from ...attention.errors import SettingError
+from ..console import say
 from ..extras import need
 from ..models import PICTUREBOOK
 from . import looks
 from .checks import UPLOADS
-from .parts import stopper, visitor
+from .parts import visitor
 from .studio import Studio
 from .tab_compose import ComposeTab
 from .tab_erase import EraseTab
 from .tab_generate import GenerateTab
 from .tab_one_step import OneStepTab
 from .tab_style import StyleTab
-from .told import told
 
 WAITING = 20
 LOCAL = ("127.0.0.1", "localhost", "::1")
@@ -38,8 +39,16 @@ def page(studio: Studio) -> gr.Blocks:
             for title, tab in TABS.items():
                 with gr.Tab(title):
                     tab(studio).build()
-        stop = gr.Button(visible=False)
-        stop.click(told(stopper(studio)), None, None, queue=False, api_name="stop")
+
+        def stop(request: gr.Request) -> str:
+            """Stop what you are running here; a call of the model that has begun is finished first.
+
+            Returns:
+                Whether there was something to stop.
+            """
+            return "stopped" if studio.stop(visitor(request)) else "nothing of yours is running"
+
+        gr.Button(visible=False).click(stop, None, gr.Textbox(visible=False), queue=False, api_name="stop")
 
         def leave(request: gr.Request) -> None:
             studio.stop(visitor(request))
@@ -52,10 +61,9 @@ def serve(studio: Studio, *, host: str = "127.0.0.1", port: int | None = None, *
     """Serve the page; `options` go to Gradio's `launch`."""
     blocks = page(studio)
     blocks.launch(
-        server_name=host, server_port=port, theme=looks.theme(), css=looks.CSS, footer_links=["api"],
-        run_history=False, enable_monitoring=False, max_file_size=UPLOADS.file_bytes, strict_cors=True, ssr_mode=False,
-        favicon_path=looks.FAVICON, show_error=True,
-        quiet=True, **options,
+        server_name=host, server_port=port, theme=looks.theme(), head=f"<style>{looks.CSS}</style>",
+        favicon_path=looks.FAVICON, footer_links=["api"], run_history=False, enable_monitoring=False, ssr_mode=False,
+        max_file_size=UPLOADS.file_bytes, strict_cors=True, show_error=True, quiet=True, **options,
     )  # fmt: skip
     return blocks
 
@@ -74,9 +82,14 @@ def launch(
         share: a public link through Gradio's servers.
         mcp: also offer the functions as MCP tools.
     Raises:
-        MissingExtraError: MCP without its package.
+        MissingExtraError: MCP without its package. SettingError: the port is taken.
     """
     if mcp:
         need("mcp", "mcp")
     studio = Studio(model, device, fixed=share or host not in LOCAL)
-    serve(studio, host=host, port=port, share=share, mcp_server=mcp)
+    try:
+        blocks = serve(studio, host=host, port=port, share=share, mcp_server=mcp, prevent_thread_lock=True)
+    except OSError:
+        raise SettingError(f"nothing can listen on {host}, port {port}: choose another with --port") from None
+    say(f"the demo is on {blocks.local_url}" + (f" and {blocks.share_url}" if blocks.share_url else ""))
+    blocks.block_thread()

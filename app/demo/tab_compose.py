@@ -153,7 +153,7 @@ def read_specs(written: Any) -> list[dict[str, Any]]:
     Raises:
         SettingError, SettingTypeError: not a JSON list of at most `MOST` known plugins with known arguments.
     """
-    written = checks.text(written, "the list of techniques") or "[]"
+    written = checks.text(written, "the list of techniques", longest=8 * checks.LENGTH) or "[]"
     try:
         specs = json.loads(written)
     except (ValueError, RecursionError) as error:

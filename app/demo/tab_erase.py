@@ -70,7 +70,8 @@ class EraseTab:
                 seed, settings = parts.facts()
         drawer = [prompt, grow, feather, scale, knobs.steps, knobs.guidance, knobs.count, knobs.seed, knobs.model]
         outputs = [candidates, slider, seed, settings]
-        parts.runs("erase_drawn", self.studio, self.erase_drawn, [editor, mask, invert, *drawer], outputs, buttons)
+        inputs = [editor, mask, invert, *drawer]
+        parts.runs("erase_drawn", self.studio, self.erase_drawn, inputs, outputs, buttons, "undocumented")
         candidates.select(chosen, [slider, candidates], [slider, seed], api_visibility="private", queue=False)
         gr.Examples(
             [[example(name), example(f"{name}-mask"), there] for name, there in EXAMPLES], [editor, mask, prompt],

@@ -1,0 +1,495 @@
+"""The demo without a browser: its handlers as functions, its limits, and its server with several clients at once."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import html
+import io
+import json
+import threading
+import time
+import urllib.error
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import gradio as gr
+import numpy as np
+import psutil
+import pytest
+import tiny
+import torch
+from gradio_client import Client, handle_file
+from gradio_client.exceptions import AppError
+from PIL import Image
+
+import diffgraft as dg
+from diffgraft.app.demo import checks, server
+from diffgraft.app.demo.studio import Stopped, Studio, private
+from diffgraft.app.demo.tab_compose import ComposeTab, read_specs, rewritten, starting_specs
+from diffgraft.app.demo.tab_erase import EraseTab, chosen
+from diffgraft.app.demo.tab_generate import GenerateTab, telling_words
+from diffgraft.app.demo.tab_one_step import OneStepTab
+from diffgraft.app.demo.tab_style import StyleTab
+from diffgraft.app.demo.told import told
+from diffgraft.app.demo.uploads import drawn
+from diffgraft.app.metadata import read_settings
+
+PROMPT = "a red ball and a blue star"
+QUICK = {"steps": 2, "width": 64, "height": 64}
+BOMB = Image.new("L", (6000, 6000))
+
+
+def opener(name, device="auto"):
+    if name not in ("picturebook", "turbo", "other"):
+        raise dg.ModelLoadError(f"{name!r} does not exist")
+    return tiny.sd15()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GRADIO_TEMP_DIR", str(tmp_path_factory.mktemp("gradio")))
+        yield
+
+
+@pytest.fixture(scope="module")
+def studio():
+    return Studio(opener=opener)
+
+
+@pytest.fixture(scope="module")
+def page(studio):
+    blocks = server.serve(studio, prevent_thread_lock=True)
+    yield blocks
+    blocks.close()
+
+
+def client(page):
+    return Client(page.local_url, verbose=False)
+
+
+@pytest.fixture
+def picture(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "picture.png")
+    return str(tmp_path / "picture.png")
+
+
+@pytest.fixture
+def mask(tmp_path):
+    image = Image.new("L", (64, 64))
+    image.paste(255, (16, 16, 40, 40))
+    image.save(tmp_path / "mask.png")
+    return str(tmp_path / "mask.png")
+
+
+def png(image):
+    data = io.BytesIO()
+    image.save(data, "PNG")
+    return data.getvalue()
+
+
+def pixels(file):
+    return np.asarray(Image.open(file).convert("RGB"))
+
+
+def plain(seed, **plugins):
+    [made] = dg.generate(tiny.sd15(), PROMPT, seed=seed, guidance=4.0, **QUICK, **plugins)
+    return np.asarray(made)
+
+
+# -- handlers as functions -----------------------------------------------------------------------------------------
+
+
+def test_generate_gives_pictures_maps_the_seed_and_settings_that_make_them_again(studio):
+    shown, seen, seed, settings = GenerateTab(studio).generate(
+        PROMPT, "ball, star", "cat", True, seed=5, count=2, **QUICK
+    )
+    assert [caption for _, caption in shown] == [
+        "concepts + negative, seed 5", "plain, seed 5", "concepts + negative, seed 6", "plain, seed 6",
+    ]  # fmt: skip
+    assert [word for _, word in seen] == ["ball", "star"] and seed == "5"
+    both = [dg.AttentionSegregation(["ball", "star"]), dg.NegativeAway("cat")]
+    for index, (number, plugins) in enumerate([(5, both), (5, []), (6, both), (6, [])]):
+        assert np.array_equal(pixels(shown[index][0]), plain(number, plugins=plugins))
+    inside = read_settings(shown[0][0])
+    assert inside["seed"] == 5 and inside["model"] == "picturebook"
+    assert [spec["plugin"] for spec in inside["plugins"]] == ["AttentionSegregation", "NegativeAway"]
+    assert json.loads(settings)["plugins"] == inside["plugins"]
+
+
+def test_a_drawn_seed_is_told_and_makes_the_picture_again(studio):
+    tab = GenerateTab(studio)
+    first, _, seed, _ = tab.generate(PROMPT, seed=None, **QUICK)
+    again, *_ = tab.generate(PROMPT, seed=int(seed), **QUICK)
+    assert np.array_equal(pixels(first[0][0]), pixels(again[0][0]))
+
+
+def test_a_prompt_without_telling_words_has_a_picture_and_no_maps(studio):
+    shown, seen, *_ = GenerateTab(studio).generate("7 , 8", seed=1, **QUICK)
+    assert len(shown) == 1 and seen == []
+    assert telling_words("A red ball, and the red star!") == ["red", "ball", "star"]
+
+
+def test_one_step_compares_without_and_with(studio):
+    (without, steered), seed, settings = OneStepTab(studio).one_step(PROMPT, "cat", scale=0.5, seed=3, model="turbo")
+    assert seed == "3" and not np.array_equal(pixels(without), pixels(steered))
+    assert json.loads(settings)["plugins"][0]["scale"] == 0.5
+    (without, same), *_ = OneStepTab(studio).one_step(PROMPT, "", seed=3, model="turbo")
+    assert np.array_equal(pixels(without), pixels(same))
+
+
+def test_erase_leaves_everything_far_from_the_paint_as_it_was(studio, picture, mask):
+    candidates, (before, after), seed, settings = EraseTab(studio).erase(
+        picture, mask, grow=1, feather=1, steps=4, count=2, seed=8
+    )
+    assert [caption for _, caption in candidates] == ["seed 8", "seed 9"] and seed == "8"
+    far = np.ones((64, 64), bool)
+    far[12:44, 12:44] = False
+    assert np.array_equal(pixels(after)[far], pixels(picture)[far])
+    assert not np.array_equal(pixels(after), pixels(before))
+    assert json.loads(settings)["masked"] == round(24 * 24 / 64**2, 4)
+
+
+def test_choosing_a_candidate_shows_it_against_the_same_before():
+    event = type("Event", (), {"index": 1})()
+    assert chosen(event, ("before", "a"), [("a", "seed 8"), ("b", "seed 9")]) == (("before", "b"), "9")
+
+
+def test_stylize_repaints_at_the_contents_size(studio, picture, mask):
+    (before, after), seed, settings = StyleTab(studio).stylize(picture, mask, 0.7, 0.4, steps=3, seed=2)
+    assert pixels(after).shape == pixels(before).shape == (64, 64, 3) and seed == "2"
+    assert json.loads(settings)["strength"] == 0.7 and read_settings(after)["structure"] == 0.4
+
+
+def test_compose_runs_any_plugins_and_shows_their_order_and_report(studio, mask):
+    specs = json.dumps(
+        [{"plugin": "AttentionSegregation", "concepts": ["ball", "star"]},
+         {"plugin": "NegativeAway", "negative": "cat"}, {"plugin": "SelfAttentionRedirection", "mask": "upload"}]
+    )  # fmt: skip
+    shown, order, report, seed, settings = ComposeTab(studio).compose(PROMPT, specs, mask, steps=2, seed=4)
+    assert [row[1] for row in order] == ["NegativeAway", "SelfAttentionRedirection", "AttentionSegregation"]
+    assert [row[0] for row in order] == [1, 2, 3] and all(row[3] for row in order)
+    assert "latent updates" in report and "NegativeAway" in report and seed == "4" and len(shown) == 2
+    assert [spec["plugin"] for spec in json.loads(settings)["plugins"]] == [s["plugin"] for s in json.loads(specs)]
+
+
+def test_choosing_techniques_keeps_what_was_written_for_the_others():
+    written = '[{"plugin": "NegativeAway", "negative": "mine", "scale": 2}]'
+    specs = read_specs(rewritten(["StartpointFilter", "NegativeAway"], written))
+    assert [spec["plugin"] for spec in specs] == ["StartpointFilter", "NegativeAway"]
+    assert specs[1]["negative"] == "mine" and read_specs(starting_specs([])) == []
+
+
+# -- limits hold without the page ----------------------------------------------------------------------------------
+
+BAD = [
+    ("steps", 0), ("steps", 101), ("steps", 2.5), ("steps", float("nan")), ("steps", "9"), ("steps", None),
+    ("steps", True), ("guidance", float("inf")), ("guidance", -1), ("count", 0), ("count", 7), ("seed", -2),
+    ("seed", 2**63), ("seed", 3.7), ("seed", "abc"), ("width", 8), ("width", 1032), ("width", 100), ("width", "wide"),
+    ("prompt", ""), ("prompt", "  "), ("prompt", None), ("prompt", "x" * 1001), ("prompt", ["a"]),
+    ("concepts", "porcupine"), ("concepts", 3), ("negative", "x" * 1001), ("model", "nowhere/else"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "value"), BAD, ids=[f"{n}={str(v)[:12]}" for n, v in BAD])
+def test_a_setting_out_of_range_is_a_message_a_person_can_act_on(studio, name, value):
+    with pytest.raises(gr.Error) as caught:
+        told(GenerateTab(studio).generate)(**({"prompt": PROMPT, **QUICK} | {name: value}))
+    assert 15 < len(caught.value.message) < 400 and "Traceback" not in caught.value.message
+    assert not caught.value.print_exception
+
+
+@pytest.mark.parametrize(
+    "forged",
+    [
+        None, {}, [], "x", {"background": None, "layers": []}, {"background": 3, "layers": []},
+        {"background": "/etc/passwd", "layers": []}, {"background": "OK", "layers": None},
+        {"background": "OK", "layers": "x"}, {"background": "OK", "layers": [3]},
+        {"background": "OK", "layers": [{"path": "/etc/passwd"}]}, {"background": "OK", "layers": ["/etc/passwd"]},
+        {"background": "OK", "layers": [png(Image.new("RGBA", (64, 64)))] * 9},
+        {"background": "OK", "layers": [png(Image.new("RGBA", (64, 64)))]},
+        {"background": "OK", "layers": [png(Image.new("RGBA", (64, 64), "red"))]},
+        {"background": "OK", "layers": [png(Image.new("RGBA", (20, 64)))]},
+        {"background": png(BOMB), "layers": []}, {"background": b"", "layers": []},
+    ],
+    ids=lambda value: str(value)[:40],
+)  # fmt: skip
+def test_a_forged_drawing_is_refused(studio, picture, forged):
+    if isinstance(forged, dict) and forged.get("background") == "OK":
+        forged = forged | {"background": picture}
+    with pytest.raises(gr.Error) as caught:
+        told(EraseTab(studio).erase_drawn)(forged)
+    assert "root:" not in caught.value.message and "unexpected" not in caught.value.message
+
+
+def test_paint_counts_before_an_uploaded_mask_and_any_layer_size_is_brought_to_the_picture(picture, mask):
+    stroke = Image.new("RGBA", (128, 128))
+    stroke.paste((255, 90, 95, 255), (0, 0, 20, 20))
+    _, hole = drawn({"background": picture, "layers": [png(stroke), None]}, mask)
+    assert np.argwhere(np.asarray(hole)).max() == 9
+    _, hole = drawn({"background": picture, "layers": [png(Image.new("RGBA", (64, 64)))]}, mask)
+    assert (np.asarray(hole) > 0).sum() == 24 * 24
+    _, hole = drawn({"background": picture}, mask, invert=True)
+    assert (np.asarray(hole) > 0).sum() == 64 * 64 - 24 * 24
+
+
+@pytest.mark.parametrize(
+    "specs",
+    [
+        "{}", "[", "3", "x" * 9000, "[" * 4000, '[{"plugin": "Nothing"}]', '[{"plugin": "NegativeAway"}]', "[7]",
+        '[{"plugin": "NegativeAway", "negative": "a", "scale": NaN}]',
+        '[{"plugin": "SelfAttentionRedirection", "mask": "/etc/passwd"}]',
+        '[{"plugin": "SelfAttentionRedirection", "mask": ["/etc/passwd"]}]',
+        '[{"plugin": "SelfAttentionRedirection", "mask": "upload"}]',
+        '[{"plugin": "StyleInjection", "style": "https://example.org/a.png"}]',
+        '[{"plugin": "StyleInjection", "style": "upload", "content": "/etc/passwd"}]',
+        '[{"plugin": "AttentionSegregation", "concepts": ["ball"], "layout": ["/etc/passwd"]}]',
+        json.dumps([{"plugin": "NegativeAway", "negative": "a"}] * 7),
+    ],
+    ids=lambda text: text[:60],
+)  # fmt: skip
+def test_techniques_come_as_known_plugins_and_never_as_paths(studio, specs):
+    with pytest.raises(gr.Error) as caught:
+        told(ComposeTab(studio).compose)(PROMPT, specs, None, None, 2)
+    assert "unexpected" not in caught.value.message and "root:" not in caught.value.message
+
+
+def test_messages_show_a_prompt_as_text(studio):
+    with pytest.raises(gr.Error) as caught:
+        told(GenerateTab(studio).generate)(PROMPT, "<img src=x onerror=alert(1)>", **QUICK)
+    assert "<img" not in caught.value.message and html.escape("<img") in caught.value.message
+
+
+def test_an_unexpected_error_is_a_number_here_and_a_traceback_in_the_log(caplog):
+    def broken():
+        raise RuntimeError("secret/path")
+
+    with pytest.raises(gr.Error) as caught:
+        told(broken)()
+    number = caught.value.message.split()[-1]
+    assert "secret" not in caught.value.message and number in caplog.text and "secret/path" in caplog.text
+
+
+def test_out_of_memory_says_what_to_do():
+    def full():
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(gr.Error, match="smaller size"):
+        told(full)()
+
+
+def test_whole_numbers_may_arrive_as_floats():
+    assert checks.whole(3.0, "steps", 1, 9) == 3 and checks.seed(7.0) == 7 and checks.side(64.0, "width") == 64
+    assert 0 <= checks.seed(-1) < 10**6 and checks.side(None, "width") is None
+
+
+# -- one model, many visitors --------------------------------------------------------------------------------------
+
+
+def quiet(done, what):
+    return None
+
+
+def test_a_request_has_a_scheduler_of_its_own():
+    shared = tiny.sd15()
+    mine = private(shared)
+    before = shared.scheduler.timesteps.clone()
+    mine(PROMPT, num_inference_steps=2, height=32, width=32, output_type="latent")
+    assert mine.unet is shared.unet and torch.equal(shared.scheduler.timesteps, before)
+    assert mine.components["scheduler"] is mine.scheduler is not shared.scheduler
+    assert type(mine) is type(shared) and mine.config["scheduler"] == shared.config["scheduler"]
+
+
+def test_one_model_is_kept_and_another_replaces_it():
+    loaded = []
+
+    def counting(name, device):
+        loaded.append(name)
+        return opener(name)
+
+    studio = Studio(opener=counting)
+    for name in ("", "picturebook", " other ", "other", None):
+        with studio.job(name, "me", quiet):
+            pass
+    with pytest.raises(dg.ModelLoadError), studio.job("missing", "me", quiet):
+        pass
+    with studio.job("", "me", quiet):
+        pass
+    assert loaded == ["picturebook", "other", "picturebook", "missing", "picturebook"]
+
+
+def test_a_page_for_others_runs_its_own_model_only():
+    studio = Studio(opener=opener, fixed=True)
+    with pytest.raises(dg.SettingError, match="this page runs"):
+        studio.check("/some/path")
+    assert studio.check("") == studio.check("picturebook") == "picturebook"
+
+
+def test_stop_takes_effect_within_one_call_of_the_denoiser_and_only_for_its_visitor():
+    studio, calls = Studio(opener=opener), []
+    with studio.job("", "me", quiet) as job:
+        job.pipe.unet.register_forward_pre_hook(lambda *_: calls.append(studio.stop("me") if len(calls) == 3 else 0))
+        job.expect("a picture", 20)
+        with pytest.raises(Stopped, match="step 4 of 20"):
+            dg.generate(job.pipe, PROMPT, steps=20, width=64, height=64, plugins=[dg.NegativeAway("cat")])
+        assert len(calls) == 4 and not studio.stop("somebody else")
+    with studio.job("", "me", quiet) as job:
+        dg.generate(job.pipe, PROMPT, **QUICK)
+    assert len(calls) == 6 and not studio.stop("me")
+
+
+def test_stop_reaches_a_request_that_waits_for_the_model():
+    studio, told_of = Studio(opener=opener), []
+    with studio.job("", "first", quiet), ThreadPoolExecutor() as pool:
+        waiting = pool.submit(lambda: studio.job("", "second", lambda _, what: told_of.append(what)).__enter__())
+        while not told_of:
+            time.sleep(0.01)
+        assert studio.stop("second")
+        with pytest.raises(Stopped):
+            waiting.result(5)
+    assert told_of[0] == "waiting for the model"
+
+
+def test_progress_counts_the_steps_that_were_taken(studio):
+    heard = []
+    with studio.job("", "me", lambda done, what: heard.append((done, what))) as job:
+        job.expect("a picture", 3)
+        dg.generate(job.pipe, PROMPT, **(QUICK | {"steps": 3}), plugins=[dg.AttentionSegregation(["ball", "star"])])
+    assert [done for done, _ in heard if done] == [(0, 3), (1, 3), (2, 3), (3, 3)]
+
+
+# -- the server ----------------------------------------------------------------------------------------------------
+
+
+def test_the_api_has_plain_names_and_says_what_each_argument_is(page):
+    api = client(page).view_api(return_format="dict", print_info=False)["named_endpoints"]
+    assert set(api) == {"/generate", "/one_step", "/erase", "/stylize", "/compose", "/stop"}
+    names = [parameter["parameter_name"] for parameter in api["/erase"]["parameters"]]
+    assert names[:3] == ["picture", "mask", "prompt"] and "request" not in names and "progress" not in names
+
+
+def test_two_clients_at_once_get_what_each_would_get_alone(page):
+    first, second = client(page), client(page)
+    with ThreadPoolExecutor() as pool:
+        jobs = []
+        for seed in range(4):
+            common = {"prompt": PROMPT, "seed": seed, "api_name": "/generate", **QUICK}
+            jobs.append((seed, "cat", pool.submit(first.predict, negative="cat", concepts="", compare=False, **common)))
+            jobs.append((seed, "", pool.submit(second.predict, negative="", concepts="", compare=False, **common)))
+        for seed, negative, job in jobs:
+            file = job.result(60)[0][0]["image"]
+            plugins = [dg.NegativeAway(negative)] if negative else []
+            assert np.array_equal(pixels(file), plain(seed, plugins=plugins))
+
+
+def test_a_client_erases_with_a_picture_and_a_mask(page, picture, mask):
+    candidates, (before, after), seed, settings = client(page).predict(
+        handle_file(picture), handle_file(mask), steps=3, count=1, seed=5, api_name="/erase"
+    )
+    assert np.array_equal(pixels(before), pixels(picture)) and seed == "5"
+    assert read_settings(after)["task"] == "erase" and json.loads(settings)["seed"] == 5 and len(candidates) == 1
+
+
+def test_a_forged_request_over_the_wire_is_a_message(page, picture):
+    rest = (None, False, "", 2, 2, 9, 2, 1, 1, None, "")
+    for forged in ({"background": handle_file(picture), "layers": [], "composite": None}, None):
+        with pytest.raises(AppError, match="mask is empty|picture is missing"):
+            client(page).predict(forged, *rest, api_name="/erase_drawn")
+    with pytest.raises(AppError, match="0|100"):
+        client(page).predict(PROMPT, steps=10**6, api_name="/generate")
+
+
+def test_a_client_can_stop_its_own_run_and_nobody_elses(page, studio):
+    mine, other = client(page), client(page)
+    job = mine.submit(PROMPT, steps=100, count=6, width=64, height=64, api_name="/generate")
+    while not studio._stops:
+        time.sleep(0.02)
+    assert other.predict(api_name="/stop").startswith("nothing") and not job.done()
+    assert mine.predict(api_name="/stop") == "stopped"
+    start = time.perf_counter()
+    with pytest.raises(AppError, match="Stopped at step"):
+        job.result(30)
+    assert time.perf_counter() - start < 5
+    assert mine.predict(PROMPT, seed=1, api_name="/generate", **QUICK)[2] == "1"
+
+
+def test_files_of_this_machine_stay_here(page, tmp_path):
+    assert page.local_url.startswith("http://127.0.0.1:") and page.share_url is None
+    assert not page.analytics_enabled and page.mcp_server_obj is None
+    secret = Path(tmp_path / "secret.txt")
+    secret.write_text("x")
+    for path in ("/etc/passwd", str(Path(dg.__file__).resolve()), str(secret)):
+        with pytest.raises(urllib.error.HTTPError) as caught:
+            urllib.request.urlopen(f"{page.local_url}gradio_api/file={path}", timeout=10)
+        assert caught.value.code in (403, 404)
+
+
+def test_mcp_tools_are_the_same_functions(studio):
+    from mcp import ClientSession
+    from mcp.client.streamable_http import streamablehttp_client
+
+    blocks = server.serve(studio, prevent_thread_lock=True, mcp_server=True)
+
+    async def ask():
+        async with (
+            streamablehttp_client(f"{blocks.local_url}gradio_api/mcp/") as (read, write, _),
+            ClientSession(read, write) as session,
+        ):
+            await session.initialize()
+            tools = {tool.name: tool for tool in (await session.list_tools()).tools}
+            answer = await session.call_tool("generate", {"prompt": PROMPT, "seed": 3, **QUICK})
+            return tools, answer
+
+    try:
+        tools, answer = asyncio.run(ask())
+    finally:
+        blocks.close()
+    assert {"generate", "one_step", "erase", "stylize", "compose", "stop"} == set(tools)
+    assert "every concept appears" in tools["generate"].description
+    assert tools["generate"].inputSchema["properties"]["negative"]["description"].startswith("What to keep away")
+    assert not answer.isError and any('"seed": 3' in getattr(part, "text", "") for part in answer.content)
+
+
+# -- it can stay open ----------------------------------------------------------------------------------------------
+
+
+def state(studio):
+    gc.collect()
+    process = psutil.Process()
+    unet = studio._pipe.unet
+    hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in unet.modules())
+    patched = sum("forward" in vars(m) for m in unet.modules())
+    return {
+        "memory": process.memory_info().rss / 2**20, "files": process.num_fds(), "threads": threading.active_count(),
+        "hooks": hooks + patched + len(studio._stops),
+    }  # fmt: skip
+
+
+@pytest.mark.timeout(900)
+def test_three_hundred_generations_leave_the_process_as_it_was():
+    small = {"block_out_channels": (32,), "down_block_types": ("CrossAttnDownBlock2D",), "layers_per_block": 1}
+    unet = tiny.unet(**small, up_block_types=("CrossAttnUpBlock2D",))
+    studio = Studio(opener=lambda name, device: tiny.sd15(unet=unet))
+    page = server.serve(studio, prevent_thread_lock=True)
+    generate, visitors = told(GenerateTab(studio).generate), [client(page) for _ in range(2)]
+
+    def one(i):
+        wish = {"negative": "cat" if i % 2 else "", "concepts": "ball, star" if i % 3 == 0 else ""}
+        wish |= {"prompt": PROMPT, "seed": i, "steps": 1, "width": 64, "height": 64, "compare": False}
+        if i % 20 == 0:
+            visitors[i % 40 // 20].predict(api_name="/generate", **wish)
+        else:
+            generate(**wish)
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(one, range(80)))
+        before = state(studio)
+        list(pool.map(one, range(80, 300)))
+        after = state(studio)
+    page.close()
+    assert after["hooks"] == before["hooks"] == 0
+    assert after["threads"] <= before["threads"] + 2 and after["files"] <= before["files"] + 4, (before, after)
+    assert after["memory"] < before["memory"] + 25, (before, after)
