@@ -95,7 +95,8 @@ def stylize(
         guidance: classifier-free guidance while sampling; 1 is none, as in StyleID.
         method: "styleid", "stylealigned" or "ip_adapter", see `StyleInjection`.
         alpha: of `StartpointFilter`, 1 is off. gamma, temperature: of `StyleInjection`.
-        invert_style: follow the style's inverted trajectory; False saves its inversion and uses it under noise.
+        invert_style: follow the style's inverted trajectory, and begin with its mean and deviation; False saves its
+            inversion, uses it under noise and is much weaker.
         negative: what the content's inversion steers away from, see `invert`; "style" is the style picture, which
             makes an inversion for each pair. None shares one inversion for each content.
         omega: guidance of that inversion. iterations, tolerance: of every inversion.
@@ -207,7 +208,8 @@ def paint(pipe: Any, recipe: Recipe, subject: Subject, reference: Reference, see
         StyleInjection(
             None if recipe.method == "ip_adapter" else reference.style, method=recipe.method,
             content=inversion if recipe.method == "styleid" else None, strength=recipe.strength, gamma=recipe.gamma,
-            temperature=recipe.temperature, generator=torch.Generator().manual_seed(seed),
+            temperature=recipe.temperature, start_adain=recipe.invert_style and recipe.method != "ip_adapter",
+            generator=torch.Generator().manual_seed(seed),
         ),
     ]  # fmt: skip
     with graft(pipe, *plugins, *recipe.plugins):

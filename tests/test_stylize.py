@@ -83,13 +83,12 @@ def test_same_seed_same_bytes_and_nothing_else_changes(sd15):
 
 
 def test_many_by_many_share_inversions(sd15, inversions):
-    contents, styles = [picture(seed=i) for i in range(3)], [picture(seed=i) for i in (7, 8)]
+    contents, styles = [picture(seed=i) for i in range(2)], [picture(seed=i) for i in (6, 7, 8)]
     table = dg.stylize(sd15, contents, styles, seed=10, **FAST)
-    assert len(inversions) == 3 + 2
-    assert [len(row) for row in table] == [2, 2, 2]
-    assert same(table[2][1], dg.stylize(sd15, contents[2], styles[1], seed=15, **FAST))
-    assert same(dg.stylize(sd15, contents, styles[0], seed=10, **FAST)[0], table[0][0])
-    assert same(dg.stylize(sd15, contents[0], styles, seed=10, **FAST)[1], table[0][1])
+    assert len(inversions) == 2 + 3
+    assert [len(row) for row in table] == [3, 3]
+    assert same(dg.stylize(sd15, contents[1:], styles[2], seed=15, **FAST)[0], table[1][2])
+    assert same(dg.stylize(sd15, contents[0], styles[:2], seed=10, **FAST)[1], table[0][1])
 
 
 def test_a_negative_by_pair_costs_an_inversion_by_pair(sd15, inversions):
@@ -108,9 +107,9 @@ def test_strength_zero_is_the_content_and_more_is_further(sd15):
     plain = dg.stylize(sd15, content, style, strength=1e-6, alpha=1.0, seed=1, **FAST)
     far = [
         np.abs(np.asarray(dg.stylize(sd15, content, style, strength=s, alpha=1.0, seed=1, **FAST), int) - plain).mean()
-        for s in (0.1, 0.5, 1.0)
+        for s in (0.1, 1.0)
     ]
-    assert 0 < far[0] < far[1] < far[2]
+    assert 0 < far[0] < far[1]
 
 
 def test_structure_sets_the_papers_values_in_the_middle(sd15):
