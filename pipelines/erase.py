@@ -4,43 +4,23 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, cast
 
-import numpy as np
-import torch
-from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 
-from ..attention.errors import MaskError, NonFiniteError, SettingError, UnsupportedPipelineError
-from ..attention.masks import Bools, as_mask, level_mask
+from ..attention.errors import MaskError, SettingError
+from ..attention.masks import Bools, as_mask
 from ..attention.morphology import drop_small, feather, fill_holes
 from ..attention.morphology import grow as grown
 from ..plugins.base import Plugin, finite
-from ..plugins.redirection import SelfAttentionRedirection
-from .blend import Blend, Inverted, Noised, StartAt, sibling
-from .generate import guard, resolve_seed
-from .graft import graft
-from .inversion import invert
-from .latents import encode_image
+from .blend import sibling
+from .fill import Job, Sampling, sample
+from .generate import resolve_seed
 from .region import Region, as_picture, paste, plan_regions
 
 REACH = 24
 """Pixels around the mask that `erase` changes at most unless told otherwise."""
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How a region is generated."""
-
-    method: str
-    prompt: str
-    steps: int
-    strength: float
-    guidance: float
-    redirection: dict[str, Any]
-    plugins: Sequence[Plugin]
-    call: dict[str, Any] = field(default_factory=dict[str, Any])
 
 
 def erase(
@@ -51,7 +31,7 @@ def erase(
     seed: int | None = None,
     n: int = 1,
     method: str = "sip",
-    prompt: str = "",
+    prompt: str | Sequence[str] = "",
     steps: int = 25,
     strength: float = 0.8,
     guidance: float = 1.0,
@@ -66,6 +46,7 @@ def erase(
     fill: bool = False,
     min_area: int = 0,
     crop: bool = True,
+    batch_size: int = 1,
     plugins: Sequence[Plugin] = (),
     **call: Any,
 ) -> Any:
@@ -80,7 +61,8 @@ def erase(
         n: candidates of each picture.
         method: "sip" starts from noise and gives another fill for every seed; "dip" starts from the picture's own
             inversion and gives one. Both are the paper's.
-        prompt: what is to be there instead; nothing, as published.
+        prompt: what is to be there instead, or a list with one for each image. Nothing, as published; naming the
+            background, with `guidance` of 3 or so, helps a model that was trained on captions.
         steps, strength: of the pipeline's schedule; the first `1 - strength` of it is left out. The paper runs 50;
             on the picture book 25 are no worse.
         guidance: classifier-free guidance towards the prompt; 1 switches it off.
@@ -89,6 +71,8 @@ def erase(
         feather: pixels beyond that over which new fades into old, 0 is a hard edge; None: as the default of `grow`.
         fill: also remove what the mask encloses. min_area: parts of the mask with fewer pixels are specks to be left.
         crop: give the model the surroundings of the hole at their own resolution; False: the whole picture.
+        batch_size: regions at once, where they are of one size. At 1, the default, a picture is the same bytes
+            whichever others are made with it.
         plugins: further techniques for the same run.
         call: passed on to the pipeline, such as `negative_prompt` or, with a ControlNet, `control_image` (a PIL picture
             of the whole picture is cut out alike).
@@ -102,104 +86,88 @@ def erase(
     """
     settings = {name: value for name, value in locals().items() if name in _SETTINGS}
     redirection = {name: settings[name] for name in _REDIRECTION}
-    _check(method, n, steps, strength)
+    _check(method, n, steps, strength, batch_size)
     sibling(pipe)  # refuses a pipeline before any work
-    sampling = Sampling(method, prompt, steps, strength, guidance, redirection, plugins, call)
+    sampling = Sampling(method, steps, strength, guidance, redirection, plugins, call)
     edges = _Edges(grow, feather, fill, min_area)
     several = isinstance(image, (list, tuple))
     images: list[Any] = list(cast("Sequence[Any]", image)) if several else [image]
-    masks = _one_each(images, mask) if several else [mask]
-    first, results = resolve_seed(seed), []
-    for j, (picture, one) in enumerate(zip(images, masks, strict=True)):
+    masks = _one_each(images, mask, "masks") if several else [mask]
+    prompts = [prompt] * len(images) if isinstance(prompt, str) else _one_each(images, prompt, "prompts")
+    first, groups = resolve_seed(seed), list[list[_Candidate]]()
+    for j, (picture, one, text) in enumerate(zip(images, masks, prompts, strict=True)):
         seeds = [first + j * n + i for i in range(n)]
-        made = _erase_one(pipe, as_picture(picture), one, seeds, sampling, edges, crop, settings)
-        results.append(made if n > 1 else made[0])
+        groups.append(_candidates(pipe, as_picture(picture), one, text, seeds, edges, crop))
+    _fill(pipe, [candidate for group in groups for candidate in group], sampling, batch_size)
+    made = [[_signed(pipe, candidate, settings, plugins) for candidate in group] for group in groups]
+    results = [group if n > 1 else group[0] for group in made]
     return results if several else results[0]
 
 
-_REDIRECTION = ("scale", "suppression", "suppression_steps", "layers", "start", "end")
-_SETTINGS = (*_REDIRECTION, "method", "prompt", "steps", "strength", "guidance", "fill", "min_area", "crop")
-
-
-def _erase_one(
-    pipe: Any, picture: Image.Image, mask: Any, seeds: Sequence[int], sampling: Sampling, edges: _Edges, crop: bool,
-    settings: dict[str, Any],
-) -> list[Image.Image]:  # fmt: skip
-    """One candidate of one picture for each seed."""
-    marked = edges.clean(as_mask(mask, (picture.height, picture.width)))
-    if not marked.any():
-        warnings.warn("the mask is empty: the picture comes back unchanged", stacklevel=4)
-        return [picture.copy() for _ in seeds]
-    hole, opacity, used = edges.apply(marked)
-    regions = plan_regions(hole, _native(pipe), _multiple(pipe), crop)
-    results: list[Image.Image] = []
-    for seed in seeds:
-        made = picture
-        for region in regions:
-            left, top, right, bottom = region.box
-            generated = region.uncut(sample(pipe, region, made, hole, seed, sampling))
-            made = paste(made, generated, (left, top), opacity[top:bottom, left:right])
-        made.info["diffgraft"] = {
-            "task": "erase", "seed": seed, **settings, **used, "boxes": [list(region.box) for region in regions],
+def _signed(pipe: Any, candidate: _Candidate, settings: dict[str, Any], plugins: Sequence[Plugin]) -> Image.Image:
+    """The picture with the settings that make it again."""
+    if candidate.regions:
+        candidate.made.info["diffgraft"] = {
+            "task": "erase", "seed": candidate.seed, **settings, "prompt": candidate.prompt, **candidate.used,
+            "boxes": [list(region.box) for region in candidate.regions],
             "scheduler": type(pipe.scheduler).__name__, "pipeline": type(pipe).__name__,
-            "plugins": [{"plugin": type(plugin).__name__} | plugin.settings() for plugin in sampling.plugins],
+            "plugins": [{"plugin": type(plugin).__name__} | plugin.settings() for plugin in plugins],
         }  # fmt: skip
-        results.append(made)
-    return results
+    return candidate.made
 
 
-def sample(pipe: Any, region: Region, picture: Image.Image, hole: Bools, seed: int, sampling: Sampling) -> Image.Image:
-    """The region with its hole regenerated, RGB, at the region's padded size."""
-    runner, inpainting = sibling(pipe)
-    part, masked = region.cut(picture), region.cut_mask(hole)
-    if inpainting and sampling.method == "dip":
-        raise UnsupportedPipelineError("a UNet with 9 channels cannot be inverted without a mask: use method='sip'")
-    source = _source(pipe, part, seed, sampling)
-    grid = (source.clean.shape[-2], source.clean.shape[-1])
-    tokens = level_mask(masked, grid, grid)
-    call = dict(sampling.call)
-    if isinstance(call.get("control_image"), Image.Image):
-        call["control_image"] = region.cut(call["control_image"].resize(picture.size))
-    if inpainting:
-        call |= _inpainting(pipe, part, tokens)
-    then = Blend(source, tokens, call.pop("callback_on_step_end", None))
-    inputs = call.pop("callback_on_step_end_tensor_inputs", [])
-    plugins = [SelfAttentionRedirection(masked, **sampling.redirection), *sampling.plugins]
-    if sampling.method == "dip":
-        plugins.insert(0, StartAt(source, pipe.scheduler))
-    with graft(pipe, *plugins):
-        out = runner(
-            prompt=sampling.prompt, image=source.clean, strength=sampling.strength, num_inference_steps=sampling.steps,
-            guidance_scale=sampling.guidance, generator=_generator(seed), output_type="np",
-            callback_on_step_end=guard(sampling.steps, then),
-            callback_on_step_end_tensor_inputs=["latents", *(name for name in inputs if name != "latents")], **call,
-        )  # fmt: skip
-    pixels = out.images[0]
-    if not np.isfinite(pixels).all():
-        raise NonFiniteError("decoding produced non-finite pixels: keep the VAE in float32, or use an fp16-fixed one")
-    return Image.fromarray((pixels * 255).round().astype(np.uint8))
+_REDIRECTION = ("scale", "suppression", "suppression_steps", "layers", "start", "end")
+_SETTINGS = (*_REDIRECTION, "method", "steps", "strength", "guidance", "fill", "min_area", "crop")
 
 
-def _source(pipe: Any, part: Image.Image, seed: int, sampling: Sampling) -> Noised | Inverted:
-    """The picture's latents at every noise level. The noise is the one that the pipeline draws from this seed."""
-    clean = encode_image(pipe, part).to(pipe.unet.dtype)
-    if sampling.method == "sip":
-        noise = randn_tensor(clean.shape, generator=_generator(seed), device=clean.device, dtype=clean.dtype)
-        return Noised(clean, noise)
-    inversion = invert(pipe, clean, steps=sampling.steps, iterations=0, trajectory=True)
-    inversion.call(pipe)  # refuses a scheduler that goes other ways than the inversion
-    return Inverted(clean, inversion.at)
+@dataclass
+class _Candidate:
+    """A picture on its way: `made` is what there is after some of the regions."""
+
+    made: Image.Image
+    hole: Bools
+    opacity: Any
+    regions: list[Region]
+    prompt: str
+    seed: int
+    used: dict[str, int]
+
+    def job(self, index: int) -> Job:
+        return Job(self.made, self.hole, self.regions[index], self.prompt, self.seed)
+
+    def take(self, index: int, generated: Image.Image) -> None:
+        region = self.regions[index]
+        left, top, right, bottom = region.box
+        self.made = paste(self.made, region.uncut(generated), (left, top), self.opacity[top:bottom, left:right])
 
 
-def _inpainting(pipe: Any, part: Image.Image, tokens: torch.Tensor) -> dict[str, Any]:
-    """What a denoiser with nine channels takes besides: the mask, and the picture with a grey hole."""
-    factor = part.height // tokens.shape[0]
-    blocks = tokens.repeat_interleave(factor, 0).repeat_interleave(factor, 1)
-    grey = Image.composite(Image.new("RGB", part.size, (128, 128, 128)), part, Image.fromarray(blocks.numpy()))
-    return {
-        "mask_image": blocks[None, None].float(), "masked_image_latents": encode_image(pipe, grey).to(pipe.unet.dtype),
-        "height": part.height, "width": part.width,
-    }  # fmt: skip
+def _candidates(
+    pipe: Any, picture: Image.Image, mask: Any, prompt: str, seeds: Sequence[int], edges: _Edges, crop: bool
+) -> list[_Candidate]:
+    """One for each seed, without regions if nothing is to be done."""
+    marked = edges.clean(as_mask(mask, (picture.height, picture.width)))
+    regions: list[Region] = []
+    hole, opacity, used = edges.apply(marked)
+    if marked.any():
+        regions = plan_regions(hole, _native(pipe), _multiple(pipe), crop)
+    else:
+        warnings.warn("the mask is empty: the picture comes back unchanged", stacklevel=3)
+    return [_Candidate(picture.copy(), hole, opacity, regions, prompt, seed, used) for seed in seeds]
+
+
+def _fill(pipe: Any, candidates: Sequence[_Candidate], sampling: Sampling, batch_size: int) -> None:
+    """All regions of all candidates: the first of each, then the second ones; batches are of one size in pixels."""
+    for index in range(max((len(candidate.regions) for candidate in candidates), default=0)):
+        waiting: dict[tuple[int, int], list[_Candidate]] = {}
+        for candidate in candidates:
+            if index < len(candidate.regions):
+                waiting.setdefault(candidate.regions[index].padded, []).append(candidate)
+        for alike in waiting.values():
+            for start in range(0, len(alike), batch_size):
+                batch = alike[start : start + batch_size]
+                generated = sample(pipe, [candidate.job(index) for candidate in batch], sampling)
+                for candidate, picture in zip(batch, generated, strict=True):
+                    candidate.take(index, picture)
 
 
 @dataclass(frozen=True)
@@ -233,26 +201,23 @@ class _Edges:
         return hole, feather(hole, used["feather"]), used
 
 
-def _one_each(images: Sequence[Any], mask: Any) -> list[Any]:
-    if not isinstance(mask, (list, tuple)) or len(cast("Sequence[Any]", mask)) != len(images):
-        raise MaskError(f"{len(images)} pictures need a list of as many masks")
-    return list(cast("Sequence[Any]", mask))
+def _one_each(images: Sequence[Any], given: Any, what: str) -> list[Any]:
+    if not isinstance(given, (list, tuple)) or len(cast("Sequence[Any]", given)) != len(images):
+        error = MaskError if what == "masks" else SettingError
+        raise error(f"{len(images)} pictures need a list of as many {what}")
+    return list(cast("Sequence[Any]", given))
 
 
-def _check(method: str, n: Any, steps: Any, strength: Any) -> None:
+def _check(method: str, n: Any, steps: Any, strength: Any, batch_size: Any) -> None:
     if method not in ("sip", "dip"):
         raise SettingError(f"method={method!r}: choose 'sip' (from noise) or 'dip' (from an inversion)")
-    for name, value in (("n", n), ("steps", steps)):
+    for name, value in (("n", n), ("steps", steps), ("batch_size", batch_size)):
         if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 1000:
             raise SettingError(f"{name}={value!r}: must be 1 ... 1000")
     if n > 1 and method == "dip":
         raise SettingError(f"n={n} with method='dip': it depends on no seed, so there is one fill; use 'sip'")
     if int(steps * finite(strength, "strength", 0, 1)) < 1:
         raise SettingError(f"steps={steps} at strength={strength} leaves no step to run: raise one of them")
-
-
-def _generator(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def _factor(pipe: Any) -> int:

@@ -190,6 +190,25 @@ def test_several_pictures_masks_and_candidates_each_with_its_own_seed(pipe):
     assert len(quick(pipe, c, m, n=3)) == 3 and isinstance(quick(pipe, [c], [m]), list)
 
 
+@pytest.mark.parametrize("method", ["sip", "dip"])
+def test_a_batch_is_each_picture_alone(pipe, method):
+    """Two sizes, two pictures with two prompts each of one size, one with an empty mask."""
+    images = [picture(32, 32, seed=1), picture(40, 32, seed=2), picture(32, 32, seed=3), picture(32, 32, seed=4)]
+    masks = [box(), box(40, 32), box(top=2, left=2), np.zeros((32, 32), bool)]
+    call = {"guidance": 3.0, "negative_prompt": "red", "method": method}
+    prompts, n = ["a ball", "a cat", "", "a star"], 1 if method == "dip" else 2
+    with pytest.warns(UserWarning, match="empty"):
+        together = quick(pipe, images, masks, seed=5, n=n, prompt=prompts, batch_size=3, **call)
+        alone = quick(pipe, images, masks, seed=5, n=n, prompt=prompts, **call)
+    flat = [[p for group in made for p in (group if n > 1 else [group])] for made in (together, alone)]
+    assert len(flat[0]) == 4 * n
+    for one, other in zip(*flat, strict=True):
+        assert one.size == other.size and np.abs(np.asarray(one, int) - np.asarray(other, int)).max() <= 2
+    with pytest.raises(dg.SettingError, match="as many prompts"):
+        quick(pipe, images, masks, prompt=["a ball"])
+    assert quick(pipe, [], []) == []
+
+
 def test_the_settings_that_make_it_again_are_in_the_picture(pipe):
     out = quick(pipe, picture(), box(), seed=None, plugins=[Scaled(0.5)])
     settings = dict(out.info["diffgraft"])

@@ -1,0 +1,116 @@
+"""One run of a pipeline that regenerates the holes of a batch of cut-out pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers.utils.torch_utils import randn_tensor
+from PIL import Image
+
+from ..attention.errors import NonFiniteError, UnsupportedPipelineError
+from ..attention.masks import Bools, level_mask
+from ..plugins.base import Plugin
+from ..plugins.redirection import SelfAttentionRedirection
+from .blend import Blend, Inverted, Noised, StartAt, sibling
+from .generate import guard
+from .graft import graft
+from .inversion import invert
+from .latents import encode_image
+from .region import Region
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How holes are regenerated: as the arguments of `erase`; `redirection` is what the technique takes."""
+
+    method: str
+    steps: int
+    strength: float
+    guidance: float
+    redirection: dict[str, Any]
+    plugins: Sequence[Plugin]
+    call: dict[str, Any] = field(default_factory=dict[str, Any])
+
+
+@dataclass(frozen=True)
+class Job:
+    """A hole [h, w] in a picture of that size, the region to work on, and what is wanted there."""
+
+    picture: Image.Image
+    hole: Bools
+    region: Region
+    prompt: str
+    seed: int
+
+
+def sample(pipe: Any, jobs: Sequence[Job], sampling: Sampling) -> list[Image.Image]:
+    """The regions with their holes regenerated, RGB, at their padded size, which all have in common."""
+    runner, inpainting = sibling(pipe)
+    parts = [job.region.cut(job.picture) for job in jobs]
+    masks = [job.region.cut_mask(job.hole) for job in jobs]
+    if inpainting and sampling.method == "dip":
+        raise UnsupportedPipelineError("a UNet with 9 channels cannot be inverted without a mask: use method='sip'")
+    source = _source(pipe, parts, [job.seed for job in jobs], sampling)
+    grid = (source.clean.shape[-2], source.clean.shape[-1])
+    tokens = torch.stack([level_mask(mask, grid, grid) for mask in masks])[:, None]
+    call = _for_each(sampling.call, jobs)
+    if inpainting:
+        call |= _inpainting(pipe, parts, tokens)
+    then = Blend(source, tokens, call.pop("callback_on_step_end", None))
+    inputs = call.pop("callback_on_step_end_tensor_inputs", [])
+    plugins = [SelfAttentionRedirection(masks, **sampling.redirection), *sampling.plugins]
+    if sampling.method == "dip":
+        plugins.insert(0, StartAt(source, pipe.scheduler))
+    with graft(pipe, *plugins):
+        out = runner(
+            prompt=[job.prompt for job in jobs], image=source.clean, strength=sampling.strength,
+            num_inference_steps=sampling.steps, guidance_scale=sampling.guidance,
+            generator=[_generator(job.seed) for job in jobs], output_type="np",
+            callback_on_step_end=guard(sampling.steps, then),
+            callback_on_step_end_tensor_inputs=["latents", *(name for name in inputs if name != "latents")], **call,
+        )  # fmt: skip
+    if not np.isfinite(out.images).all():
+        raise NonFiniteError("decoding produced non-finite pixels: keep the VAE in float32, or use an fp16-fixed one")
+    return [Image.fromarray((pixels * 255).round().astype(np.uint8)) for pixels in out.images]
+
+
+def _source(pipe: Any, parts: Sequence[Image.Image], seeds: Sequence[int], sampling: Sampling) -> Noised | Inverted:
+    """The pictures' latents at every noise level. The noise is the one that the pipeline draws from these seeds."""
+    clean = encode_image(pipe, list(parts)).to(pipe.unet.dtype)
+    if sampling.method == "sip":
+        generators = [_generator(seed) for seed in seeds]
+        return Noised(clean, randn_tensor(clean.shape, generators, clean.device, clean.dtype))
+    inversion = invert(pipe, clean, steps=sampling.steps, iterations=0, trajectory=True)
+    inversion.call(pipe)  # refuses a scheduler that goes other ways than the inversion
+    return Inverted(clean, inversion.at)
+
+
+def _for_each(call: dict[str, Any], jobs: Sequence[Job]) -> dict[str, Any]:
+    """Further texts once for each picture, as the prompts are; a ControlNet's picture cut out as the pictures are."""
+    texts = {key: [text] * len(jobs) for key, text in call.items() if "prompt" in key and isinstance(text, str)}
+    control = call.get("control_image")
+    if not isinstance(control, Image.Image):
+        return call | texts
+    return call | texts | {"control_image": [job.region.cut(control.resize(job.picture.size)) for job in jobs]}
+
+
+def _inpainting(pipe: Any, parts: Sequence[Image.Image], tokens: torch.Tensor) -> dict[str, Any]:
+    """What a denoiser with nine channels takes besides: the masks, and the pictures with grey holes."""
+    width, height = parts[0].size
+    factor = height // tokens.shape[-2]
+    blocks = tokens.repeat_interleave(factor, -2).repeat_interleave(factor, -1)
+    grey = Image.new("RGB", (width, height), (128, 128, 128))
+    holes = [Image.fromarray(block[0].numpy()) for block in blocks]
+    masked = [Image.composite(grey, part, hole) for part, hole in zip(parts, holes, strict=True)]
+    return {
+        "mask_image": blocks.float(), "masked_image_latents": encode_image(pipe, masked).to(pipe.unet.dtype),
+        "height": height, "width": width,
+    }  # fmt: skip
+
+
+def _generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
