@@ -30,6 +30,7 @@ from diffgraft.app.errors import ManifestError, OutputError
 from diffgraft.app.metadata import read_settings
 
 ROOT = Path(__file__).parent.parent
+pytestmark = pytest.mark.timeout(900)  # processes that import torch start slowly on a busy machine
 
 
 @pytest.fixture(scope="session")
@@ -219,7 +220,6 @@ def test_shards_that_are_none(text):
 
 
 @pytest.mark.parametrize("engine", [name for name in ENGINES if name != "local"])
-@pytest.mark.timeout(900)
 def test_every_engine_gives_the_same_bytes(folder, model, tmp_path, engine):
     given = [*rows(5), {"id": "steered", "prompt": "a blue star", "negative": "red", "n": 2}]
     folder.write(given).run()
@@ -278,7 +278,7 @@ def test_ctrl_c(folder, engine):
     process = start(folder.command("--engine", engine))
     wait_for_pictures(process, folder.out, 3)
     process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=60)
+    _, said = process.communicate(timeout=300)
     assert process.returncode == 130 and "Traceback" not in said and "interrupted" in said
     done = folder.lines("results.jsonl")
     assert 0 < len(done) < 200 and len(folder.lines("metadata.jsonl")) == len(done)
