@@ -195,3 +195,9 @@ def test_transformers_invert_and_come_back(kind):
     if kind == "flux":
         back = pipe._unpack_latents(back, 32, 48, pipe.vae_scale_factor)
     torch.testing.assert_close(back, inversion.clean, rtol=0, atol=1e-3)
+
+
+def test_half_precision(sd15):
+    sd15.to(torch.bfloat16)
+    assert dg.invert(sd15, picture(), steps=2).latents.dtype == torch.bfloat16
+    assert dg.stylize(sd15, picture(), picture(seed=1), seed=1, **FAST).size == (32, 32)
