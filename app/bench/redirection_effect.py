@@ -61,7 +61,9 @@ class Score:
     colours: dict[str, str] | None = None
 
 
-Fill = Callable[[Case, int], NDArray[Any]]
+Fill = Callable[[list[Case], int], list[NDArray[Any]]]
+"""Fills all cases with one seed each."""
+BATCH = 20
 
 
 def cases(count: int, kind: str = "exact") -> Iterator[Case]:
@@ -111,7 +113,8 @@ def _psnr(error: NDArray[Any]) -> float:
 
 def measure(fill: Fill, chosen: list[Case], seeds: int) -> list[Score]:
     """Scores of every case and seed, judged if the judge is there."""
-    pictures = [(case, fill(case, seed)) for case in chosen for seed in range(seeds)]
+    rounds = [fill(chosen, FIRST + seed * len(chosen)) for seed in range(seeds)]
+    pictures = [(case, outs[i]) for i, case in enumerate(chosen) for outs in rounds]
     scores = [score(case, out) for case, out in pictures]
     if not WEIGHTS.exists():
         return scores
@@ -175,16 +178,20 @@ def tables(count: int, seeds: int) -> None:
 
 
 def _diffusion(pipe: Any, settings: Mapping[str, Any]) -> Fill:
-    def fill(case: Case, seed: int) -> NDArray[Any]:
-        named = {"prompt": case.scene.background} if settings.get("prompt") == BACKGROUND else {}
-        return np.asarray(erase(pipe, case.image, case.marked, seed=seed, **{**settings, **named}), float)
+    def fill(chosen: list[Case], seed: int) -> list[NDArray[Any]]:
+        named = [case.scene.background if settings.get("prompt") == BACKGROUND else "" for case in chosen]
+        images, marks = [case.image for case in chosen], [case.marked for case in chosen]
+        call = {**settings, "prompt": named, "batch_size": BATCH}
+        return [np.asarray(out, float) for out in erase(pipe, images, marks, seed=seed, **call)]
 
     return fill
 
 
 def _fixed(fill: Callable[[NDArray[Any], Bools], NDArray[Any]]) -> Fill:
     """A fill without a model; it gets the same two pixels around the mark as `erase` takes."""
-    return lambda case, _: np.clip(fill(np.asarray(case.image, float), grow(case.marked, 2)), 0, 255)
+    return lambda chosen, _: [
+        np.clip(fill(np.asarray(case.image, float), grow(case.marked, 2)), 0, 255) for case in chosen
+    ]
 
 
 def _line(text: str) -> None:
