@@ -98,6 +98,16 @@ def double():
     return tiny.sd15().to(torch.float64)
 
 
+@pytest.fixture(scope="module")
+def book():
+    pipe = dg.picturebook()
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+CAPTION = "a blue ball and a yellow star , night"
+
+
 # -- T1, T2: equations ---------------------------------------------------------------------------------------------
 
 
@@ -447,6 +457,23 @@ def test_transformers_move_and_come_back(name):
     assert fingerprint(pipe) == before and torch.equal(run()[0], plain)
 
 
+def test_a_layout_decides_who_stands_where(book):
+    """Same seeds, both ways round. Noise alone would be right for one way of each seed: for three of six."""
+    from diffgraft.app.bench.segregation_layout import followed, halves
+
+    right = 0
+    for layout, things in (
+        (halves(), [("star", "purple"), ("ball", "red")]), (halves().flip(2), [("ball", "red"), ("star", "purple")])
+    ):  # fmt: skip
+        with dg.graft(book, dg.AttentionSegregation(["star", "ball"], layout=layout, segregation=0)):
+            pictures = book(
+                ["a purple star and a red ball , snow"] * 3, num_inference_steps=15, guidance_scale=4.0,
+                output_type="pt", generator=[torch.Generator().manual_seed(i) for i in range(3)],
+            ).images  # fmt: skip
+        right += sum(followed(picture, things) for picture in pictures)
+    assert right >= 5
+
+
 def test_beside_a_controlnet_and_another_technique():
     model = tiny.unet()
     pipe = tiny.sd15(cls=StableDiffusionControlNetPipeline, unet=model, controlnet=tiny.controlnet(model))
@@ -515,16 +542,6 @@ def test_counted_cost_on_sd15():
 
 
 # -- T12: numerics -------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def book():
-    pipe = dg.picturebook()
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-CAPTION = "a blue ball and a yellow star , night"
 
 
 def gradient_at(pipe, latents, step, steps, **settings):

@@ -4,6 +4,7 @@
 2. Which loss, at which step, predicts failure among the seeds of one caption (area under the curve, 0.5 is blind).
 3. Guidance beside two controls of equal step norm: a random direction, and the gradient of another caption's loss.
 4. The effect on two and three objects, with paired bootstrap intervals, for the default and for its parts.
+5. Whether things stand where a layout says.
 
 Whatever has been drawn is kept under outputs/bench/ and not drawn again: a full run goes on where it was cut.
 """
@@ -28,6 +29,7 @@ from ...pipelines.overlay import overlay, sheet, strip
 from ...plugins.base import Probe
 from ...plugins.moves import low_pass, relative_step, step_factor
 from .judge import Judge, Verdict, load_judge, look
+from .segregation_layout import layouts
 from .segregation_predict import predictors
 from .statistics import paired_difference, share
 from .training import share_cores
@@ -221,6 +223,10 @@ def run(full: bool) -> None:
         _say("|---|---|---|---|---|---|---|")
         for line in effect_rows(pipe, judge, scenes, repeats, names, key):
             _say(line)
+    count = 160 if full else 16
+    _say(f"\nLayouts: {count} captions of two objects\n")
+    for line in layouts(pipe, count):
+        _say(line)
 
 
 def _say(line: str) -> None:
