@@ -21,7 +21,7 @@ class Default(NamedTuple):
 
 
 _NASA, _NAG, _VSF = "NASA's own settings", "NAG, table 5", "VSF's own settings"
-_BOOK = "measured on the picture book"
+_BOOK, _UNGUIDED = "measured on the picture book", "measured on the picture book without guidance"
 
 DEFAULTS: Mapping[str, Mapping[str, Default]] = {
     "nasa": {
@@ -35,7 +35,7 @@ DEFAULTS: Mapping[str, Mapping[str, Default]] = {
         "other": Default(0.2, 0.2),
     },
     "nag": {
-        "picturebook": Default(4.0, 4.0, source=_BOOK),
+        "picturebook": Default(4.0, 4.0, source=_UNGUIDED),
         "sd15": Default(2.0, 2.0, 0.375, _NAG),
         "sdxl": Default(2.0, 2.0, 0.5, _NAG),
         "pixart": Default(4.0, 4.0, 0.375, _NAG),
@@ -45,7 +45,7 @@ DEFAULTS: Mapping[str, Mapping[str, Default]] = {
         "other": Default(2.0, 2.0, 0.375),
     },
     "vsf": {
-        "picturebook": Default(1.0, 1.0, source=_BOOK),
+        "picturebook": Default(1.0, 1.0, source=_UNGUIDED),
         "flux": Default(3.5, 3.5, source=_VSF),
         "sd3": Default(3.5, 3.5, source=_VSF),
         "other": Default(1.0, 1.0),
