@@ -67,7 +67,7 @@ def page(studio):
 
 
 def client(page):
-    return Client(page.local_url, verbose=False)
+    return Client(page.local_url, verbose=False, httpx_kwargs={"timeout": 120})
 
 
 @pytest.fixture
@@ -394,12 +394,12 @@ def test_a_client_erases_with_a_picture_and_a_mask(page, picture, mask):
 
 
 def test_a_forged_request_over_the_wire_is_a_message(page, picture):
-    rest = (None, False, "", 2, 2, 9, 2, 1, 1, None, "")
+    sender, rest = client(page), (None, False, "", 2, 2, 9, 2, 1, 1, None, "")
     for forged in ({"background": handle_file(picture), "layers": [], "composite": None}, None):
         with pytest.raises(AppError, match="mask is empty|picture is missing"):
-            client(page).predict(forged, *rest, api_name="/erase_drawn")
+            sender.predict(forged, *rest, api_name="/erase_drawn")
     with pytest.raises(AppError, match="0|100"):
-        client(page).predict(PROMPT, steps=10**6, api_name="/generate")
+        sender.predict(PROMPT, steps=10**6, api_name="/generate")
 
 
 def test_a_client_can_stop_its_own_run_and_nobody_elses(page, studio):
@@ -427,15 +427,20 @@ def test_files_of_this_machine_stay_here(page, tmp_path):
         assert caught.value.code in (403, 404)
 
 
+def test_a_taken_port_is_said(page):
+    with pytest.raises(dg.SettingError, match="--port"):
+        server.launch(port=page.server_port)
+
+
 def test_mcp_tools_are_the_same_functions(studio):
     from mcp import ClientSession
-    from mcp.client.streamable_http import streamablehttp_client
+    from mcp.client.streamable_http import streamable_http_client
 
     blocks = server.serve(studio, prevent_thread_lock=True, mcp_server=True)
 
     async def ask():
         async with (
-            streamablehttp_client(f"{blocks.local_url}gradio_api/mcp/") as (read, write, _),
+            streamable_http_client(f"{blocks.local_url}gradio_api/mcp/") as (read, write, _),
             ClientSession(read, write) as session,
         ):
             await session.initialize()

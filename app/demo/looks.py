@@ -59,23 +59,22 @@ HEADER = f"""
 
 CSS = """
 .gradio-container { max-width: 1180px !important; width: 100%; margin: 0 auto; }
-.gradio-container .grid-wrap { min-height: 0; height: auto; max-height: none; }
+.gradio-container .grid-wrap { min-height: 0 !important; height: auto !important; }
 .gradio-container .caption-label { font-size: .8rem; max-width: 96%; }
 .gradio-container .image-frame img { width: 100%; height: 100%; object-fit: contain; }
 .gradio-container table { font-family: inherit; }
-.dg-head { display: flex; gap: 18px; align-items: center; padding: 14px 4px 2px; }
+.dg-head { display: flex; gap: 18px; align-items: center; }
 .dg-head svg { width: 96px; flex: none; }
-.dg-head h1 { margin: 0; font-size: 2rem; line-height: 1.1; letter-spacing: -.01em; }
+.dg-head h1 { margin: 0 !important; font-size: 2rem !important; line-height: 1.1; letter-spacing: -.01em; }
 .dg-head p { margin: 4px 0 0; opacity: .8; }
-.note { padding: 10px 14px; border-left: 4px solid #ffc43d; border-radius: 8px; background: #ffc43d2a; }
-.note .note { padding: 0; border: 0; background: none; }
+.dg-note { padding: 10px 14px; border-left: 4px solid #ffc43d; border-radius: 8px; background: #ffc43d2a; }
 .report textarea { font-family: monospace; font-size: .8rem; }
 @media (max-width: 480px) {
   .gradio-container .main.fillable { padding: 12px !important; }
   .gradio-container .tab-container button { padding: 0 7px !important; font-size: .84rem !important; }
   .dg-head { gap: 12px; }
   .dg-head svg { width: 60px; }
-  .dg-head h1 { font-size: 1.5rem; }
+  .dg-head h1 { font-size: 1.5rem !important; }
   .dg-head p { font-size: .9rem; line-height: 1.3; }
 }
 """

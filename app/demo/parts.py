@@ -40,7 +40,7 @@ def knobs(studio: Studio, *, steps: int, guidance: float, count: int = 1, model:
     """Steps, guidance, number of pictures, seed and model, in a closed drawer."""
     with gr.Accordion("Seed, steps, model", open=False):
         with gr.Row():
-            seed = gr.Number(None, label="Seed", info="Empty: a new one each time", precision=0, min_width=120)
+            seed = gr.Number(-1, label="Seed", info="-1: a new one each time", precision=0, min_width=120)
             pictures = gr.Slider(1, PICTURES, count, step=1, label="Pictures", min_width=120)
         with gr.Row():
             how_many = gr.Slider(1, STEPS, steps, step=1, label="Steps", min_width=120)
@@ -58,8 +58,8 @@ def knobs(studio: Studio, *, steps: int, guidance: float, count: int = 1, model:
 def size_row() -> tuple[gr.Number, gr.Number]:
     """Width and height."""
     with gr.Row():
-        width = gr.Number(None, label="Width", info=f"Empty: the model's own; at most {SIDE}", min_width=120)
-        height = gr.Number(None, label="Height", info="Multiples of 8", min_width=120)
+        width = gr.Number(0, label="Width", info=f"0: the model's own; at most {SIDE}", precision=0, min_width=120)
+        height = gr.Number(0, label="Height", info="Multiples of 8", precision=0, min_width=120)
     return width, height
 
 
@@ -87,7 +87,7 @@ def runs(
         told(handler), inputs, outputs, api_name=label, api_visibility=visibility, concurrency_id=MODEL,
         concurrency_limit=1, scroll_to_output=True, show_progress_on=list(outputs[:1]),
     )  # fmt: skip
-    halt.click(stopper(studio), None, None, queue=False, api_visibility="private", cancels=[event])
+    halt.click(stopper(studio), None, None, concurrency_limit=None, api_visibility="private", cancels=[event])
     return event
 
 

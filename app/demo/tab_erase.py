@@ -45,7 +45,7 @@ class EraseTab:
                     mask = unread(
                         gr.Image(
                             example("moon-mask"), label="White is removed", type="filepath",
-                            height=130, min_width=120, sources=("upload", "clipboard"),
+                            height=180, min_width=120, sources=("upload", "clipboard"),
                         )
                     )  # fmt: skip
                     invert = gr.Checkbox(False, label="Black is removed instead", min_width=120)

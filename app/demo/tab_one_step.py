@@ -34,10 +34,10 @@ class OneStepTab:
         """Lay the tab out."""
         missing = student_missing()
         if missing:
-            gr.Markdown(
-                f"**{escaped(missing)}.** Until then, name a one-step or turbo checkpoint under *Model* (a folder or a "
-                "Hub id such as `stabilityai/sd-turbo`).",
-                elem_classes="note",
+            gr.HTML(
+                f'<p class="dg-note"><b>{escaped(missing)}.</b> Until then, name a one-step or turbo checkpoint under '
+                "<i>Model</i>: a folder or a Hub id such as stabilityai/sd-turbo.</p>",
+                padding=False,
             )
         with gr.Row():
             with gr.Column(scale=4, min_width=300):
@@ -49,7 +49,7 @@ class OneStepTab:
                 buttons = parts.buttons("Paint")
                 with gr.Accordion("Seed, steps, model", open=bool(missing)):
                     with gr.Row():
-                        seed = gr.Number(7, label="Seed", info="Empty: a new one each time", precision=0, min_width=120)
+                        seed = gr.Number(7, label="Seed", info="-1: a new one each time", precision=0, min_width=120)
                         steps = gr.Slider(1, STEPS, 1, step=1, label="Steps", min_width=120)
                     model = gr.Textbox(
                         "", label="Model", placeholder=ONE_STEP, interactive=not self.studio.fixed,

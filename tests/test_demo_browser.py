@@ -1,0 +1,177 @@
+"""The demo in Debian's chromium, on the embedded model: draw, run, look, stop. Leaves screenshots in outputs/."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import pytest
+from playwright.sync_api import expect, sync_playwright
+
+from diffgraft.app.demo import server
+from diffgraft.app.demo.studio import Studio
+
+pytestmark = [pytest.mark.browser, pytest.mark.timeout(600)]
+SHOTS = Path(__file__).parents[1] / "outputs" / "screenshots"
+FLAGS = [
+    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+    "--disable-background-networking", "--disable-component-update", "--disable-sync",
+]  # fmt: skip
+PATIENCE = 240_000
+MOON = [(0.74, 0.16), (0.5, 0.16), (0.42, 0.28), (0.28, 0.42), (0.2, 0.55), (0.26, 0.7), (0.4, 0.74), (0.66, 0.7)]
+WIDTHS = {"wide": 1280, "narrow": 390}
+
+
+@pytest.fixture(scope="module")
+def studio():
+    return Studio()
+
+
+@pytest.fixture(scope="module")
+def address(studio, tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GRADIO_TEMP_DIR", str(tmp_path_factory.mktemp("gradio")))
+        blocks = server.serve(studio, prevent_thread_lock=True)
+        yield blocks.local_url
+        blocks.close()
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    found = next(path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name)))
+    SHOTS.mkdir(parents=True, exist_ok=True)
+    with sync_playwright() as play:
+        browser = play.chromium.launch(executable_path=found, args=FLAGS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(params=list(WIDTHS))
+def page(request, chromium, address):
+    """The page at one width; it may ask nobody but our server, and must not break."""
+    tab = chromium.new_page(viewport={"width": WIDTHS[request.param], "height": 900})
+    tab.set_default_timeout(PATIENCE)
+    hosts, broken = set(), []
+    tab.on("request", lambda asked: hosts.add(urlsplit(asked.url).hostname))
+    tab.on("pageerror", lambda error: broken.append(str(error)))
+    tab.goto(address)
+    tab.name = request.param
+    yield tab
+    assert hosts - {None, ""} == {"127.0.0.1"} and not broken
+    tab.close()
+
+
+def open_tab(page, title):
+    page.get_by_role("tab", name=title).click()
+
+
+def press(page, label):
+    page.locator("button.lg", has_text=label).locator("visible=true").click()
+
+
+def seed_used(page):
+    return page.get_by_label("Seed used").locator("visible=true")
+
+
+def drawer(page, seed=7, steps=8):
+    """Open the settings, choose few steps and a seed, close them again."""
+    lid = page.get_by_role("button", name="Seed, steps, model").locator("visible=true")
+    lid.click()
+    page.get_by_label("Seed", exact=True).locator("visible=true").fill(str(seed))
+    page.get_by_role("spinbutton", name="number input for Steps").locator("visible=true").fill(str(steps))
+    lid.click()
+
+
+def along(page, box, points):
+    """Drag the brush along points, given as shares of the picture, which stands in the middle of the canvas."""
+    side = min(box["width"], box["height"]) * 0.84
+    left, top = box["x"] + (box["width"] - side) / 2, box["y"] + (box["height"] - side) / 2
+    for number, (x, y) in enumerate(points):
+        page.mouse.move(left + x * side, top + y * side, steps=6)
+        if number == 0:
+            page.mouse.down()
+    page.mouse.up()
+
+
+def shot(page, name):
+    page.wait_for_timeout(600)
+    page.screenshot(path=SHOTS / f"{name}-{page.name}.png", full_page=True)
+
+
+def fits(page):
+    """Nothing sticks out sideways."""
+    return page.evaluate("document.documentElement.scrollWidth <= window.innerWidth + 1")
+
+
+def test_first_click_paints_with_maps_beside_the_picture(page):
+    press(page, "Paint")
+    expect(seed_used(page)).not_to_have_value("", timeout=PATIENCE)
+    gallery = page.get_by_role("tabpanel").locator("visible=true").locator(".grid-wrap")
+    expect(gallery).to_have_count(2)
+    expect(gallery.nth(0).locator("img")).to_have_count(2)
+    expect(gallery.nth(1).get_by_text("star", exact=True)).to_be_visible()
+    assert fits(page)
+    shot(page, "generate")
+
+
+def test_a_stroke_is_drawn_and_what_it_covers_is_erased(page):
+    open_tab(page, "Erase")
+    canvas = page.locator(".pixi-target canvas, canvas").locator("visible=true").first
+    canvas.scroll_into_view_if_needed()
+    page.wait_for_timeout(1500)
+    along(page, canvas.bounding_box(), MOON)
+    drawer(page, seed=7, steps=20)
+    shot(page, "erase-drawn")
+    press(page, "Erase")
+    expect(seed_used(page)).to_have_value("7", timeout=PATIENCE)
+    candidates = page.get_by_role("tabpanel").locator("visible=true").locator(".grid-wrap img")
+    expect(candidates).to_have_count(3)
+    candidates.nth(1).click()
+    expect(seed_used(page)).to_have_value("8")
+    assert fits(page)
+    shot(page, "erase")
+
+
+def test_style_and_compose_run(page):
+    open_tab(page, "Style")
+    drawer(page, steps=6)
+    press(page, "Repaint")
+    expect(seed_used(page)).to_have_value("7", timeout=PATIENCE)
+    assert fits(page)
+    shot(page, "style")
+    open_tab(page, "Compose")
+    drawer(page, steps=6)
+    press(page, "Paint")
+    expect(seed_used(page)).to_have_value("7", timeout=PATIENCE)
+    expect(page.get_by_role("gridcell", name="NegativeAway").first).to_be_visible(timeout=PATIENCE)
+    assert fits(page)
+    shot(page, "compose")
+
+
+def test_stop_ends_the_run_and_the_page_goes_on(page, studio):
+    page.get_by_role("button", name="Seed, steps, model").locator("visible=true").click()
+    page.get_by_role("spinbutton", name="number input for Steps").locator("visible=true").fill("100")
+    press(page, "Paint")
+    expect(page.get_by_text("picture 1 of 1").first).to_be_visible(timeout=PATIENCE)
+    shot(page, "progress")
+    press(page, "Stop")
+    expect(page.get_by_text("Stopped.").first).to_be_visible(timeout=PATIENCE)
+    page.wait_for_function("() => !document.querySelector('.progress-text, .progress-level')")
+    for _ in range(200):
+        if not studio._turn.locked():
+            break
+        page.wait_for_timeout(50)
+    assert not studio._turn.locked() and not studio._stops
+    page.get_by_role("spinbutton", name="number input for Steps").locator("visible=true").fill("2")
+    press(page, "Paint")
+    expect(seed_used(page)).not_to_have_value("", timeout=PATIENCE)
+
+
+def test_what_goes_wrong_is_said_in_words(page):
+    page.get_by_label("Concepts that must all appear").fill("porcupine <b>x</b>")
+    press(page, "Paint")
+    expect(page.get_by_text("is not in the prompt").first).to_be_visible(timeout=PATIENCE)
+    expect(page.get_by_text("porcupine <b>x</b>").first).to_be_visible()
+    open_tab(page, "One step")
+    shot(page, "one-step")
