@@ -63,6 +63,14 @@ def size_row() -> tuple[gr.Number, gr.Number]:
     return width, height
 
 
+def gallery(label: str, columns: int = 2, allow_preview: bool = True) -> gr.Gallery:
+    """Results, to look at and to download."""
+    return gr.Gallery(
+        label=label, columns=columns, height="auto", interactive=False, format="png", allow_preview=allow_preview,
+        buttons=["download", "fullscreen"],
+    )  # fmt: skip
+
+
 def facts() -> tuple[gr.Textbox, gr.Code]:
     """Where the used seed and the settings are shown."""
     seed = gr.Textbox(label="Seed used", interactive=False, elem_classes="seed")

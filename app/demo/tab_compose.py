@@ -66,9 +66,9 @@ class ComposeTab:
                 buttons = parts.buttons("Paint")
                 knobs = parts.knobs(self.studio, steps=25, guidance=4.0)
             with gr.Column(scale=5, min_width=300):
-                pictures = gr.Gallery(label="Pictures", columns=2, height="auto", interactive=False, format="png")
+                pictures = parts.gallery("Pictures")
                 order = gr.Dataframe(
-                    headers=["", "technique", "edits, by rank", "layers", "on"], label="Order", interactive=False,
+                    headers=["", "technique", "rank", "layers", "steps"], label="Order", interactive=False,
                     wrap=True, buttons=[],
                 )  # fmt: skip
                 report = gr.Textbox(label="Report", lines=8, max_lines=14, interactive=False, elem_classes="report")

@@ -44,7 +44,7 @@ class EraseTab:
                 with gr.Accordion("Or a mask, used where nothing is painted", open=True), gr.Row():
                     mask = unread(
                         gr.Image(
-                            example("moon-mask"), label="White is removed", type="filepath",
+                            example("moon-mask"), label="White goes", type="filepath", buttons=[],
                             height=180, min_width=120, sources=("upload", "clipboard"),
                         )
                     )  # fmt: skip
@@ -59,14 +59,7 @@ class EraseTab:
                 slider = gr.ImageSlider(
                     label="Before and after", interactive=False, type="filepath", format="png", max_height=460
                 )
-                candidates = gr.Gallery(
-                    label="Candidates: choose one",
-                    columns=3,
-                    interactive=False,
-                    height="auto",
-                    object_fit="contain",
-                    format="png",
-                )
+                candidates = parts.gallery("Candidates: choose one", columns=3, allow_preview=False)
                 seed, settings = parts.facts()
         drawer = [prompt, grow, feather, scale, knobs.steps, knobs.guidance, knobs.count, knobs.seed, knobs.model]
         outputs = [candidates, slider, seed, settings]

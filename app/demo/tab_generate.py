@@ -52,8 +52,8 @@ class GenerateTab:
                 with gr.Accordion("Size", open=False):
                     width, height = parts.size_row()
             with gr.Column(scale=5, min_width=300):
-                pictures = gr.Gallery(label="Pictures", columns=2, object_fit="contain", height="auto", format="png")
-                maps = gr.Gallery(label="Where each word looked", columns=4, height="auto", format="png")
+                pictures = parts.gallery("Pictures")
+                maps = parts.gallery("Where each word looked", columns=4)
                 seed, settings = parts.facts()
         inputs = [
             prompt, concepts, negative, compare, knobs.steps, knobs.guidance, knobs.count, knobs.seed, width, height,
