@@ -50,8 +50,8 @@ class ComposeTab:
                     info="Their order is the order of their edits, where two are of equal rank",
                 )  # fmt: skip
                 specs = gr.Code(
-                    starting_specs(FIRST), language="json", label="Their settings, as in a batch row", lines=6, wrap_lines=True,
-                    max_lines=16,
+                    starting_specs(FIRST), language="json", label="Their settings, as in a batch row", lines=6,
+                    max_lines=16, wrap_lines=True,
                 )  # fmt: skip
                 chosen.input(told(rewritten), [chosen, specs], specs, api_visibility="private", queue=False)
                 with gr.Accordion('Pictures for "upload"', open=False), gr.Row():
