@@ -7,6 +7,7 @@ from typing import Annotated, Any, cast
 
 import typer
 
+from ..attention.errors import SettingError
 from .batch.command import batch
 from .console import reported, say
 
@@ -108,9 +109,9 @@ def erase(
     verbose: Verbose = False,
 ) -> None:
     """Remove what a mask covers and continue the background."""
-    if (mask is None) == (mask_option is None):
-        raise typer.BadParameter("give one mask: diffgraft erase photo.png --mask mask.png --out out.png")
     with reported(verbose):
+        if (mask is None) == (mask_option is None):
+            raise SettingError("give one mask: diffgraft erase photo.png --mask mask.png --out out.png")
         from . import tasks
 
         wish = tasks.Wish(model, device, dtype, revision, quiet, not no_metadata)
