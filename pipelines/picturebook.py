@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
 
 PICTUREBOOK = Path(__file__).parent.parent / "assets" / "picturebook"
+ONE_STEP = PICTUREBOOK / "one-step"  # what the student has of its own: its denoiser and scheduler
 
 
 def picturebook(
@@ -24,21 +25,28 @@ def picturebook(
     """Load the picture book: 128x128 pictures from captions like "a red ball and a blue star , night".
 
     It is a plain `StableDiffusionPipeline`; nothing is downloaded. Words it was never trained on give a warning that
-    lists the words it knows. About 25 steps at guidance 4 suit it.
+    lists the words it knows. About 25 steps at guidance 4 suit it; the student takes num_inference_steps=1 and
+    guidance_scale=0.
 
     Args:
-        one_step: the student that needs a single step.
+        one_step: the student that was distilled to a single step without guidance.
         dtype: of the weights (stored as float16).
         device: None leaves it on the CPU.
 
     Raises:
         ModelLoadError: the asked-for weights are not part of this installation.
     """
-    if one_step:
-        raise ModelLoadError("the one-step picture book is not part of this version; use picturebook()")
-    from diffusers import StableDiffusionPipeline
+    from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 
-    pipe: StableDiffusionPipeline = load(PICTUREBOOK, pipeline=StableDiffusionPipeline, dtype=dtype, device=device)
+    own: dict[str, Any] = {}
+    if one_step:
+        if not ONE_STEP.is_dir():
+            raise ModelLoadError("the one-step picture book is not part of this installation; use picturebook()")
+        own["unet"] = UNet2DConditionModel.from_pretrained(ONE_STEP / "unet", torch_dtype=dtype, use_safetensors=True)
+        own["scheduler"] = DDIMScheduler.from_pretrained(ONE_STEP / "scheduler")
+    pipe: StableDiffusionPipeline = load(
+        PICTUREBOOK, pipeline=StableDiffusionPipeline, dtype=dtype, device=device, **own
+    )
     # A hook on the encoder, not on the tokenizer: whatever is encoded passes here, the pipeline's classes stay plain,
     # and torch carries a partial of a module-level function through deepcopy and pickle; save_pretrained skips it.
     hook = partial(_warn_of_unknown_words, _vocabulary(pipe.tokenizer), pipe.tokenizer.unk_token_id)

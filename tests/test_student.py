@@ -7,26 +7,39 @@ import torch
 
 from diffgraft.app.bench.autoencoder import build
 from diffgraft.app.bench.denoiser import build_text_encoder, build_unet, pipeline
-from diffgraft.app.bench.student import GUIDANCE, KEPT, STEPS, collect, distance, student_scheduler, times
+from diffgraft.app.bench.student import (
+    GUIDANCE,
+    KEPT,
+    STEPS,
+    collect,
+    distance,
+    student_scheduler,
+    teacher_scheduler,
+    times,
+)
 
 
 def test_collected_points_lie_on_the_teachers_trajectory() -> None:
     torch.manual_seed(0)
     pipe = pipeline(build().eval(), build_unet().eval(), build_text_encoder().eval())
+    pipe.scheduler = teacher_scheduler()
     pipe.set_progress_bar_config(disable=True)
     found = collect(pipe, first=5, count=2, batch=2)
     assert found["points"].shape == (2, len(KEPT), 4, 16, 16)
     assert found["ends"].shape == (2, 4, 16, 16) and found["tokens"].shape == (2, 20)
     noise = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(5))
     assert torch.equal(found["points"][:, 0], noise.half())
-    pipe.scheduler.set_timesteps(STEPS)
-    latents = found["points"][:, -1].float()
     with torch.no_grad():
         words = pipe.text_encoder(torch.cat([torch.tensor([[1, 2] + [0] * 18] * 2), found["tokens"].long()]))[0]
-        for t in pipe.scheduler.timesteps[KEPT[-1] :]:
+        pipe.scheduler.set_timesteps(STEPS)
+        latents, points = noise, []
+        for t in pipe.scheduler.timesteps:
+            points.append(latents)
             blank, guided = pipe.unet(torch.cat([latents] * 2), t, words).sample.chunk(2)
             latents = pipe.scheduler.step(blank + GUIDANCE * (guided - blank), t, latents).prev_sample
     assert torch.allclose(latents, found["ends"].float(), atol=0.02)
+    for kept, step in enumerate(KEPT):
+        assert torch.allclose(points[step], found["points"][:, kept].float(), atol=0.02)
 
 
 def test_times_are_those_of_the_points_and_the_first_is_the_students() -> None:
