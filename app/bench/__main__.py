@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import inspect
 import sys
 import time
+from pathlib import Path
 
 TABLES = {
     "overhead": "session overhead with no active edit",
@@ -19,13 +21,15 @@ TABLES = {
     "style_effect": "style transfer against the true re-rendering",
     "evaluate": "what the embedded model draws, judged",
 }
-"""Module of this package with `run(full: bool) -> None`, and what its table shows."""
+"""Module of this package with `run(full: bool) -> None`, and what its table shows. Tables of what a model draws take a
+`model` too: a folder, or None for the embedded one."""
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="diffgraft.app.bench", description=__doc__)
     parser.add_argument("tables", nargs="*", metavar="TABLE", help=f"some of: {', '.join(TABLES)} (default: all)")
     parser.add_argument("--full", action="store_true", help="every sample of the table, for hours, resumable")
+    parser.add_argument("--model", type=Path, metavar="DIR", help="of this diffusers model, where pictures are drawn")
     options = parser.parse_args()
     unknown = [name for name in options.tables if name not in TABLES]
     if unknown:
@@ -33,7 +37,9 @@ def main() -> int:
     for name in options.tables or TABLES:
         start = time.monotonic()
         sys.stdout.write(f"\n## {name}: {TABLES[name]} ({'full' if options.full else 'quick'} mode)\n\n")
-        importlib.import_module(f"{__package__}.{name}").run(options.full)
+        run = importlib.import_module(f"{__package__}.{name}").run
+        own = {"model": options.model} if options.model and "model" in inspect.signature(run).parameters else {}
+        run(options.full, **own)
         sys.stdout.write(f"\n({time.monotonic() - start:.0f} s)\n")
         sys.stdout.flush()
     return 0

@@ -2,7 +2,7 @@
 
 python -m diffgraft.app.bench.evaluate                       # the table of the model card: 500 captions a row, 25 steps
 python -m diffgraft.app.bench.evaluate --count 64            # a quick look
-python -m diffgraft.app.bench.evaluate --model DIR --one-step
+python -m diffgraft.app.bench.evaluate --one-step            # the student: one step, no guidance
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 from .judge import Judge, Verdict, load_judge, look
+from .rows import subject
 from .statistics import Estimate, share
 from .training import share_cores
 from .world import FRESH, Scene, caption, scene
@@ -85,10 +86,8 @@ def evaluate(
     return score(look(judge, pictures), scenes)
 
 
-def table(model: Path, rows: Sequence[Row], count: int, steps: int, guidance: float) -> None:
+def table(pipe: DiffusionPipeline, rows: Sequence[Row], count: int, steps: int, guidance: float) -> None:
     """Prints the rows of a model, each as soon as it is known."""
-    pipe = DiffusionPipeline.from_pretrained(model, torch_dtype=torch.float32)
-    pipe.set_progress_bar_config(disable=True)
     judge = load_judge()
     sys.stdout.write(f"{count} captions a row, {steps} steps, guidance {guidance:g}; in brackets 95% intervals\n\n")
     sys.stdout.write("| | all right | kinds right | background | style |\n|---|---|---|---|---|\n")
@@ -98,23 +97,27 @@ def table(model: Path, rows: Sequence[Row], count: int, steps: int, guidance: fl
         sys.stdout.flush()
 
 
-def run(full: bool) -> None:
-    """The table of `python -m diffgraft.app.bench evaluate`: 500 captions a row, or 20 for a quick look."""
-    table(ASSETS / "picturebook", ROWS, 500 if full else 20, steps=25, guidance=4.0)
+def run(full: bool, model: Path | None = None) -> None:
+    """The tables of `python -m diffgraft.app.bench evaluate`: 500 captions a row, or 20 for a quick look."""
+    count = 500 if full else 20
+    table(subject(model), ROWS, count, steps=25, guidance=4.0)
+    if model is None:
+        sys.stdout.write("\nThe one-step student: ")
+        table(subject(one_step=True), ROWS, count, steps=1, guidance=0.0)
 
 
 def main() -> None:
     """The same with a choice of model, rows and steps."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, default=ASSETS / "picturebook")
+    parser.add_argument("--model", type=Path, help="a pipeline's folder; the embedded one without")
     parser.add_argument("--count", type=int, default=500, help="captions a row")
     parser.add_argument("--steps", type=int, default=25)
     parser.add_argument("--guidance", type=float, default=4.0)
     parser.add_argument("--rows", type=int, nargs="*", default=range(len(ROWS)), help="only these, counted from 0")
-    parser.add_argument("--one-step", action="store_true", help="as the student is used: one step, no guidance")
+    parser.add_argument("--one-step", action="store_true", help="the student: one step, no guidance")
     args = parser.parse_args()
     steps, guidance = (1, 0.0) if args.one_step else (args.steps, args.guidance)
-    table(args.model, [ROWS[i] for i in args.rows], args.count, steps, guidance)
+    table(subject(args.model, one_step=args.one_step), [ROWS[i] for i in args.rows], args.count, steps, guidance)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F  # noqa: N812
 from diffusers import DiffusionPipeline, StableDiffusionPipeline
+from diffusers.models.attention_processor import AttnProcessor2_0
 
 from .denoiser import TrainingAttention
 from .evaluate import ASSETS, ROWS
@@ -72,7 +73,7 @@ def localisation(
         ).images
         owners.append(judge(pictures * 2 - 1)[0].softmax(1))
     where = torch.cat(owners) > 0.5
-    pipe.unet.set_default_attn_processor()
+    pipe.unet.set_attn_processor(AttnProcessor2_0())
     return {key: _shares(torch.cat(maps), where, scenes) for key, maps in kept.items()}
 
 

@@ -13,11 +13,11 @@ import torch
 def orthogonalize(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
     """Brings the singular values of [N, rows, columns] near 1 by the quintic Newton-Schulz iteration, in bfloat16."""
     tall = matrices.shape[1] > matrices.shape[2]
-    x = (matrices.mT if tall else matrices).bfloat16()
+    x = (matrices.mT if tall else matrices).bfloat16().contiguous()
     x = x / (x.float().norm(dim=(1, 2), keepdim=True) + 1e-7).bfloat16()
     for _ in range(steps):
         gram = x @ x.mT
-        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
     return x.mT if tall else x
 
 

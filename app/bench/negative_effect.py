@@ -6,15 +6,17 @@ The share of pictures that show the negative should fall to under a quarter, and
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ... import ModelLoadError, NegativeAway, graft, picturebook
+from ... import NegativeAway, graft
 from .judge import Judge, Verdict, load_judge, look
+from .rows import KEPT, Rows, fingerprint, subject
 from .statistics import Estimate, share
 from .training import share_cores
 
@@ -26,7 +28,7 @@ PAIRS = [
     ("a white moon , night", "dots style"),
 ]  # fmt: skip
 """(caption, negative): eight colours, five backgrounds, three styles, each left open by its caption."""
-PLOT = Path("outputs") / "negative_effect.png"
+PLOT = KEPT / "negative_effect.png"
 SCALES = {
     "nasa": (0.1, 0.2, 0.3, 0.45, 0.6, 0.8, 1.0), "nag": (1.0, 2.0, 4.0, 6.0, 9.0, 14.0),
     "vsf": (0.25, 0.5, 1.0, 1.5, 2.0, 3.0),
@@ -71,49 +73,54 @@ def draw(pipe: Any, prompt: str, negative: str, seeds: int, how: Sampling, batch
             negative_prompt=[negative] * len(generators) if how.own_negative else None, generator=generators,
             output_type="pt",
         ).images  # fmt: skip
-        drawn.append((pictures * 255).round() / 127.5 - 1)
+        drawn.append((pictures.cpu() * 255).round() / 127.5 - 1)
     return torch.cat(drawn)
 
 
-def measure(
-    pipe: Any, judge: Judge, seeds: int, how: Sampling, plugin: Callable[[str], NegativeAway] | None = None
-) -> Outcome:
-    """All pairs with `seeds` pictures each."""
-    shown, kind = list[bool](), list[bool]()
-    for prompt, negative in PAIRS:
-        with graft(pipe, *([plugin(negative)] if plugin else [])):
-            pictures = draw(pipe, prompt, negative, seeds, how)
+class Bench:
+    """A model and its judge; what was drawn is remembered by pair."""
+
+    def __init__(self, pipe: Any, judge: Judge, path: Path = KEPT / "negative.jsonl") -> None:
+        self.pipe, self.judge, self.rows, self.key = pipe, judge, Rows(path), fingerprint(pipe)
+
+    def measure(self, seeds: int, how: Sampling, **steer: Any) -> Outcome:
+        """All pairs with `seeds` pictures each, steered by `NegativeAway(negative, **steer)` if a rule is given."""
+        seen: list[tuple[bool, bool]] = []
+        for pair in PAIRS:
+            key = {**self.key, "pair": pair, "seeds": seeds, "sampling": asdict(how), "steer": steer}
+            seen += self.rows.remember(key, partial(self._seen, *pair, seeds, how, steer))
+        return Outcome(share([shown for shown, _ in seen]), share([kind for _, kind in seen]))
+
+    def _seen(
+        self, prompt: str, negative: str, seeds: int, how: Sampling, steer: dict[str, Any]
+    ) -> list[tuple[bool, bool]]:
+        """For each picture whether it shows the negative, and whether it has exactly the asked-for kind."""
+        with graft(self.pipe, *([NegativeAway(negative, **steer)] if steer else [])):
+            pictures = draw(self.pipe, prompt, negative, seeds, how)
         asked = prompt.split(" , ")[0].split()[-1]
-        for verdict in look(judge, pictures):
-            shown.append(shows(verdict, negative))
-            kind.append(set(verdict.colours) == {asked})
-    return Outcome(share(shown), share(kind))
+        return [(shows(v, negative), set(v.colours) == {asked}) for v in look(self.judge, pictures)]
 
 
-def table(name: str, pipe: Any, judge: Judge, seeds: int, rows: Sequence[Sampling]) -> None:
+def table(name: str, bench: Bench, seeds: int, rows: Sequence[Sampling]) -> None:
     """Print one model's rows: each sampling alone, and with the three rules at their defaults."""
     out = sys.stdout.write
     out(f"\n| {name}, {seeds} pictures a pair | shows the negative | kind right |\n|---|---|---|\n")
     for how in rows:
         alone = f"guidance {how.guidance:g}" if how.guidance > 1 else "no guidance"
-        out(measure(pipe, judge, seeds, how).row(alone + (", its own negative" if how.own_negative else "")))
+        out(bench.measure(seeds, how).row(alone + (", its own negative" if how.own_negative else "")))
         for rule in () if how.own_negative else SCALES:
-            steered = measure(pipe, judge, seeds, how, lambda text, rule=rule: NegativeAway(text, rule=rule))
-            out(steered.row(f"{alone}, {rule}"))
+            out(bench.measure(seeds, how, rule=rule).row(f"{alone}, {rule}"))
             sys.stdout.flush()
 
 
-def curve(pipe: Any, judge: Judge, seeds: int, how: Sampling, path: Path = PLOT) -> None:
+def curve(bench: Bench, seeds: int, how: Sampling, path: Path = PLOT) -> None:
     """Print and plot the outcome over the scale of every rule."""
-    base, found = measure(pipe, judge, seeds, how), dict[str, list[Outcome]]()
+    base, found = bench.measure(seeds, how), dict[str, list[Outcome]]()
     sys.stdout.write("\n| rule | scale | shows the negative | kind right |\n|---|---|---|---|\n")
     for rule, scales in SCALES.items():
         found[rule] = []
         for scale in scales:
-            def plugin(text: str, rule: str = rule, scale: float = scale) -> NegativeAway:
-                return NegativeAway(text, rule=rule, scale=scale)
-
-            found[rule].append(measure(pipe, judge, seeds, how, plugin))
+            found[rule].append(bench.measure(seeds, how, rule=rule, scale=scale))
             sys.stdout.write(found[rule][-1].row(f"{rule} | {scale:g}"))
             sys.stdout.flush()
     _plot(base, found, path)
@@ -138,18 +145,20 @@ def _plot(base: Outcome, found: dict[str, list[Outcome]], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def run(full: bool) -> None:
-    """The one-step student where there is one, and the 20-step model with and without guidance."""
+def run(full: bool, model: Path | None = None) -> None:
+    """The one-step student, and the 20-step model with and without guidance.
+
+    A `model` of your own stands for the latter, and there is no student then.
+    """
     judge, seeds = load_judge(), 100 if full else 12
-    try:
-        student = picturebook(one_step=True)
-    except ModelLoadError:
-        sys.stdout.write("(no one-step model in this installation: the model of 20 steps only)\n")
-    else:
-        student.set_progress_bar_config(disable=True)
-        table("one step", student, judge, seeds, [Sampling(1), Sampling(1, 2.0), Sampling(1, 2.0, True)])
-        curve(student, judge, seeds, Sampling(1))
-    pipe = picturebook()
-    pipe.set_progress_bar_config(disable=True)
+    if model is None:
+        _student(judge, seeds)
     seeds, steps = (seeds, 20) if full else (2, 10)
-    table(f"{steps} steps", pipe, judge, seeds, [Sampling(steps), Sampling(steps, 4.0), Sampling(steps, 4.0, True)])
+    rows = [Sampling(steps), Sampling(steps, 4.0), Sampling(steps, 4.0, True)]
+    table(f"{steps} steps", Bench(subject(model), judge), seeds, rows)
+
+
+def _student(judge: Judge, seeds: int) -> None:
+    bench = Bench(subject(one_step=True), judge)
+    table("one step", bench, seeds, [Sampling(1), Sampling(1, 2.0), Sampling(1, 2.0, True)])
+    curve(bench, seeds, Sampling(1))

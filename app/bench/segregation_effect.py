@@ -11,8 +11,6 @@ Whatever has been drawn is kept under outputs/bench/ and not drawn again: a full
 
 from __future__ import annotations
 
-import hashlib
-import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -22,13 +20,14 @@ from typing import Any
 
 import torch
 
-from ... import AttentionSegregation, Plugin, attention_maps, graft, picturebook
+from ... import AttentionSegregation, Plugin, attention_maps, graft
 from ...attention.layer import AttentionLayer
 from ...attention.step import Step
 from ...pipelines.overlay import overlay, sheet, strip
 from ...plugins.base import Probe
 from ...plugins.moves import low_pass, relative_step, step_factor
 from .judge import Judge, Verdict, load_judge, look
+from .rows import KEPT, Rows, fingerprint, subject
 from .segregation_layout import layouts
 from .segregation_predict import predictors
 from .statistics import paired_difference, share
@@ -37,7 +36,6 @@ from .world import FRESH, Scene, caption, scene
 
 FIRST = FRESH + 3_000_000  # captions of the reported tables; settings are chosen on others
 STEPS, GUIDANCE, BATCH = 20, 4.0, 20
-KEPT = Path("outputs/bench/segregation")
 
 
 @dataclass(frozen=True)
@@ -58,7 +56,7 @@ class RandomDirection(Plugin):
         self.draws = torch.Generator().manual_seed(seed)
 
     def latent(self, step: Step, latent: torch.Tensor, probe: Probe) -> torch.Tensor:
-        field = low_pass(torch.randn(latent.shape, generator=self.draws), 4)
+        field = low_pass(torch.randn(latent.shape, generator=self.draws), 4).to(latent.device)
         factor = _DEFAULT.size * step_factor(step.index, step.total, _DEFAULT.decay)
         return latent - relative_step(field, factor, latent)
 
@@ -134,44 +132,34 @@ def draw(pipe: Any, scenes: Sequence[Scene], seed: int, plugin: Plugin | None) -
     generators = [torch.Generator().manual_seed(seed + i) for i in range(len(scenes))]
     settings = {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE, "output_type": "pt", "generator": generators}
     with graft(pipe, *([plugin] if plugin else [])):
-        return pipe([caption(s) for s in scenes], **settings).images * 2 - 1
+        return pipe([caption(s) for s in scenes], **settings).images.cpu() * 2 - 1
 
 
 def outcomes(
-    pipe: Any, judge: Judge, name: str, row: Row, scenes: Sequence[Scene], repeats: int, key: str
+    pipe: Any, judge: Judge, name: str, scenes: Sequence[Scene], repeats: int, kept: Rows, key: dict[str, str]
 ) -> list[Outcome]:
     """Of every scene and repeat, drawn or remembered."""
     found: list[Outcome] = []
     for repeat in range(repeats):
         for i in range(0, len(scenes), BATCH):
-            part = scenes[i : i + BATCH]
-            seed = 1_000_000 * repeat + i
-            label = f"{key} {name} {STEPS} {[caption(s) for s in part]} {seed}"
-            kept = KEPT / f"{hashlib.sha256(label.encode()).hexdigest()[:24]}.json"
-            if not kept.exists():
-                pictures = draw(pipe, part, seed, row(part, seed))
-                seen = [outcome(v, s) for v, s in zip(look(judge, pictures), part, strict=True)]
-                kept.parent.mkdir(parents=True, exist_ok=True)
-                kept.write_text(json.dumps([asdict(one) for one in seen]))
-            found += [Outcome(**one) for one in json.loads(kept.read_text())]
+            part, seed = scenes[i : i + BATCH], 1_000_000 * repeat + i
+            captions = [caption(s) for s in part]
+            label = {**key, "row": name, "steps": STEPS, "guidance": GUIDANCE, "captions": captions, "seed": seed}
+            found += [Outcome(**one) for one in kept.remember(label, partial(_drawn, pipe, judge, name, part, seed))]
     return found
 
 
-def fingerprint(pipe: Any) -> str:
-    """Of the denoiser's weights: another model's outcomes are not this one's."""
-    digest = hashlib.sha256()
-    for parameter in pipe.unet.parameters():
-        digest.update(parameter.detach().float().numpy().tobytes())
-    return digest.hexdigest()[:16]
+def _drawn(pipe: Any, judge: Judge, name: str, scenes: Sequence[Scene], seed: int) -> list[dict[str, bool]]:
+    pictures = draw(pipe, scenes, seed, ROWS[name](scenes, seed))
+    return [asdict(outcome(v, s)) for v, s in zip(look(judge, pictures), scenes, strict=True)]
 
 
-def effect_rows(
-    pipe: Any, judge: Judge, scenes: Sequence[Scene], repeats: int, names: Sequence[str], key: str
-) -> Iterator[str]:
+def effect_rows(pipe: Any, judge: Judge, scenes: Sequence[Scene], repeats: int, names: Sequence[str]) -> Iterator[str]:
     """Lines of the table, the plain pipeline first."""
     plain: list[Outcome] = []
+    kept, key = Rows(KEPT / "segregation.jsonl"), fingerprint(pipe)
     for name in names:
-        found = outcomes(pipe, judge, name, ROWS[name], scenes, repeats, key)
+        found = outcomes(pipe, judge, name, scenes, repeats, kept, key)
         plain = plain or found
         right = share([one.right for one in found]).percent()
         gain = paired_difference([one.right for one in found], [one.right for one in plain])
@@ -199,17 +187,16 @@ def map_sheet(pipe: Any, truth: Scene) -> Path:
     for name in names:
         maps = attention_maps(pipe, caption(truth), [word], layers=partial(only, name), steps=STEPS, guidance=GUIDANCE)
         rows[f"{word}, {name}"] = (overlay(maps.image, maps[word]), strip(maps.steps[word], 8))
-    path = KEPT / "maps.png"
+    path = KEPT / "segregation-maps.png"
     path.parent.mkdir(parents=True, exist_ok=True)
     sheet(maps.image, rows).save(path)
     return path
 
 
-def run(full: bool) -> None:
+def run(full: bool, model: Path | None = None) -> None:
     """Print the tables; quick mode draws a few hundred pictures, full mode tens of thousands."""
-    pipe, judge = picturebook(), load_judge()
-    pipe.set_progress_bar_config(disable=True)
-    key, names, repeats = fingerprint(pipe), list(ROWS) if full else QUICK, 4 if full else 1
+    pipe, judge = subject(model), load_judge()
+    names, repeats = list(ROWS) if full else QUICK, 4 if full else 1
     _say(f"Maps of each layer and step: {map_sheet(pipe, two_objects(1)[0])}\n")
     _say("Area under the curve of the loss against failure, among seeds of one caption\n")
     for line in predictors(pipe, judge, two_objects(40 if full else 3, FIRST + 900_000), 32 if full else 8):
@@ -221,7 +208,7 @@ def run(full: bool) -> None:
         )
         _say("| | every object right | change, points | failures cut | kinds | background | style |")
         _say("|---|---|---|---|---|---|---|")
-        for line in effect_rows(pipe, judge, scenes, repeats, names, key):
+        for line in effect_rows(pipe, judge, scenes, repeats, names):
             _say(line)
     count = 160 if full else 16
     _say(f"\nLayouts: {count} captions of two objects\n")

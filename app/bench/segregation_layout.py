@@ -72,6 +72,6 @@ def layouts(pipe: Any, count: int) -> Iterator[str]:
             with graft(pipe, *plugins):
                 drawn = pipe(
                     prompts, num_inference_steps=20, guidance_scale=4.0, generator=generators, output_type="pt"
-                ).images
+                ).images.cpu()
             found += [followed(picture, things) for picture, (things, _) in zip(drawn, wishes, strict=True)]
         yield f"| {name} | {share(found).percent()} |"

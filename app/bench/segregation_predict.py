@@ -85,7 +85,7 @@ def predictors(pipe: Any, judge: Judge, scenes: Sequence[Scene], seeds: int) -> 
                 [caption(scene)] * seeds, num_inference_steps=20, guidance_scale=4.0, output_type="pt",
                 generator=generators,
             ).images  # fmt: skip
-        verdicts = look(judge, pictures * 2 - 1)
+        verdicts = look(judge, pictures.cpu() * 2 - 1)
         failed = [any(v.colours.get(t.kind) != t.colour for t in scene.things) for v in verdicts]
         telling += 0 < sum(failed) < seeds
         for key, losses in watch.seen.items():

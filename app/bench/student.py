@@ -4,8 +4,8 @@
     python -m diffgraft.app.bench.student --minutes 60             # the student learns where their points end
 
 Collecting adds files `.train/paths-N.pt` (N: first seed) until its time is up; training reads all of them. The
-student starts as a copy of the teacher and learns the map from any kept point of a trajectory to its end: mostly from
-pure noise, where it will be used.
+student's denoiser starts as a copy of the teacher's and learns the map from any kept point of a trajectory to its end:
+mostly from pure noise, where it will be used. Text encoder and autoencoder stay the teacher's.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, StableDiffusionPipeline
+from diffusers.models.attention_processor import AttnProcessor2_0
 
-from .denoiser import build_scheduler, pipeline, watch_decoder
+from .denoiser import build_scheduler, watch_decoder
 from .muon import Pair
 from .train import SHOWN
 from .training import (
@@ -34,14 +35,19 @@ from .training import (
 )
 from .world import caption, scene
 
-FIRST_SEED, PART, STEPS, GUIDANCE = 3_000_000, 256, 16, 4.0
-KEPT = (0, 4, 8, 11)  # steps whose noisy latents are kept; the first is pure noise
-PEAK, BATCH, SHARE_OF_NOISE = 8e-4, 64, 0.7
+FIRST_SEED, PART, STEPS, GUIDANCE = 3_000_000, 256, 10, 4.0
+KEPT = (0, 2, 4, 6)  # steps whose noisy latents are kept; the first is pure noise
+PEAK, BATCH, SHARE_OF_NOISE = 8e-4, 128, 0.75
 
 
 def student_scheduler() -> DDIMScheduler:
     """The teacher's, its last step going to no noise at all: one step lands on the picture."""
     return DDIMScheduler.from_config(build_scheduler().config, set_alpha_to_one=True)
+
+
+def teacher_scheduler() -> DPMSolverMultistepScheduler:
+    """DPM-Solver++ of second order: ten steps go where thirty of DDIM's do, and end on the picture itself."""
+    return DPMSolverMultistepScheduler.from_config(build_scheduler().config)
 
 
 @torch.no_grad()
@@ -81,7 +87,11 @@ def _keep(
 def collect_files(work: Path, teacher: Path, minutes: float) -> None:
     """Adds trajectory files until the time is up."""
     pipe = StableDiffusionPipeline.from_pretrained(teacher, torch_dtype=torch.float32)
+    pipe.scheduler = teacher_scheduler()
     pipe.set_progress_bar_config(disable=True)
+    # The denoiser alone in half precision: the solver's numbers are float64, which autocast refuses.
+    pipe.unet.forward = torch.autocast("cpu", torch.bfloat16)(pipe.unet.forward)
+    pipe.unet.register_forward_hook(lambda module, given, found: tuple(part.float() for part in found))
     box = TimeBox(minutes)
     while box.fraction < 1:
         first = FIRST_SEED + PART * len(list(work.glob("paths-*.pt")))
@@ -91,7 +101,7 @@ def collect_files(work: Path, teacher: Path, minutes: float) -> None:
 
 def times() -> torch.Tensor:
     """The training times of the kept points."""
-    scheduler = build_scheduler()
+    scheduler = teacher_scheduler()
     scheduler.set_timesteps(STEPS)
     return scheduler.timesteps[list(KEPT)]
 
@@ -114,18 +124,18 @@ class Student:
 
     def __init__(self, work: Path, teacher: Path, device: str) -> None:
         self.work, self.device = work, device
-        given = StableDiffusionPipeline.from_pretrained(teacher, torch_dtype=torch.float32)
-        self.unet, self.text = given.unet.to(device, memory_format=torch.channels_last), given.text_encoder.to(device)
-        self.unet.train()
+        self.pipe = StableDiffusionPipeline.from_pretrained(teacher, torch_dtype=torch.float32).to(device)
+        self.pipe.scheduler = student_scheduler()
+        self.text = self.pipe.text_encoder.eval().requires_grad_(False)
+        self.unet = self.pipe.unet.to(memory_format=torch.channels_last).train()
         watch_decoder(self.unet)
-        self.optimizer = Pair([self.unet, self.text], PEAK)
+        self.optimizer = Pair([self.unet], PEAK)
         self.ema = Ema(self.optimizer.parameters)
         self.times, self.alphas = times().to(device), build_scheduler().alphas_cumprod.to(device)
         self.step, self.spent = 0, 0.0
         state = load_checkpoint(work / "student.pt")
         if state:
             self.unet.load_state_dict(state["unet"])
-            self.text.load_state_dict(state["text"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.ema.average, self.ema.steps = [mean.to(device) for mean in state["ema"]], state["ema_steps"]
             self.step, self.spent = state["step"], state["spent"]
@@ -136,7 +146,6 @@ class Student:
             self.work / "student.pt",
             {
                 "unet": self.unet.state_dict(),
-                "text": self.text.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
                 "ema": self.ema.average,
                 "ema_steps": self.ema.steps,
@@ -182,16 +191,16 @@ class Student:
 
     @torch.no_grad()
     def show(self) -> None:
-        """Saves the averaged weights as a pipeline that needs one step, and a contact sheet."""
+        """Saves the averaged weights in float16 with the scheduler that one step needs, and a contact sheet."""
         self.ema.swap()
-        self.unet.set_default_attn_processor()
-        vae = AutoencoderKL.from_pretrained(self.work / "vae").to(self.device)
-        pipe = pipeline(vae, self.unet, self.text)
-        pipe.scheduler = student_scheduler()
-        pipe.save_pretrained(self.work / "one-step")
+        self.unet.set_attn_processor(AttnProcessor2_0())
+        self.pipe.set_progress_bar_config(disable=True)
         generator = torch.Generator().manual_seed(3)
-        pictures = pipe(SHOWN, num_inference_steps=1, guidance_scale=0.0, generator=generator).images
+        pictures = self.pipe(SHOWN, num_inference_steps=1, guidance_scale=0.0, generator=generator).images
         contact_sheet(pictures, 6).save(self.work / "one-step.png")
+        self.pipe.scheduler.save_pretrained(self.work / "one-step" / "scheduler")
+        self.unet.register_to_config(_name_or_path="picturebook/one-step")
+        self.unet.half().save_pretrained(self.work / "one-step" / "unet")
 
 
 if __name__ == "__main__":

@@ -1,30 +1,33 @@
-"""Style transfer against the true re-rendering: what each ingredient does, with intervals, and a Pareto plot."""
+"""Style transfer against the true re-rendering: what each ingredient does, with intervals, and a Pareto plot.
+
+What has been measured is kept under outputs/bench/: a full run goes on where it was cut.
+"""
 
 from __future__ import annotations
 
 import hashlib
-import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
 
-from ... import Inversion, StartpointFilter, StyleInjection, graft, invert, picturebook
+from ... import AttentionDistillation, Inversion, Plugin, StartpointFilter, StyleInjection, graft, invert
 from ...pipelines.latents import decode_latents, encode_image
 from . import world
-from .segregation_effect import fingerprint
+from .rows import KEPT, Rows, fingerprint, scale_of, subject
 from .statistics import mean, paired_difference
+from .style_plot import plot
 from .style_scores import layout_accuracy, leak, psnr, style_distance
+from .training import share_cores
 
 STEPS = 20
 STYLES = ("sketch", "mosaic", "dots", "watercolor")
 BATCH = 2 * len(STYLES)
-KEPT = Path("outputs/bench/style")
-PLOT = Path(__file__).parents[2] / "assets" / "style-pareto.png"
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,7 @@ WAYS = (
     Way("StyleID"),
     Way("StyleID, style under noise instead of inverted", inverted=False),
     Way("StyleAligned", "stylealigned"),
+    Way("attention distillation", "distillation"),
     Way("StyleID + filter", filtered=True),
     Way("StyleID + negative 1.5", omega=1.5),
     Way("StyleID + both (StyleSSP)", filtered=True, omega=1.5),
@@ -100,12 +104,18 @@ def pairs(contents: int, split: str = "any") -> list[Pair]:
 
 
 class Studio:
-    """Stylises pairs in batches; inversions of contents are shared."""
+    """Stylises pairs in batches; inversions of contents are shared.
 
-    def __init__(self, pipe: Any, steps: int = STEPS) -> None:
-        self.pipe, self.steps = pipe, steps
+    Args:
+        pipe: the model.
+        path: where scores are kept.
+        steps: of inversions and of sampling.
+    """
+
+    def __init__(self, pipe: Any, path: Path = KEPT / "style.jsonl", steps: int = STEPS) -> None:
+        self.pipe, self.steps, self.rows = pipe, steps, Rows(path)
         self.inversions: dict[Any, Inversion] = {}
-        self.key = fingerprint(pipe)
+        self.key = {"model": fingerprint(pipe)["model"], "steps": steps}
 
     def paint(self, way: Way, batch: Sequence[Pair], styles: Sequence[Image.Image], seed: int) -> list[Image.Image]:
         """One output a pair, for these style pictures."""
@@ -116,12 +126,8 @@ class Studio:
         if way.inverted:
             reference = self._remembered(("styles", *(s.tobytes() for s in styles)), lambda: self._invert(styles, None))
         noise = torch.Generator().manual_seed(seed)
-        style = StyleInjection(
-            reference, method=way.method or "styleid", content=content, strength=way.strength, generator=noise,
-            layers="decoder" if way.method else (), start_adain=None if way.method else True,
-        )  # fmt: skip
         plugins = [StartpointFilter(generator=noise)] if way.filtered else []
-        with graft(pipe, *plugins, *([style] if way.method else [StartAdaIN(style)])):
+        with graft(pipe, *plugins, _technique(way, reference, content, noise)):
             out = pipe([""] * n, guidance_scale=1.0, output_type="latent", **content.call(pipe)).images
         return decode_latents(pipe, out)
 
@@ -161,6 +167,15 @@ class Studio:
         ).images  # fmt: skip
 
 
+def _technique(way: Way, reference: Any, content: Any, noise: torch.Generator) -> Plugin:
+    if way.method is None:
+        return StartAdaIN(StyleInjection(reference, generator=noise))
+    if way.method == "distillation":
+        return AttentionDistillation(reference, content=content, rate=0.05 * way.strength, generator=noise)
+    method: Any = way.method
+    return StyleInjection(reference, method=method, content=content, strength=way.strength, generator=noise)
+
+
 class StartAdaIN(StartpointFilter):
     """Only the first latents take the style's mean and deviation."""
 
@@ -177,23 +192,21 @@ class StartAdaIN(StartpointFilter):
 
 def measure(studio: Studio, way: Way, chosen: Sequence[Pair], canaries: int) -> Scores:
     """Scores of one way on the pairs, made or remembered; the leak on the first `canaries` of them."""
-    scores = Scores()
+    scores, how = Scores(), {name: value for name, value in asdict(way).items() if name != "name"}
     for start in range(0, len(chosen), BATCH):
-        batch = chosen[start : start + BATCH]
-        label = f"{studio.key} {STEPS} {replace(way, name='')} {batch} {start < canaries}"
-        kept = KEPT / f"{hashlib.sha256(label.encode()).hexdigest()[:24]}.json"
-        if not kept.exists():
-            made = scored(studio, way, batch, start, start < canaries and not way.words)
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            kept.write_text(json.dumps(asdict(made)))
-        for name, values in json.loads(kept.read_text()).items():
+        batch, canary = chosen[start : start + BATCH], start < canaries and not way.words
+        named = hashlib.sha256(repr(list(batch)).encode()).hexdigest()[:24]
+        key = {**studio.key, "way": how, "pairs": named, "canary": canary}
+        made = studio.rows.remember(key, partial(scored, studio, way, batch, start, canary))
+        for name, values in made.items():
             getattr(scores, name).extend(values)
         sys.stderr.write(f"{way.name}: {start + len(batch)} of {len(chosen)}\n")
     return scores
 
 
-def scored(studio: Studio, way: Way, batch: Sequence[Pair], seed: int, canary: bool) -> Scores:
+def scored(studio: Studio, way: Way, batch: Sequence[Pair], seed: int, canary: bool) -> dict[str, list[float]]:
     """Scores of one batch."""
+    share_cores()
     scores = Scores()
     styles = [world.render(pair.style) for pair in batch]
     outs = studio.paint(way, batch, styles, seed)
@@ -204,14 +217,19 @@ def scored(studio: Studio, way: Way, batch: Sequence[Pair], seed: int, canary: b
         others = studio.paint(way, batch, bare, seed)
         for values in zip(outs, others, batch, styles, bare, strict=True):
             scores.leak.append(leak(values[0], values[1], values[2].style, (values[3], values[4])))
-    return scores
+    return asdict(scores)
 
 
 def _score(scores: Scores, pair: Pair, style: Image.Image, out: Image.Image) -> None:
-    nothing = style_distance(world.render(pair.content), style)
     scores.psnr.append(psnr(out, pair.truth))
     scores.layout.append(layout_accuracy(out, pair.content))
-    scores.style.append(style_distance(out, style) / nothing)
+    scores.style.append(style_distance(out, style) / _nothing(pair))
+
+
+@cache
+def _nothing(pair: Pair) -> float:
+    """How far the content is from the style."""
+    return style_distance(world.render(pair.content), world.render(pair.style))
 
 
 def given(studio: Studio, chosen: Sequence[Pair]) -> dict[str, Scores]:
@@ -246,74 +264,53 @@ def line(name: str, scores: Scores) -> str:
     return f"| {name} | {' | '.join(cells)} |"
 
 
-def run(full: bool) -> None:
-    """Print the table, the differences that the paper claims, and draw the Pareto plot."""
-    studio, chosen = Studio(_quiet()), pairs(25 if full else 2)
-    head = "| way | PSNR to the true re-rendering, dB | layout accuracy | style distance / nothing done | canary leak |"
-    _write(head)
-    _write("|---|---|---|---|---|")
+def run(full: bool, model: Path | None = None) -> None:
+    """Print the table, the differences that the paper claims, and draw the Pareto plot.
+
+    100 pairs, 40 of them for the leak and the sweep of strengths; a quick look takes 8 pairs and no sweep.
+    """
+    _write(f"{scale_of(full)}: ")
+    tables(Studio(subject(model)), pairs(25 if full else 2), 40 if full else 8, 40 if full else 0)
+
+
+def tables(studio: Studio, chosen: Sequence[Pair], canaries: int, swept: int, ways: Sequence[Way] = WAYS) -> None:
+    """The same with a choice of pairs and ways, StyleID among them."""
+    _write(f"{len(chosen)} pairs; intervals: 95%, bootstrap over pairs\n\n")
+    _write("| way | PSNR to the truth, dB | layout accuracy | style distance / nothing done | canary leak |\n")
+    _write("|---|---|---|---|---|\n")
     for name, scores in given(studio, chosen).items():
-        _write(line(name, scores))
+        _write(line(name, scores) + "\n")
     found: dict[str, Scores] = {}
-    for way in WAYS:
-        found[way.name] = measure(studio, way, chosen, 40 if full else 8)
-        _write(line(way.name, found[way.name]))
-    _write(f"\n{len(chosen)} pairs; intervals: 95%, bootstrap over pairs. Against StyleID alone, pair by pair:\n")
-    _write("| added | PSNR, dB | layout | style | leak |\n|---|---|---|---|---|")
-    base = found["StyleID"]
-    for name in [way.name for way in WAYS if way.name.startswith("StyleID ")]:
-        kinds = [(getattr(found[name], kind), getattr(base, kind)) for kind in ("psnr", "layout", "style", "leak")]
-        deltas = [paired_difference(after, before) for after, before in kinds]
-        cells = [f"{d.value:+.3f} ({d.low:+.3f} to {d.high:+.3f})" for d in deltas]
-        _write(f"| {name.removeprefix('StyleID ')} | {' | '.join(cells)} |")
-    if full:
-        sweep_strength(studio, chosen[:40])
+    for way in ways:
+        found[way.name] = measure(studio, way, chosen, canaries)
+        _write(line(way.name, found[way.name]) + "\n")
+    _write("\nAgainst StyleID alone, pair by pair:\n\n")
+    _write("| added | PSNR, dB | layout | style | leak |\n|---|---|---|---|---|\n")
+    for name in [way.name for way in ways if way.name.startswith("StyleID ")]:
+        _write(_difference(name.removeprefix("StyleID "), found[name], found["StyleID"]) + "\n")
+    if swept:
+        sweep_strength(studio, chosen[:swept])
+
+
+def _difference(name: str, after: Scores, before: Scores) -> str:
+    kinds = [(getattr(after, kind), getattr(before, kind)) for kind in ("psnr", "layout", "style", "leak")]
+    deltas = [paired_difference(*both) if both[0] else None for both in kinds]
+    cells = [f"{d.value:+.3f} ({d.low:+.3f} to {d.high:+.3f})" if d else "-" for d in deltas]
+    return f"| {name} | {' | '.join(cells)} |"
 
 
 def sweep_strength(studio: Studio, chosen: Sequence[Pair]) -> None:
     """Print and draw what `strength` trades."""
     sweep = {way: measure(studio, way, chosen, 0) for way in SWEEP}
-    _write("\n| strength sweep | PSNR to the true re-rendering, dB | layout accuracy | style distance | |")
-    _write("|---|---|---|---|---|")
+    _write("\n| strength sweep | PSNR to the true re-rendering, dB | layout accuracy | style distance | |\n")
+    _write("|---|---|---|---|---|\n")
     for way, scores in sweep.items():
-        _write(line(way.name, scores))
-    plot({way.name: (mean(s.layout).value, mean(s.style).value) for way, s in sweep.items()}, PLOT)
-    _write(f"\nPareto plot: {PLOT.name}")
-
-
-def plot(points: dict[str, tuple[float, float]], path: Path) -> None:
-    """Layout accuracy (right is better) against style distance (down is better), a line for each method."""
-    from PIL import ImageDraw
-
-    width, height, margin = 640, 420, 60
-    image = Image.new("RGB", (width, height), "white")
-    draw = ImageDraw.Draw(image)
-    xs, ys = ([p[k] for p in points.values()] for k in (0, 1))
-    low, high = (min(xs) - 0.02, min(ys) - 0.05), (max(xs) + 0.02, max(ys) + 0.05)
-
-    def at(p: tuple[float, float]) -> tuple[float, float]:
-        x, y = ((p[k] - low[k]) / (high[k] - low[k]) for k in (0, 1))
-        return margin + x * (width - 2 * margin), height - margin - y * (height - 2 * margin)
-
-    draw.rectangle((margin, margin, width - margin, height - margin), outline="grey")
-    draw.text((width // 2 - 60, height - 35), f"layout accuracy {low[0]:.2f} ... {high[0]:.2f}", fill="black")
-    draw.text((8, 30), f"style distance / nothing done {low[1]:.2f} ... {high[1]:.2f}", fill="black")
-    names = list(dict.fromkeys(name.split(", ")[0] for name in points))
-    for name, colour in zip(names, ("crimson", "royalblue", "seagreen"), strict=False):
-        curve = [at(p) for other, p in points.items() if other.split(", ")[0] == name]
-        draw.line(curve, fill=colour, width=2)
-        for x, y in curve:
-            draw.ellipse((x - 4, y - 4, x + 4, y + 4), fill=colour)
-        draw.text((curve[-1][0] + 6, curve[-1][1] - 6), name, fill=colour)
-    image.save(path)
-
-
-def _quiet() -> Any:
-    pipe: Any = picturebook(device="cuda" if torch.cuda.is_available() else None)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+        _write(line(way.name, scores) + "\n")
+    path = studio.rows.path.with_name("style-pareto.png")
+    plot({way.name: (mean(s.layout).value, mean(s.style).value) for way, s in sweep.items()}, path)
+    _write(f"\nPareto plot: {path}\n")
 
 
 def _write(text: str) -> None:
-    sys.stdout.write(f"{text}\n")
+    sys.stdout.write(text)
     sys.stdout.flush()

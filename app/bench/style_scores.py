@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, lru_cache
 
 import numpy as np
 import torch
@@ -38,11 +38,19 @@ def layout_accuracy(picture: Image.Image, scene: Scene) -> float:
 
 def style_distance(picture: Image.Image, style: Image.Image) -> float:
     """Sliced Wasserstein distance between the distributions of random convolution features, at two scales."""
-    distance = torch.zeros(())
-    for scale in (1, 2):
-        a, b = (_features(F.avg_pool2d(to_tensor([p]), scale)) for p in (picture, style))
-        distance = distance + (a.sort(-1).values - b.sort(-1).values).abs().mean()
-    return float(distance)
+    pairs = zip(_sorted(picture), _of_style(style.tobytes(), style.size), strict=True)
+    return sum(float((a - b).abs().mean()) for a, b in pairs)
+
+
+def _sorted(picture: Image.Image) -> list[torch.Tensor]:
+    """For each scale [128 directions, positions in order]."""
+    return [_features(F.avg_pool2d(to_tensor([picture]), scale)).sort(-1).values for scale in (1, 2)]
+
+
+@lru_cache(maxsize=16)
+def _of_style(pixels: bytes, size: tuple[int, int]) -> list[torch.Tensor]:
+    """The same of a style picture, which many pictures are compared with."""
+    return _sorted(Image.frombytes("RGB", size, pixels))
 
 
 def leak(

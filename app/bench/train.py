@@ -41,7 +41,7 @@ from .training import (
     share_cores,
 )
 
-PEAK, BATCH, GROUNDING, SHEET_EVERY = 2e-3, 64, 0.1, 900.0
+PEAK, BATCH, GROUNDING, SHEET_EVERY = 2e-3, 128, 0.1, 900.0
 SHOWN = [
     "a red ball , sky",
     "a blue star , meadow , sketch style",
@@ -202,8 +202,10 @@ class Trainer:
 
 
 def export(work: Path, target: Path) -> None:
-    """Writes the averaged weights of `work` in float16, in diffusers format."""
+    """Writes the averaged weights of `work` in float16, in diffusers format, without the path they came from."""
     pipe = StableDiffusionPipeline.from_pretrained(work / "picturebook", torch_dtype=torch.float16)
+    for part in (pipe, pipe.unet, pipe.vae):
+        part.register_to_config(_name_or_path="picturebook")
     pipe.save_pretrained(target)
 
 

@@ -86,6 +86,23 @@ def jitter(pictures: torch.Tensor) -> torch.Tensor:
     return pictures * (0.94 + 0.12 * torch.rand(len(pictures), 1, 1, 1)) + noise
 
 
+def moved(pictures: torch.Tensor, owner: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pictures [B, 3, 128, 128] and their kind maps [B, 16, 16] mirrored or not, and shifted by up to one cell each
+    way, the border repeated.
+    """
+    flip, down, right = int(torch.randint(2, ())), int(torch.randint(-1, 2, ())), int(torch.randint(-1, 2, ()))
+
+    def cells(side: int, by: int, size: int) -> torch.Tensor:
+        return (torch.arange(side) + by * size).clamp(0, side - 1)
+
+    def move(grid: torch.Tensor, size: int) -> torch.Tensor:
+        side = grid.shape[-1]
+        grid = grid[..., cells(side, down, size), :][..., cells(side, right, size)]
+        return grid.flip(-1) if flip else grid
+
+    return move(pictures, 8), move(owner, 1)
+
+
 def train(minutes: float, work: Path, count: int) -> None:
     """Trains inside the time box, reports on held-out scenes, writes the weights beside this file in float16."""
     vae = AutoencoderKL.from_pretrained(work / "vae").eval()
@@ -101,10 +118,11 @@ def train(minutes: float, work: Path, count: int) -> None:
     while box.fraction < 1:
         share_cores()
         rows = torch.randint(len(pictures), (BATCH,))
-        batch = jitter(pictures[rows].float() / 127.5 - 1)
+        owner, *answers = (part[rows] for part in truth)
+        batch, owner = moved(pictures[rows].float() / 127.5 - 1, owner)
         with torch.autocast("cpu", torch.bfloat16):
-            scores = judge(batch)
-        loss = judge_loss(scores, tuple(part[rows] for part in truth))
+            scores = judge(jitter(batch))
+        loss = judge_loss(scores, (owner, *answers))
         loss.backward()
         optimizer.step(box.rate(step))
         step += 1

@@ -89,9 +89,9 @@ def load_checkpoint(path: Path, device: str = "cpu") -> dict[str, Any] | None:
 
 def share_cores() -> None:
     """One torch thread while others want the cores, else two: two busy pairs on two cores are three times slower
-    than one thread each.
+    than one thread each. `OMP_NUM_THREADS` says otherwise.
     """
-    if os.cpu_count() == 2:
+    if os.cpu_count() == 2 and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1 if os.getloadavg()[0] > 3.5 else 2)
 
 

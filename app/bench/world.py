@@ -6,7 +6,7 @@ for the true background and style.
 
 Captions follow one grammar, in lower case, words apart by blanks:
 
-    caption    = things [" , " background] [" , " style " style"]
+    caption    = things [" , " background] [" , " style " style"]     (without things: the rest of it)
     things     = thing {" and " thing}
     thing      = "a " [colour " "] kind
 
@@ -134,7 +134,7 @@ def caption(scene: Scene, rng: random.Random | None = None) -> str:
     chance = (lambda share: rng.random() < share) if rng else (lambda share: False)
     bare = 0.5 if chance(0.25) else 0.12
     words = [f"a {t.kind}" if chance(bare) else f"a {t.colour} {t.kind}" for t in scene.things]
-    parts = [" and ".join(words)]
+    parts = [" and ".join(words)] if words else []
     if not chance(0.15):
         parts.append(scene.background)
     if chance(0.15) if scene.style == "plain" else not chance(0.08):

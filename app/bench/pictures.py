@@ -1,0 +1,116 @@
+"""The pictures of the README, made again: `python -m diffgraft.app.bench.pictures`.
+
+Captions and seeds are the first of their kind; none is chosen by what it shows.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image, ImageDraw
+
+from ... import AttentionSegregation, NegativeAway, erase, generate, stylize
+from .evaluate import ASSETS
+from .judge import load_judge, look
+from .rows import subject
+from .training import contact_sheet
+from .world import FRESH, SIDE, caption, masks, render, scene
+
+SHEET, SEED = FRESH + 2_000_000, 7
+LINE = 18
+
+
+def titled(rows: dict[str, Sequence[Image.Image]]) -> Image.Image:
+    """Rows of pictures, each under its title."""
+    widest = max(len(pictures) for pictures in rows.values())
+    sheet = Image.new("RGB", (widest * SIDE, len(rows) * (SIDE + LINE)), "white")
+    pen = ImageDraw.Draw(sheet)
+    for number, (title, pictures) in enumerate(rows.items()):
+        top = number * (SIDE + LINE)
+        pen.text((4, top + 3), title, fill=(60, 60, 60))
+        for column, picture in enumerate(pictures):
+            sheet.paste(picture.convert("RGB"), (column * SIDE, top + LINE))
+    return sheet
+
+
+def sheet_of_captions(pipe: Any) -> Image.Image:
+    """24 pictures of the first 24 captions."""
+    texts = [caption(scene(SHEET + i, split="any", count=1 + i % 3)) for i in range(24)]
+    return contact_sheet([generate(pipe, text, seed=SEED, guidance=4.0)[0] for text in texts], 6)
+
+
+def drawn(pipe: Any, texts: Sequence[str], plugins: Sequence[Any] = (), **call: Any) -> list[Image.Image]:
+    """A picture of each text, with its plugin if there are any."""
+    each = [[plugin] for plugin in plugins] or [[] for _ in texts]
+    return [
+        generate(pipe, text, seed=SEED + i, plugins=own, **call)[0]
+        for i, (text, own) in enumerate(zip(texts, each, strict=True))
+    ]
+
+
+def segregation(pipe: Any) -> Image.Image:
+    """Six captions of three things."""
+    scenes = [scene(SHEET + 100 + i, split="unseen", count=3, style="plain") for i in range(6)]
+    texts, plugins = [caption(s) for s in scenes], [AttentionSegregation([t.kind for t in s.things]) for s in scenes]
+    plain, grafted = drawn(pipe, texts, guidance=4.0), drawn(pipe, texts, plugins, guidance=4.0)
+    return titled({"plain pipeline": plain, "AttentionSegregation": grafted})
+
+
+def negative(pipe: Any) -> Image.Image:
+    """Colours left open by the caption, and kept away: those that the judge sees without."""
+    texts = ["a ball , sky", "a house , snow", "a star , night", "a box , desert", "a heart , sky", "a fish , sea"]
+    plain = drawn(pipe, texts, steps=1, guidance=0.0)
+    shown = [next(iter(seen.colours.values()), "red") for seen in look(load_judge(), plain)]
+    grafted = drawn(pipe, texts, [NegativeAway(colour) for colour in shown], steps=1, guidance=0.0)
+    return titled({"one step": plain, f"one step, NegativeAway({', '.join(shown)})": grafted})
+
+
+def erased(pipe: Any) -> Image.Image:
+    """Scenes, the first thing's mask, the thing gone, and the truth."""
+    scenes = [scene(SHEET + 200 + i, count=2, style="plain") for i in range(6)]
+    photos, covers = [render(s) for s in scenes], [Image.fromarray(masks(s)[0]) for s in scenes]
+    gone = [erase(pipe, photo, cover, seed=SEED) for photo, cover in zip(photos, covers, strict=True)]
+    return titled({
+        "photo": photos, "mask": covers, "erased": gone, "the truth": [render(s.without(0)) for s in scenes]
+    })  # fmt: skip
+
+
+def styled(pipe: Any) -> Image.Image:
+    """One content in every style, and what the world draws for it."""
+    manners = ["sketch", "mosaic", "dots", "watercolor"]
+    contents = [scene(SHEET + 300 + i, count=1, style="plain") for i in range(2)]
+    models = [render(scene(SHEET + 400 + i, count=1, style=manner)) for i, manner in enumerate(manners)]
+    rows: dict[str, Sequence[Image.Image]] = {"style": [Image.new("RGB", (SIDE, SIDE), "white"), *models]}
+    for content in contents:
+        [made] = stylize(pipe, [render(content)], models, seed=SEED)
+        rows[f"stylize: {caption(content)}"] = [render(content), *made]
+    return titled(rows)
+
+
+PICTURES = {
+    "sheet": sheet_of_captions, "segregation": segregation, "negative": negative, "erase": erased, "style": styled,
+}  # fmt: skip
+
+
+def main() -> None:
+    """Writes them to `--out`."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("names", nargs="*", default=PICTURES, metavar="NAME", help=", ".join(PICTURES))
+    parser.add_argument("--out", type=Path, default=ASSETS / "readme")
+    args = parser.parse_args()
+    unknown = [name for name in args.names if name not in PICTURES]
+    if unknown:
+        parser.error(f"no picture {', '.join(unknown)}; there are: {', '.join(PICTURES)}")
+    args.out.mkdir(parents=True, exist_ok=True)
+    for name in args.names:
+        made = PICTURES[name](subject(one_step=name == "negative"))
+        made.save(args.out / f"{name}.png", optimize=True)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main()

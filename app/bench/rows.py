@@ -1,0 +1,83 @@
+"""Measurements kept in a file: a table that was cut goes on where it stopped. And the model that a table is about."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ... import load, picturebook
+from .judge import WEIGHTS
+
+KEPT = Path("outputs/bench")
+"""Where tables keep what they measured, under the folder they are run in."""
+
+
+class Rows:
+    """A file of JSON lines, {"key": ..., "value": ...}, that grows by one whole line at a time.
+
+    Args:
+        path: made with its folder at the first line; a line that was cut is measured again.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        lines = path.read_bytes().split(b"\n") if path.exists() else []
+        self._known = {name: value for line in lines for name, value in _read(line)}
+        self._cut = bool(lines and lines[-1])
+
+    def remember(self, key: Mapping[str, Any], make: Callable[[], Any]) -> Any:
+        """What `make` gives, as JSON holds it; made once for each key, over all runs.
+
+        Args:
+            key: everything that the value depends on, in plain values.
+        """
+        name = json.dumps(key, sort_keys=True)
+        if name not in self._known:
+            line = json.dumps({"key": key, "value": make()}, sort_keys=True)
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a") as file:
+                file.write("\n" * self._cut + line + "\n")
+            self._cut = False
+            self._known[name] = json.loads(line)["value"]
+        return self._known[name]
+
+
+def _read(line: bytes) -> list[tuple[str, Any]]:
+    try:
+        row = json.loads(line)
+        return [(json.dumps(row["key"], sort_keys=True), row["value"])]
+    except (ValueError, TypeError, KeyError):
+        return []
+
+
+def fingerprint(pipe: Any) -> dict[str, str]:
+    """Of the weights of a model and of its judge: another model's measurements are not this one's."""
+    digest = hashlib.sha256()
+    for part in pipe.components.values():
+        for tensor in part.state_dict().values() if isinstance(part, torch.nn.Module) else ():
+            digest.update(tensor.float().cpu().numpy().tobytes())
+    judge = hashlib.sha256(WEIGHTS.read_bytes()).hexdigest()[:16] if WEIGHTS.exists() else ""
+    return {"model": digest.hexdigest()[:16], "judge": judge}
+
+
+def subject(model: Path | None = None, *, one_step: bool = False) -> Any:
+    """The model that a table is about, quiet, on a GPU if there is one.
+
+    Args:
+        model: a folder that `save_pretrained` wrote; None is the embedded model.
+        one_step: the embedded model's student.
+    """
+    place: Any = {"dtype": torch.float32, "device": "cuda" if torch.cuda.is_available() else None}
+    pipe: Any = picturebook(one_step=one_step, **place) if model is None else load(model, **place)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def scale_of(full: bool) -> str:
+    """What a table says of its own size."""
+    return "full" if full else "quick"
