@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from .pipelines.stylize import stylize as stylize
     from .plugins.base import Branch as Branch
     from .plugins.base import Plugin as Plugin
+    from .plugins.distillation import AttentionDistillation as AttentionDistillation
     from .plugins.losses import LOSSES as LOSSES
     from .plugins.losses import Maps as Maps
     from .plugins.negative_away import NegativeAway as NegativeAway
@@ -76,6 +77,7 @@ _HOMES = {
     "pipelines.seeds": ("rank_seeds",),
     "pipelines.stylize": ("stylize",),
     "plugins.base": ("Branch", "Plugin"),
+    "plugins.distillation": ("AttentionDistillation",),
     "plugins.losses": ("LOSSES", "Maps"),
     "plugins.negative_away": ("NegativeAway",),
     "plugins.redirection": ("SelfAttentionRedirection",),

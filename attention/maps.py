@@ -57,8 +57,11 @@ def choose_layers(
             since the first encoder layers of a model have not seen enough to say where anything is. "decoder": those
             alone. "all": every layer of the level. A function picks layers itself; they must share one grid.
     Raises:
-        UnsupportedPipelineError: no layer is left. SettingError: the function's layers have several grids.
+        UnsupportedPipelineError: no layer is left. SettingError: an unknown word, or the function's
+            layers have several grids.
     """
+    if not callable(choice) and choice not in ("auto", "decoder", "all"):
+        raise SettingError(f"layers={choice!r}: choose auto, decoder, all, or give a function of a layer")
     kind = kind_of_maps(layers, kind)
     pool = [layer for layer in layers if layer.kind == kind and (not callable(choice) or choice(layer))]
     decoder = [layer for layer in pool if layer.place in ("up", "block")]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
@@ -28,7 +29,8 @@ def as_mask(mask: Any, size: tuple[int, int] | None = None) -> Bools:
             orientation is applied), a path, a numpy array [h, w], [h, w, 1 | 3 | 4] or [n, h, w], a torch tensor
             [h, w], [n, h, w] or [n, 1 | 3 | 4, h, w], the value of a Gradio `ImageEditor` or `ImageMask` (whatever is
             painted on its layers), or a list of such. Arrays are boolean, integer (0/1 or 0...255) or float (0...1).
-        size: (height, width) wanted; a mask of the same aspect is brought to it, a masked pixel never gets lost.
+        size: (height, width) wanted; a mask of the same aspect is brought to it with a warning, a masked pixel never
+            gets lost.
     Returns:
         [h, w], boolean.
     Raises:
@@ -50,7 +52,14 @@ def as_masks(masks: Any, size: tuple[int, int] | None = None) -> list[Bools]:
         if not members:
             raise MaskError("an empty list holds no mask: give one mask, or one for each picture")
         return [as_mask(one, size) for one in members]
-    return [one if size is None else fit(one, size) for one in _planes(masks)]
+    planes = _planes(masks)
+    if size is None or planes[0].shape == tuple(size):
+        return planes
+    fitting = [fit(one, size) for one in planes]
+    warnings.warn(
+        f"the mask is {_sizes(planes)} and the picture {size[1]}x{size[0]}: the mask is resized", stacklevel=3
+    )
+    return fitting
 
 
 def fit(mask: Bools, size: tuple[int, int]) -> Bools:

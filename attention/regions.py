@@ -42,6 +42,41 @@ def otsu(flat: torch.Tensor) -> torch.Tensor:
     return ordered.gather(1, between.argmax(1, keepdim=True) + 1)[:, 0]
 
 
+def places(maps: torch.Tensor, share: float = 0.4) -> torch.Tensor:
+    """Disjoint discs, 0 or 1, in the shape and dtype of `maps` [C, h, w]: a place for each concept, near where it is
+    seen most.
+
+    The centres of the maps' upper halves are moved apart, evenly, until no two discs overlap, or as far as the grid
+    lets them; where they still do, a cell belongs to the nearer centre.
+
+    Args:
+        maps: finite, not negative.
+        share: of the area, taken by all discs together.
+    """
+    count, height, width = maps.shape
+    radius = (share * height * width / (count * torch.pi)) ** 0.5
+    rows = torch.arange(height, dtype=torch.float64) + 0.5
+    columns = torch.arange(width, dtype=torch.float64) + 0.5
+    cells = torch.cartesian_prod(rows, columns)
+    side = torch.tensor([height, width], dtype=torch.float64)
+    margin = torch.minimum(side / 2, torch.tensor(radius, dtype=torch.float64))
+    mass = (maps.detach().double().cpu() * binarise(maps).cpu()).flatten(1) + 1e-9
+    centres = mass @ cells / mass.sum(1, keepdim=True)
+    centres = centres.clamp(margin, side - margin)
+    nudge = (torch.arange(count, dtype=torch.float64) - (count - 1) / 2)[:, None] * (side >= side.max()) * 1e-3
+    for _ in range(200):
+        apart = centres[:, None] + nudge[:, None] - centres[None] - nudge[None]
+        distance = apart.norm(dim=-1, keepdim=True)
+        short = (2 * radius - distance).clamp_min(0) * (distance > 0)
+        if not short.any():
+            break
+        push = (apart / distance.clamp_min(1e-9) * short).sum(1) / 2
+        centres = (centres + push).clamp(margin, side - margin)
+    far = torch.cdist(cells, centres)
+    owner = (far <= radius) & (far.argmin(1, keepdim=True) == torch.arange(count))
+    return owner.T.reshape(maps.shape).to(maps)
+
+
 def to_grid(mask: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """A mask [H, W] at the grid and dtype of `like`, 0 or 1: cells at least half covered, or touched if none is."""
     height, width = like.shape[-2:]

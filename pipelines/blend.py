@@ -131,12 +131,20 @@ def _channels(pipe: Any) -> int:
 
 
 def same_parts(pipe: Any, kind: Any) -> Any:
-    """A pipeline of class `kind` on the very same components; `from_pipe` would cast them to float32."""
+    """A pipeline of class `kind` on the very same components; `from_pipe` would cast them to float32.
+
+    Raises:
+        UnsupportedPipelineError: diffusers' class does not take them.
+    """
     parts, options = kind._get_signature_keys(kind)
     given = {name: part for name, part in pipe.components.items() if name in parts}
     given |= {name: pipe.config[name] for name in options if name in pipe.config}
     if "add_watermarker" in options:
         given["add_watermarker"] = getattr(pipe, "watermark", None) is not None
-    made = kind(**given)
+    try:
+        made = kind(**given)
+    except (TypeError, ValueError) as error:  # such as a UNet made for pictures that are not square
+        message = f"{kind.__name__} cannot be made of the parts of this {type(pipe).__name__}: {error}"
+        raise UnsupportedPipelineError(message) from error
     made.set_progress_bar_config(**getattr(pipe, "_progress_bar_config", {}))
     return made

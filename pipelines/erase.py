@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -16,7 +16,8 @@ from ..attention.morphology import grow as grown
 from ..plugins.base import Plugin, finite
 from .blend import sibling
 from .fill import Job, Sampling, sample
-from .generate import resolve_seed
+from .generate import check_call, resolve_seed
+from .latents import native_side, side_multiple
 from .region import Region, as_picture, paste, plan_regions
 
 REACH = 24
@@ -85,19 +86,18 @@ def erase(
         SettingError: a setting outside its range. UnsupportedPipelineError: a pipeline without self-attention layers.
     """
     settings = {name: value for name, value in locals().items() if name in _SETTINGS}
-    redirection = {name: settings[name] for name in _REDIRECTION}
     _check(method, n, steps, strength, batch_size)
-    sibling(pipe)  # refuses a pipeline before any work
-    sampling = Sampling(method, steps, strength, guidance, redirection, plugins, call)
-    edges = _Edges(grow, feather, fill, min_area)
+    runner, _ = sibling(pipe)  # refuses a pipeline before any work
+    check_call(runner, call)
+    edges, first = _Edges(grow, feather, fill, min_area), resolve_seed(seed)
     several = isinstance(image, (list, tuple))
-    images: list[Any] = list(cast("Sequence[Any]", image)) if several else [image]
-    masks = _one_each(images, mask, "masks") if several else [mask]
-    prompts = [prompt] * len(images) if isinstance(prompt, str) else _one_each(images, prompt, "prompts")
-    first, groups = resolve_seed(seed), list[list[_Candidate]]()
-    for j, (picture, one, text) in enumerate(zip(images, masks, prompts, strict=True)):
-        seeds = [first + j * n + i for i in range(n)]
-        groups.append(_candidates(pipe, as_picture(picture), one, text, seeds, edges, crop))
+    images = list(cast("Sequence[Any]", image)) if several else [image]
+    groups = [
+        _candidates(pipe, as_picture(picture), marked, text, range(first + j * n, first + (j + 1) * n), edges, crop)
+        for j, (picture, marked, text) in enumerate(_wanted(images, mask if several else [mask], prompt))
+    ]
+    redirection = {name: settings[name] for name in _REDIRECTION}
+    sampling = Sampling(method, steps, strength, guidance, redirection, plugins, call)
     _fill(pipe, [candidate for group in groups for candidate in group], sampling, batch_size)
     made = [[_signed(pipe, candidate, settings, plugins) for candidate in group] for group in groups]
     results = [group if n > 1 else group[0] for group in made]
@@ -149,7 +149,7 @@ def _candidates(
     regions: list[Region] = []
     hole, opacity, used = edges.apply(marked)
     if marked.any():
-        regions = plan_regions(hole, _native(pipe), _multiple(pipe), crop)
+        regions = plan_regions(hole, native_side(pipe), side_multiple(pipe), crop)
     else:
         warnings.warn("the mask is empty: the picture comes back unchanged", stacklevel=3)
     return [_Candidate(picture.copy(), hole, opacity, regions, prompt, seed, used) for seed in seeds]
@@ -201,6 +201,12 @@ class _Edges:
         return hole, feather(hole, used["feather"]), used
 
 
+def _wanted(images: Sequence[Any], masks: Any, prompt: str | Sequence[str]) -> Iterator[tuple[Any, Any, str]]:
+    """(picture, mask, prompt) of each picture."""
+    prompts = [prompt] * len(images) if isinstance(prompt, str) else _one_each(images, prompt, "prompts")
+    return zip(images, _one_each(images, masks, "masks"), prompts, strict=True)
+
+
 def _one_each(images: Sequence[Any], given: Any, what: str) -> list[Any]:
     if not isinstance(given, (list, tuple)) or len(cast("Sequence[Any]", given)) != len(images):
         error = MaskError if what == "masks" else SettingError
@@ -218,16 +224,3 @@ def _check(method: str, n: Any, steps: Any, strength: Any, batch_size: Any) -> N
         raise SettingError(f"n={n} with method='dip': it depends on no seed, so there is one fill; use 'sip'")
     if int(steps * finite(strength, "strength", 0, 1)) < 1:
         raise SettingError(f"steps={steps} at strength={strength} leaves no step to run: raise one of them")
-
-
-def _factor(pipe: Any) -> int:
-    return 2 ** (len(pipe.vae.config.block_out_channels) - 1)
-
-
-def _multiple(pipe: Any) -> int:
-    return max(8, _factor(pipe))  # pipelines ask for multiples of 8 whatever their autoencoder does
-
-
-def _native(pipe: Any) -> int:
-    size = pipe.unet.config.sample_size
-    return (size if isinstance(size, int) else min(size)) * _factor(pipe)

@@ -5,19 +5,21 @@ from __future__ import annotations
 import inspect
 import math
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, cast
 
 import torch
+from diffusers import DiffusionPipeline
 from PIL import Image
 
-from ..attention.errors import NonFiniteError, SettingError, SettingTypeError
-from ..plugins.base import Plugin
+from ..attention.errors import NonFiniteError, SettingError, SettingTypeError, UnsupportedPipelineError
+from ..plugins.base import Plugin, finite
 from .graft import graft
 
 LONGEST_PROMPT = 10_000
 SEEDS = 2**63
+_OURS = {"num_inference_steps": "steps", "generator": "seed", "num_images_per_prompt": "n"}
 
 
 def generate(
@@ -53,9 +55,7 @@ def generate(
     Raises:
         SettingError: a setting outside its range. NonFiniteError: NaN or infinity while sampling, naming the step.
     """
-    prompts = [
-        text for text in ([prompt] if isinstance(prompt, str) else prompt) for _ in range(_count(n, "n", 10_000))
-    ]
+    prompts = [text for text in _listed(prompt) for _ in range(_count(n, "n", 10_000))]
     first = resolve_seed(seed)
     seeds = [first + i for i in range(len(prompts))]
     size = _count(batch_size, "batch_size", 1024)
@@ -67,6 +67,7 @@ def generate(
         "height": height,
     }
     pictures: list[Image.Image] = []
+    plugins = _listed(plugins)
     with graft(pipe, *plugins) if plugins else nullcontext():
         for i in range(0, len(prompts), size):
             pictures += sample(pipe, prompts[i : i + size], seeds[i : i + size], **settings, **call)
@@ -88,6 +89,7 @@ def sample(
     **call: Any,
 ) -> list[Image.Image]:
     """One call of the pipeline: picture i from prompt i and a CPU generator of its own with seed i."""
+    check_call(pipe, call)
     _check(prompts, negative_prompt, steps, guidance)
     _check_size(width, height, max(8, getattr(pipe, "vae_scale_factor", 8)))
     given = {"guidance_scale": guidance, "width": width, "height": height}
@@ -148,6 +150,27 @@ def guard(steps: int, then: Callable[..., dict[str, Any]] | None = None) -> Call
     return check
 
 
+def _listed(given: Any) -> list[Any]:
+    return list(cast("Sequence[Any]", given)) if isinstance(given, (list, tuple)) else [given]
+
+
+def check_call(pipe: Any, call: Mapping[str, Any]) -> None:
+    """Refuse what the pipeline would drop without a word: some take any keyword for the sake of old ones.
+
+    Raises:
+        UnsupportedPipelineError: no pipeline. SettingTypeError: an argument that it does not have.
+    """
+    if not isinstance(pipe, DiffusionPipeline):
+        raise UnsupportedPipelineError(f"{type(pipe).__name__} is not a diffusers pipeline: load one with dg.load(...)")
+    for name in call:
+        if name in _OURS:
+            raise SettingTypeError(f"{name}=: here that is {_OURS[name]}=")
+    known = {*inspect.signature(type(pipe).__call__).parameters, "callback", "callback_steps"}
+    unknown = [name for name in call if name not in known]
+    if unknown:
+        raise SettingTypeError(f"{unknown[0]}=: neither this task nor {type(pipe).__name__} has such an argument")
+
+
 def _count(value: Any, name: str, most: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int):
         raise SettingTypeError(f"{name}={value!r}: a whole number is needed")
@@ -165,8 +188,8 @@ def _check(prompts: Sequence[str], negative_prompt: str | None, steps: int, guid
         if not text.isascii() and text != text.encode("utf-8", "replace").decode("utf-8"):
             raise SettingError("a prompt holds bytes that are no text; write it in UTF-8")
     _count(steps, "steps", 1000)
-    if guidance is not None and not math.isfinite(guidance):
-        raise SettingError(f"guidance={guidance}: must be finite")
+    if guidance is not None:
+        finite(guidance, "guidance")
 
 
 def _check_size(width: int | None, height: int | None, multiple: int) -> None:

@@ -65,8 +65,11 @@ class Graft:
         self._stack: ExitStack | None = None
         self._everywhere = False
         self._links: dict[int, SchedulerStep] = {}
-        self._processors: dict[str, Any] = {}
+        self._processors = self._present()
         self._joins: dict[str, str] = {}
+
+    def _present(self) -> dict[str, Any]:
+        return {x.name: getattr(x.module, "processor", None) for x in self.layers}
 
     # -- lifecycle ---------------------------------------------------------------------------------------------
 
@@ -131,8 +134,9 @@ class Graft:
                 stack.callback(_INSTALLED.discard, self)
                 self._bind(stack)
                 stack.enter_context(eager())
+                by_name = {layer.name: layer for layer in self.layers}
                 for name in self.edits:
-                    stack.callback(install(next(x for x in self.layers if x.name == name), self))
+                    stack.callback(install(by_name[name], self))
                 stack.callback(hook_denoiser(denoiser, self))
                 for undo in self.adapter.hooks(lambda: self.run):
                     stack.callback(undo)
@@ -159,11 +163,11 @@ class Graft:
         self.layers, self.texts.adapter = self.adapter.layers, self.adapter
         self.runs, self._local, self._links = [], threading.local(), {}
         self.edits, self.edited, self._joins = {}, {}, {}
-        self._processors = {x.name: getattr(x.module, "processor", None) for x in self.layers}
+        self._processors = self._present()
         for plugin in self.plugins:
             stack.callback(plugin.unbind)
             self._refuse_packed(plugin)
-            plugin.bind(self.run)
+            plugin.bind(self.run.session)
         self.effective = [plugin for plugin in self.plugins if not plugin.neutral]
         for plugin in self.effective:
             for edit in plugin.edits():

@@ -65,12 +65,8 @@ class LateJoin:
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             if not graft.here:
                 return None
-            run = graft.run
-            if name == run.join_block:
-                run.joined = True
-            if run.joins is None or not run.joined or run.step.probing:
-                return None
-            return _expand(args, run.joins, run.base_rows), _expand(kwargs, run.joins, run.base_rows)
+            wanted = graft.run.branching.arriving(name)
+            return None if wanted is None else (_expand(args, *wanted), _expand(kwargs, *wanted))
 
         return block.register_forward_pre_hook(Hook(before), with_kwargs=True, prepend=True).remove
 

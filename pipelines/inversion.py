@@ -104,8 +104,8 @@ def invert(
 
     Args:
         pipe: a supported pipeline.
-        image_or_latents: a picture or a list of pictures of one size (PIL, arrays, tensors), encoded by the
-            autoencoder's mode; or clean latents [n, C, h, w].
+        image_or_latents: a picture or a list of pictures of one size (PIL, paths, arrays, tensors), encoded by the
+            autoencoder's mode, sides rounded down to what it takes; or clean latents [n, C, h, w].
         prompt: what the pictures show; one text, or one for each.
         negative: what to steer away from: texts, or a picture such as the style's. For a picture an IP-Adapter is
             used if the pipe has one, else the negative rows attend to the picture. None runs no negative pass.
@@ -217,7 +217,9 @@ def _clean(pipe: Any, given: Any) -> torch.Tensor:
 
 
 def _texts(prompt: str | Sequence[str], n: int) -> list[str]:
-    texts = [prompt] * n if isinstance(prompt, str) else list(prompt)
+    texts: list[Any] = list(prompt) if isinstance(prompt, (list, tuple)) else [prompt] * n
+    if not all(isinstance(text, str) for text in texts):
+        raise SettingTypeError(f"prompt={prompt!r}: a text is needed, or one for each picture")
     if len(texts) != n:
         raise SettingError(f"{len(texts)} prompts for {n} pictures: one for each, or one for all")
     return texts

@@ -34,7 +34,7 @@ class LatentStage:
         self._refuse(scheduler)
         reason = discards(scheduler)
         if reason:
-            run.skip(reason)
+            run.session.skip(reason)
             return inputs
         key, rows = run.adapter.sample, run.step.rows["cond"]
         with torch.inference_mode(False), torch.enable_grad(), self._probing_state():
@@ -63,12 +63,12 @@ class LatentStage:
             run.adapter.check_gradient()
 
     def _latent_of(self, sample: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-        latent = sample[:, : self.run.latent_channels]
+        latent = sample[:, : self.run.adapter.latent_channels]
         return latent.to(torch.promote_types(latent.dtype, torch.float32)) / scale
 
     def _with_latent(self, sample: torch.Tensor, scaled: torch.Tensor) -> torch.Tensor:
         """`sample` with its latent channels replaced in every group."""
-        channels, copies = self.run.latent_channels, len(sample) // len(scaled)
+        channels, copies = self.run.adapter.latent_channels, len(sample) // len(scaled)
         new = scaled.to(sample.dtype).repeat(copies, *[1] * (scaled.ndim - 1))
         return new if sample.shape[1] == channels else torch.cat([new, sample[:, channels:]], 1)
 

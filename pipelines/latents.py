@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Iterable, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
 import torch
 
+from ..attention.errors import SettingError
 from ..attention.step import Step
+from .region import as_picture, as_rgb
 
 
 def encode_image(pipe: Any, image: Any, size: tuple[int, int] | None = None) -> torch.Tensor:
@@ -16,19 +19,45 @@ def encode_image(pipe: Any, image: Any, size: tuple[int, int] | None = None) -> 
 
     Args:
         pipe: any pipeline with a `vae`.
-        image: PIL, numpy or torch picture, or a list of them of one size.
+        image: PIL (upright, transparency over white), a path, numpy or torch picture, or a list of them of one size.
         size: latent (height, width) to which the picture is resized; None keeps its size.
     Returns:
         [n, C, h, w] on the pipeline's device in the VAE's dtype.
+    Raises:
+        SettingTypeError, SettingError: not a picture, unreadable, or of several sizes.
     """
-    vae = pipe.vae
-    factor = 2 ** (len(vae.config.block_out_channels) - 1)
+    vae, factor = pipe.vae, pipe.vae_scale_factor
     height, width = (None, None) if size is None else (size[0] * factor, size[1] * factor)
-    processor = _processor(factor)
-    pixels = processor.preprocess(image, height=height, width=width)
+    pixels = _pixels(image, _processor(factor), height, width)
+    channels = getattr(vae.config, "in_channels", 3)
+    if pixels.ndim != 4 or pixels.shape[1] != channels or not pixels.isfinite().all():
+        raise SettingError(f"pictures of shape {list(pixels.shape)}: [n, {channels}, h, w] of finite values is needed")
     with torch.no_grad(), _wide_enough(vae):
-        mode = vae.encode(pixels.to(device=pipe._execution_device, dtype=vae.dtype)).latent_dist.mode()
+        encoded = vae.encode(pixels.to(device=pipe._execution_device, dtype=vae.dtype))
+        mode = _mode(encoded)
     return ((mode - (getattr(vae.config, "shift_factor", None) or 0.0)) * vae.config.scaling_factor).to(vae.dtype)
+
+
+def _mode(encoded: Any) -> torch.Tensor:
+    """The posterior's mode; tiny and deep-compression autoencoders have no posterior."""
+    plain = next((getattr(encoded, name) for name in ("latents", "latent") if hasattr(encoded, name)), None)
+    return encoded.latent_dist.mode() if plain is None else plain
+
+
+def _pixels(given: Any, processor: Any, height: int | None, width: int | None) -> torch.Tensor:
+    """[n, c, h, w] in -1 ... 1. Floats are diffusers' to read; everything else has eight bits."""
+    if isinstance(given, (torch.Tensor, np.ndarray)) and given.ndim == 4:
+        return _pixels(list(cast("Iterable[Any]", given)), processor, height, width)
+    several = list(cast("Sequence[Any]", given)) if isinstance(given, (list, tuple)) else [given]
+    pictures = [image if _floats(image) else as_rgb(as_picture(image)) for image in several]
+    try:
+        return torch.cat([processor.preprocess(picture, height=height, width=width) for picture in pictures])
+    except (ValueError, RuntimeError) as error:
+        raise SettingError(f"the pictures cannot be read as a batch: {error}") from error
+
+
+def _floats(image: Any) -> bool:
+    return isinstance(image, (torch.Tensor, np.ndarray)) and "float" in str(image.dtype)
 
 
 @contextmanager
@@ -47,11 +76,23 @@ def _wide_enough(vae: Any) -> Generator[None]:
 def decode_latents(pipe: Any, latents: torch.Tensor, output_type: str = "pil") -> Any:
     """Pictures of latents [n, C, h, w]: a list of PIL images, or "pt" / "np" arrays."""
     vae = pipe.vae
-    factor = 2 ** (len(vae.config.block_out_channels) - 1)
     latents = latents / vae.config.scaling_factor + (getattr(vae.config, "shift_factor", None) or 0.0)
     with torch.no_grad():
         pixels = vae.decode(latents.to(vae.dtype), return_dict=False)[0]
-    return _processor(factor).postprocess(pixels, output_type=output_type)
+    return _processor(pipe.vae_scale_factor).postprocess(pixels, output_type=output_type)
+
+
+def native_side(pipe: Any) -> int:
+    """The side in pixels of the pictures that a model was made for, the shorter one."""
+    config = (getattr(pipe, "unet", None) or pipe.transformer).config
+    side = config.sample_size if hasattr(config, "sample_size") else pipe.default_sample_size
+    return pipe.vae_scale_factor * (side if isinstance(side, int) else min(side))
+
+
+def side_multiple(pipe: Any) -> int:
+    """What the sides of a picture must be multiples of; pipelines ask for 8 whatever their autoencoder does."""
+    patch = 1 if hasattr(pipe, "unet") else 2
+    return patch * max(8, pipe.vae_scale_factor)
 
 
 def signal(scheduler: Any, step: Step) -> tuple[float, float]:

@@ -21,7 +21,7 @@ from huggingface_hub.errors import (
 )
 from safetensors import SafetensorError
 
-from ..attention.errors import ModelLoadError, SettingError
+from ..attention.errors import ModelLoadError, SettingError, SettingTypeError
 
 if TYPE_CHECKING:  # diffusers imports its pipelines when they are first asked for; importing diffgraft must not ask
     from diffusers import DiffusionPipeline
@@ -61,6 +61,8 @@ def load(
             "trust_remote_code runs code from the repository: read it, then pin what you read with "
             "revision=<the full 40-digit commit>"
         )
+    if not isinstance(model, (str, os.PathLike)):
+        raise SettingTypeError(f"a {type(model).__name__} is no path and no Hub id")
     from diffusers import DiffusionPipeline
 
     wanted = pipeline or DiffusionPipeline

@@ -19,7 +19,7 @@ from ..attention.morphology import components
 CONTEXT = 2.0
 """A crop is at least this many times as wide and as high as the hole."""
 LARGEST = 1.5
-"""A crop longer than this many times the model's native side is made smaller for the model."""
+"""What is longer than this many times the model's native side is made smaller for the model."""
 _BLENDED = ("L", "LA", "RGB", "RGBA", "CMYK", "YCbCr")
 _HARD = ("1", "P", "HSV")
 
@@ -59,6 +59,18 @@ class Region:
     def _pad(self, values: NDArray[Any]) -> NDArray[Any]:
         missing = [(0, wanted - found) for wanted, found in zip(self.padded[::-1], values.shape[:2], strict=True)]
         return np.pad(values, missing + [(0, 0)] * (values.ndim - 2), mode="symmetric")
+
+
+def whole_region(size: tuple[int, int], native: int, multiple: int) -> Region:
+    """A whole picture of `size` (width, height) near the model's own size: small ones are made larger.
+
+    Args:
+        native, multiple: as for `plan_region`.
+    """
+    longest = max(size)
+    scale = min(1.0, LARGEST * native / longest) if longest >= native else native / longest
+    inner = max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
+    return Region((0, 0, *size), inner, (_up(inner[0], multiple), _up(inner[1], multiple)))
 
 
 def plan_region(mask: Bools, native: int, multiple: int, crop: bool = True) -> Region:
@@ -152,6 +164,14 @@ def as_picture(image: Any) -> Image.Image:
     if image.mode not in _BLENDED + _HARD:
         raise SettingError(f"a picture of mode {image.mode!r} cannot be edited in place: convert it to RGB or L first")
     return ImageOps.exif_transpose(image)
+
+
+def as_rgb(picture: Image.Image) -> Image.Image:
+    """RGB, transparency over white."""
+    if "A" not in picture.getbands() and "transparency" not in picture.info:
+        return picture.convert("RGB")
+    ground = Image.new("RGBA", picture.size, "white")
+    return Image.alpha_composite(ground, picture.convert("RGBA")).convert("RGB")
 
 
 def _of_array(values: NDArray[Any]) -> Image.Image:

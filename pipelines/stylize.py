@@ -4,30 +4,28 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from PIL import Image, ImageOps
 
 from ..attention.errors import UnsupportedPipelineError
 from ..plugins.base import Plugin, finite
+from ..plugins.distillation import AttentionDistillation
 from ..plugins.startpoint import StartpointFilter
 from ..plugins.style_injection import Method, StyleInjection
 from . import latents
 from .architectures import adapter_for
 from .architectures.loop import loop_for
 from .blend import same_parts
-from .generate import guard, resolve_seed
+from .generate import check_call, guard, resolve_seed
 from .graft import graft
 from .inversion import Inversion, invert
-from .region import Region, as_picture
+from .region import Region, as_picture, as_rgb, whole_region
 from .schedule import EXACT, invertible
-
-LARGEST = 1.5
-"""A picture is made smaller for the model if its longer side is more than this many times the model's own."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +37,7 @@ class Recipe:
     structure: float
     steps: int
     guidance: float
-    method: Method
+    method: Method | Literal["distillation"]
     alpha: float
     gamma: float
     temperature: float
@@ -63,7 +61,7 @@ def stylize(
     prompt: str = "",
     steps: int = 50,
     guidance: float = 1.0,
-    method: Method = "styleid",
+    method: Method | Literal["distillation"] = "styleid",
     alpha: float | None = None,
     gamma: float | None = None,
     temperature: float = 1.5,
@@ -93,7 +91,8 @@ def stylize(
         prompt: what the content shows; empty works.
         steps: of the inversion and of the sampling.
         guidance: classifier-free guidance while sampling; 1 is none, as in StyleID.
-        method: "styleid", "stylealigned" or "ip_adapter", see `StyleInjection`.
+        method: "styleid", "stylealigned" or "ip_adapter", see `StyleInjection`; "distillation" is
+            `AttentionDistillation` with rate = 0.05 * strength and content_weight = structure / 2, dearer by gradients.
         alpha: of `StartpointFilter`, 1 is off. gamma, temperature: of `StyleInjection`.
         invert_style: follow the style's inverted trajectory, and begin with its mean and deviation; False saves its
             inversion, uses it under noise and is much weaker.
@@ -111,6 +110,7 @@ def stylize(
     """
     strength, structure = finite(strength, "strength", 0, 1), finite(structure, "structure", 0, 1)
     first, sampler = resolve_seed(seed), sampling_pipe(pipe)
+    check_call(sampler, call)
     damped = 0.0 if adapter_for(sampler).family == "picturebook" else 0.6 * structure
     recipe = Recipe(
         prompt, strength, structure, steps, guidance, method,
@@ -118,21 +118,12 @@ def stylize(
         0.5 + structure / 2 if gamma is None else finite(gamma, "gamma", 0, 1),
         temperature, invert_style, negative, omega, iterations, tolerance, plugins, call,
     )  # fmt: skip
-    contents, styles = _several(content), _several(style)
-    table: list[list[Image.Image]] = []
-    references: dict[tuple[int, tuple[int, int]], Reference] = {}
-    for picture in (as_picture(item) for item in contents):
-        subject = Subject(sampler, recipe, picture)
-        row = list[Image.Image]()
-        for j, item in enumerate(styles):
-            key = (j, subject.region.padded)
-            if key not in references:
-                references[key] = Reference(sampler, recipe, _rgb(as_picture(item)), key[1])
-            row.append(paint(sampler, recipe, subject, references[key], first + len(table) * len(styles) + j))
-        table.append(row)
-    if isinstance(content, (list, tuple)):
-        return table if isinstance(style, (list, tuple)) else [row[0] for row in table]
-    return table[0] if isinstance(style, (list, tuple)) else table[0][0]
+    contents, styles = _several(content), [as_picture(item) for item in _several(style)]
+    every = pairs(sampler, recipe, map(as_picture, contents), styles, first)
+    made = [paint(sampler, recipe, pair) for pair in every]
+    rows = [made[i * len(styles) : (i + 1) * len(styles)] for i in range(len(contents))]
+    rows = rows if isinstance(style, (list, tuple)) else [row[0] for row in rows]
+    return rows if isinstance(content, (list, tuple)) else rows[0]
 
 
 @dataclass(frozen=True)
@@ -146,12 +137,12 @@ class Subject:
     @cached_property
     def region(self) -> Region:
         """The whole picture at the size at which the model sees it."""
-        return whole(self.pipe, self.picture.size)
+        return whole_region(self.picture.size, latents.native_side(self.pipe), latents.side_multiple(self.pipe))
 
     @cached_property
     def seen(self) -> Image.Image:
         """What the model sees."""
-        return self.region.cut(_rgb(self.picture))
+        return self.region.cut(as_rgb(self.picture))
 
     @cached_property
     def shared(self) -> Inversion:
@@ -163,7 +154,7 @@ class Subject:
         how = self.recipe
         return invert(
             self.pipe, self.seen, prompt=how.prompt, negative=negative, guidance=how.omega, steps=how.steps,
-            iterations=how.iterations, tolerance=how.tolerance, trajectory=how.method == "styleid",
+            iterations=how.iterations, tolerance=how.tolerance, trajectory=how.method in ("styleid", "distillation"),
         )  # fmt: skip
 
 
@@ -179,7 +170,7 @@ class Reference:
     @cached_property
     def fitted(self) -> Image.Image:
         """The picture scaled and cropped to the content's shape: squashing it would bend its texture."""
-        return ImageOps.fit(self.picture, self.size, Image.Resampling.LANCZOS)
+        return ImageOps.fit(as_rgb(self.picture), self.size, Image.Resampling.LANCZOS)
 
     @cached_property
     def style(self) -> Any:
@@ -192,44 +183,84 @@ class Reference:
         )
 
 
-def paint(pipe: Any, recipe: Recipe, subject: Subject, reference: Reference, seed: int) -> Image.Image:
+@dataclass(frozen=True)
+class Pair:
+    """A content in a style."""
+
+    subject: Subject
+    reference: Reference
+    seed: int
+
+    @cached_property
+    def inversion(self) -> Inversion:
+        """The content's, its own for this pair only if the style picture is the negative."""
+        negative = self.subject.recipe.negative
+        by_pair = isinstance(negative, str) and negative == "style"
+        return self.subject.inverted(self.reference.fitted) if by_pair else self.subject.shared
+
+
+def pairs(
+    pipe: Any, recipe: Recipe, contents: Iterable[Image.Image], styles: Sequence[Image.Image], seed: int
+) -> Iterator[Pair]:
+    """Every content in every style, content by content; pair i has seed + i."""
+    references: dict[tuple[int, tuple[int, int]], Reference] = {}
+    for content in contents:
+        subject = Subject(pipe, recipe, content)
+        for j, style in enumerate(styles):
+            key = (j, subject.region.padded)
+            reference = references.setdefault(key, Reference(pipe, recipe, style, key[1]))
+            yield Pair(subject, reference, seed)
+            seed += 1
+
+
+def paint(pipe: Any, recipe: Recipe, pair: Pair) -> Image.Image:
     """One pair."""
     settings = {
-        "task": "stylize", "seed": seed, "strength": recipe.strength, "structure": recipe.structure,
+        "task": "stylize", "seed": pair.seed, "strength": recipe.strength, "structure": recipe.structure,
         "prompt": recipe.prompt, "steps": recipe.steps, "guidance": recipe.guidance, "method": recipe.method,
         "pipeline": type(pipe).__name__, "scheduler": type(pipe.scheduler).__name__,
     }  # fmt: skip
     if recipe.strength == 0:
-        return _noted(_rgb(subject.picture).copy(), settings)
-    by_pair = isinstance(recipe.negative, str) and recipe.negative == "style"
-    inversion = subject.inverted(reference.fitted) if by_pair else subject.shared
-    plugins = [
-        StartpointFilter(recipe.alpha, generator=torch.Generator().manual_seed(seed)),
+        return _noted(as_rgb(pair.subject.picture).copy(), settings)
+    settings |= {"alpha": recipe.alpha, "gamma": recipe.gamma, "negative": pair.inversion.negative}
+    with graft(pipe, *_plugins(recipe, pair), *recipe.plugins):
+        picture = pipe(**(_options(pipe, recipe, pair) | recipe.call)).images[0]
+    return _noted(pair.subject.region.uncut(picture), settings)
+
+
+def _plugins(recipe: Recipe, pair: Pair) -> list[Plugin]:
+    noise = torch.Generator().manual_seed(pair.seed)
+    start = StartpointFilter(recipe.alpha, generator=torch.Generator().manual_seed(pair.seed))
+    if recipe.method == "distillation":
+        how: dict[str, Any] = {"rate": 0.05 * recipe.strength, "content_weight": recipe.structure / 2}
+        return [start, AttentionDistillation(pair.reference.style, content=pair.inversion, generator=noise, **how)]
+    styleid, adapter = recipe.method == "styleid", recipe.method == "ip_adapter"
+    return [
+        start,
         StyleInjection(
-            None if recipe.method == "ip_adapter" else reference.style, method=recipe.method,
-            content=inversion if recipe.method == "styleid" else None, strength=recipe.strength, gamma=recipe.gamma,
-            temperature=recipe.temperature, start_adain=recipe.invert_style and recipe.method != "ip_adapter",
-            generator=torch.Generator().manual_seed(seed),
+            None if adapter else pair.reference.style, method=recipe.method,
+            content=pair.inversion if styleid else None, strength=recipe.strength, gamma=recipe.gamma,
+            temperature=recipe.temperature, start_adain=recipe.invert_style and not adapter, generator=noise,
         ),
     ]  # fmt: skip
-    with graft(pipe, *plugins, *recipe.plugins):
-        picture = _sampled(pipe, recipe, inversion, subject, reference)
-    settings |= {"alpha": recipe.alpha, "gamma": recipe.gamma, "negative": inversion.negative}
-    return _noted(subject.region.uncut(picture), settings)
 
 
-def _sampled(pipe: Any, recipe: Recipe, inversion: Inversion, subject: Subject, reference: Reference) -> Image.Image:
-    options = inversion.call(pipe) | {"prompt": recipe.prompt, "guidance_scale": recipe.guidance}
-    options |= {"width": subject.region.padded[0], "height": subject.region.padded[1]}
+def _options(pipe: Any, recipe: Recipe, pair: Pair) -> dict[str, Any]:
+    """What the pipeline is called with."""
+    width, height = pair.subject.region.padded
+    options = pair.inversion.call(pipe) | {
+        "prompt": recipe.prompt, "guidance_scale": recipe.guidance, "width": width, "height": height
+    }  # fmt: skip
     accepted = inspect.signature(pipe.__call__).parameters
     if getattr(pipe, "controlnet", None) is not None:
-        scale = "controlnet_conditioning_scale"
-        options |= {"image": subject.seen, scale: recipe.call.get(scale, recipe.structure)}
+        options |= {"image": pair.subject.seen, "controlnet_conditioning_scale": recipe.structure}
     if getattr(pipe.unet.config if hasattr(pipe, "unet") else None, "encoder_hid_dim_type", None) == "ip_image_proj":
-        options["ip_adapter_image"] = reference.fitted
+        options["ip_adapter_image"] = pair.reference.fitted
     if "callback_on_step_end" in accepted:
         options["callback_on_step_end"] = guard(recipe.steps)
-    return pipe(**(options | recipe.call)).images[0]
+    if "use_resolution_binning" in accepted:  # PixArt would move the size to one of its list
+        options["use_resolution_binning"] = False
+    return options
 
 
 def sampling_pipe(pipe: Any) -> Any:
@@ -254,29 +285,8 @@ def sampling_pipe(pipe: Any) -> Any:
     return made
 
 
-def whole(pipe: Any, size: tuple[int, int]) -> Region:
-    """A whole picture of `size` (width, height) as the model sees it: near its own size, sides as it takes them."""
-    factor = 2 ** (len(pipe.vae.config.block_out_channels) - 1)
-    denoiser = getattr(pipe, "unet", None) or pipe.transformer
-    side = denoiser.config.sample_size if hasattr(denoiser.config, "sample_size") else pipe.default_sample_size
-    native, multiple = factor * side, max(8, factor) * (1 if hasattr(pipe, "unet") else 2)
-    longest = max(size)
-    scale = min(1.0, LARGEST * native / longest) if longest >= native else native / longest
-    inner = (max(1, round(size[0] * scale)), max(1, round(size[1] * scale)))
-    padded = (-(-inner[0] // multiple) * multiple, -(-inner[1] // multiple) * multiple)
-    return Region((0, 0, *size), inner, padded)
-
-
 def _several(pictures: Any) -> list[Any]:
     return list(pictures) if isinstance(pictures, (list, tuple)) else [pictures]
-
-
-def _rgb(picture: Image.Image) -> Image.Image:
-    """RGB, transparency over white."""
-    if "A" not in picture.getbands() and "transparency" not in picture.info:
-        return picture.convert("RGB")
-    ground = Image.new("RGBA", picture.size, "white")
-    return Image.alpha_composite(ground, picture.convert("RGBA")).convert("RGB")
 
 
 def _noted(picture: Image.Image, settings: dict[str, Any]) -> Image.Image:

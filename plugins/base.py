@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 
@@ -20,19 +21,21 @@ or None if an edit ended it early."""
 
 @dataclass(frozen=True)
 class Branch:
-    """Extra batch rows, one for each picture, that copy a group and may differ by edits, latent or text.
+    """Extra batch rows, one for each picture or one for all, that copy a group and may differ by edits, latent or text.
 
     Attributes:
         name: group name for `step.rows`.
         like: "cond" or "uncond", the group that is copied; edits for that group run on the branch too.
         latent: gives the branch's own latent [n, C, h, w] (in the scheduler's space), or None for the same one.
         text: its own text embeddings [1 or n, L, D], as the denoiser takes them.
+        shared: its latent and its text are one for all pictures: one row, if nothing else tells the pictures apart.
     """
 
     name: str
     like: str = "cond"
     latent: Callable[[Step], torch.Tensor] | None = None
     text: torch.Tensor | None = None
+    shared: bool = False
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,11 @@ class Session(Protocol):
     @property
     def latent_channels(self) -> int:
         """Channels of the latent; the prediction may have more (learned variance), the input too (inpainting)."""
+        ...
+
+    @property
+    def latent_size(self) -> tuple[int, int]:
+        """(height, width) of the running call's latents; `Step.size` counts tokens, which may be patches of these."""
         ...
 
     @property
@@ -154,6 +162,9 @@ class Plugin:
             raise SettingError(f"start={start}, end={end}: fractions of the steps, 0 <= start <= end <= 1")
         self.start, self.end = float(start), float(end)
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in self.settings().items())})"
+
     @property
     def neutral(self) -> bool:
         """True where the settings change nothing; then the graft leaves the pipeline alone."""
@@ -211,13 +222,33 @@ class Plugin:
         return {}
 
     def settings(self) -> dict[str, Any]:
-        """The constructor's arguments as plain values, for metadata."""
-        plain = (bool, int, float, str, type(None))
-        return {
-            name: value if isinstance(value, plain) else repr(value)[:200]
-            for name, value in vars(self).items()
-            if not name.startswith("_")
-        }
+        """The constructor's arguments as JSON can hold them, for metadata; nothing of them differs from run to run."""
+        named = {name for kind in type(self).__mro__ for name in inspect.signature(kind.__init__).parameters}
+        return {name: _plain(value) for name, value in vars(self).items() if name in named}
+
+
+def _plain(value: Any) -> Any:
+    """JSON of a setting; a mask, a tensor or a function is named by its kind, since its address means nothing later."""
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in cast("Mapping[Any, Any]", value).items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in cast("Sequence[Any]", value)]
+    shape = getattr(value, "shape", None)
+    name = getattr(value, "__qualname__", type(value).__name__)
+    return name if shape is None else f"{name} {list(shape)}"
+
+
+def listed(layers: Any) -> list[Any]:
+    """A choice of layers as a list; one name is a list of one.
+
+    Raises:
+        SettingTypeError: neither a name nor a list.
+    """
+    if not isinstance(layers, Iterable):
+        raise SettingTypeError(f"layers={layers!r}: a name, or a list of names and numbers, is needed")
+    return [layers] if isinstance(layers, str) else list(cast("Iterable[Any]", layers))
 
 
 def finite(value: Any, name: str, low: float = -float("inf"), high: float = float("inf")) -> float:

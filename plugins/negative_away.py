@@ -18,7 +18,7 @@ from ..attention.edit import Edit
 from ..attention.errors import SettingError, SettingTypeError
 from ..attention.layer import AttentionLayer
 from ..attention.step import Step
-from .base import Plugin, Prompt, Session, Text, finite
+from .base import Plugin, Prompt, Session, Text, finite, listed
 from .negative_defaults import Default, default
 from .negative_edits import Call, CrossAway, CutStreams, JointAway
 
@@ -100,8 +100,8 @@ class NegativeAway(Plugin):
         offset: VSF's beta.
         joint: what NASA subtracts in a joint sequence. "text": the negative words' share of the attention over
             [negative text, image]. "full": the whole of it, image included, which shrinks the image by 1 - scale.
-        layers: places ("down", "mid", "up", "block"), names or indices of the text-attention layers to steer in;
-            None is all, [] is neutral.
+        layers: a place ("down", "mid", "up", "block"), name or index of the text-attention layers to steer in, or a
+            list of these; None is all, [] is neutral.
         mask: for embeddings, [n, L] boolean, True where the token is not padding.
         start, end: fractions of the steps.
     Raises:
@@ -115,7 +115,7 @@ class NegativeAway(Plugin):
     def __init__(
         self, negative: Negative, *, rule: str = "nasa", scale: float | None = None, tau: float = 2.5,
         alpha: float | None = None, offset: float = 0.0, joint: str = "text",
-        layers: Sequence[int | str] | None = None, mask: torch.Tensor | None = None,
+        layers: str | Sequence[int | str] | None = None, mask: torch.Tensor | None = None,
         start: float = 0.0, end: float = 1.0,
     ) -> None:  # fmt: skip
         super().__init__(start=start, end=end)
@@ -129,7 +129,7 @@ class NegativeAway(Plugin):
         self.tau = finite(tau, "tau", 1e-6)
         self.alpha = None if alpha is None else finite(alpha, "alpha", 0.0, 1.0)
         self.offset = finite(offset, "offset")
-        self.layers = None if layers is None else list(layers)
+        self.layers = None if layers is None else listed(layers)
         self._calls: dict[int, Call] = {}
         self._used: dict[str, Any] = {}
         self._joint = False

@@ -10,11 +10,11 @@ import torch
 
 from ..attention.call import AttentionCall
 from ..attention.edit import Edit
-from ..attention.errors import MaskError, SettingError, SettingTypeError
+from ..attention.errors import MaskError, SettingError, SettingTypeError, UnsupportedPipelineError
 from ..attention.layer import AttentionLayer
 from ..attention.masks import Bools, as_masks, halved, level_mask
 from ..attention.step import Rows, Step
-from .base import Branch, Plugin, Session, finite
+from .base import Branch, Plugin, Session, finite, listed
 
 BRANCH = "redirected"
 SCARCE = 0.02
@@ -72,7 +72,7 @@ class SelfAttentionRedirection(Plugin):
         if isinstance(suppression_steps, bool) or not isinstance(suppression_steps, int) or suppression_steps < 0:
             raise SettingTypeError(f"suppression_steps={suppression_steps!r}: a count of steps is needed, 0 or more")
         self.suppression_steps = suppression_steps
-        self.layers: str | list[str | int] = layers if isinstance(layers, str) else list(layers)
+        self.layers: str | list[str | int] = layers if isinstance(layers, str) else listed(layers)
         self._masks = as_masks(mask)
         for number, one in enumerate(self._masks):
             if one.all():
@@ -184,8 +184,11 @@ def choose_layers(layers: Sequence[AttentionLayer], wanted: str | Sequence[str |
 
     Raises:
         SettingError: nothing of that name or number; the message lists what there is.
+        UnsupportedPipelineError: not a UNet.
     """
-    own = [layer for layer in layers if layer.kind == "self"]
+    own = [layer for layer in layers if layer.kind == "self" and layer.place != "block"]
+    if not own:
+        raise UnsupportedPipelineError("there is no UNet with self-attention here: use a SD1, SD2 or SDXL pipeline")
     if wanted == "all":
         return own
     if not wanted:

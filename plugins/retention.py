@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, cast
 
 import torch
 
@@ -12,7 +12,7 @@ from ..attention.errors import SettingError
 from ..attention.layer import AttentionLayer
 from ..attention.maps import SELF_TOKENS, LayerChoice, MapCapture, concept_maps
 from ..attention.masks import as_mask, as_masks
-from ..attention.regions import Threshold, assign, binarise, propagate, to_grid
+from ..attention.regions import Threshold, assign, binarise, places, propagate, to_grid
 from .base import finite
 from .concepts import Picture, Split
 
@@ -28,10 +28,13 @@ class Regions:
         threshold, level: see `diffgraft.attention.regions.binarise`; "attencraft" spreads the maps along the
             self-attention and gives a cell to the concept that leads all others by `level`, so regions are disjoint.
         previous: "post", the maps of the step's own call; "pre", those that its update was computed from.
-        layout: masks [H, W] in the order of the concepts, in the place of all that.
+        layout: masks [H, W] in the order of the concepts, in the place of all that; "auto": disjoint places found in
+            the first maps.
     """
 
-    def __init__(self, threshold: Rule, level: float | None, previous: str, layout: list[torch.Tensor] | None) -> None:
+    def __init__(
+        self, threshold: Rule, level: float | None, previous: str, layout: list[torch.Tensor] | Literal["auto"] | None
+    ) -> None:
         if threshold not in LEVELS:
             raise SettingError(f"threshold={threshold!r}: choose one of {', '.join(LEVELS)}")
         if previous not in ("post", "pre") or (previous == "pre" and threshold == "attencraft"):
@@ -78,12 +81,19 @@ class Regions:
         """Take the regions from these concept maps, [C, h, w] for each picture."""
         self.found = [self._binary(concepts) if len(concepts) else None for concepts in maps]
 
-    def of(self, number: int, like: torch.Tensor) -> torch.Tensor | None:
-        """Regions [C, h, w] of a picture, 0 or 1, at the grid of `like`; None where nothing is known yet."""
-        if self.layout is not None:
-            return torch.stack([to_grid(mask, like) for mask in self.layout])
+    def settle(self, maps: Sequence[torch.Tensor]) -> None:
+        """With layout="auto": fix the places where these first maps [C, h, w] of each picture are."""
+        if self.layout == "auto" and not any(found is not None for found in self.found):
+            self.found = [places(concepts) if len(concepts) else None for concepts in maps]
+
+    def of(self, number: int, maps: torch.Tensor) -> torch.Tensor | None:
+        """Regions of a picture's concepts, 0 or 1, like their present `maps` [C, h, w]; None where nothing is known."""
+        if isinstance(self.layout, list):
+            return torch.stack([to_grid(mask, maps) for mask in self.layout])
         found = self.found[number]
-        return None if found is None else found.to(like)
+        if found is None and self.layout == "auto":
+            found = places(maps)
+        return None if found is None else found.to(maps)
 
     def _binary(self, maps: torch.Tensor) -> torch.Tensor:
         assert self.threshold != "attencraft"
@@ -100,16 +110,21 @@ class Regions:
         return torch.stack([to_grid(mask, cross) * bool(mask.any()) for mask in masks])
 
 
-def read_layout(layout: Any, counts: Sequence[int]) -> list[torch.Tensor] | None:
-    """A layout as masks [H, W], one for each of the `counts` concepts of every prompt.
+def read_layout(layout: Any, concepts: Sequence[Sequence[Any]]) -> list[torch.Tensor] | Literal["auto"] | None:
+    """A layout as masks [H, W], one for each of the concepts of every prompt; None and "auto" as they are.
 
     Raises:
         MaskError: not a mask. SettingError: not one for each concept.
     """
-    if layout is None:
-        return None
+    if layout is None or (isinstance(layout, str) and layout == "auto"):
+        return layout
+    if isinstance(layout, Mapping):
+        names, given = [str(concept) for concept in concepts[0]], cast("Mapping[Any, Any]", layout)
+        if {str(name) for name in given} != set(names):
+            raise SettingError(f"layout= names {', '.join(map(str, given))}; the concepts are {', '.join(names)}")
+        layout = [{str(name): mask for name, mask in given.items()}[name] for name in names]
     members = [as_mask(one) for one in layout] if isinstance(layout, (list, tuple)) else as_masks(layout)
-    for count in counts:
-        if count != len(members):
-            raise SettingError(f"layout= has {len(members)} masks for {count} concepts: give one for each")
+    for group in concepts:
+        if len(group) != len(members):
+            raise SettingError(f"layout= has {len(members)} masks for {len(group)} concepts: give one for each")
     return [torch.from_numpy(mask) for mask in members]

@@ -35,9 +35,10 @@ class AttentionSegregation(Plugin):
             weaker concept vanish.
         preset: None, the setting measured on the picture book; "paper", the published numbers, with
             Attend-and-Excite's where A-STAR states none. Whatever you give beside it wins.
-        layout: a mask for each concept (a list in their order, or a stack [C, h, w]): where they are to be, instead
-            of where they were. White, True or 1 is inside.
-        start, end: fractions of the steps. end: 0.4, "paper" 1.
+        layout: a mask for each concept ({concept: mask}, a list in their order, or a stack [C, h, w]): where they are
+            to be, instead of where they were. White, True or 1 is inside. "auto": disjoint discs around where the first
+            step looks for them.
+        start, end: fractions of the steps. end: 0.4, "paper" 1, and 1 where `start` is no earlier.
         loss: "a-star", "attend-and-excite", "jsd" (`diffgraft.LOSSES`), or a function of `diffgraft.Maps`.
         binding: weight of a further term that keeps each word of `attributes` with its concept.
         attributes: attribute of a concept by the concept as given: {"ball": "blue"}; for several prompts one for each.
@@ -107,7 +108,8 @@ class AttentionSegregation(Plugin):
         def default(name: str, given: Any) -> Any:
             return chosen[name] if given is None else given
 
-        super().__init__(start=start, end=default("end", end))
+        usual: float = 1.0 if finite(start, "start") >= chosen["end"] else chosen["end"]
+        super().__init__(start=start, end=usual if end is None else end)
         self.concepts = check_concepts(concepts)
         self.attributes = [attributes or {}] if attributes is None or isinstance(attributes, Mapping) else attributes
         self.segregation = finite(segregation, "segregation", 0)
@@ -129,7 +131,7 @@ class AttentionSegregation(Plugin):
         self._loss = find_loss(loss)
         check_choices(self)
         self._check_attributes()
-        masks = read_layout(layout, [len(group) for group in self.concepts])
+        masks = read_layout(layout, self.concepts)
         self._regions = Regions(threshold, level, previous, masks)
         self._forget()
 
@@ -223,6 +225,7 @@ class AttentionSegregation(Plugin):
         assert self._probed is not None and self._session is not None
         z = latent.detach().requires_grad_()
         losses = self.losses(z, probe)
+        self._regions.settle(self._last)
         for picture, loss in zip(self._pictures, losses, strict=True):
             picture.losses.append(loss.detach())
         grid, scale = self._probed.grid, self._scale_for(self._probed.dtype)
@@ -285,6 +288,10 @@ class AttentionSegregation(Plugin):
                 )
             result.append((both[:count], dict(zip(picture.attributes, both[count:], strict=True))))
         return result
+
+    def settings(self) -> dict[str, Any]:
+        alone = {"concepts": self.concepts[0], "attributes": self.attributes[0]} if len(self.concepts) == 1 else {}
+        return super().settings() | alone
 
     def report(self) -> Mapping[str, Any]:
         values: dict[str, Any] = {}

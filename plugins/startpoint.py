@@ -28,10 +28,13 @@ def low_pass(size: tuple[int, int], sigma: float, like: torch.Tensor) -> torch.T
 
 
 def damp_low(latent: torch.Tensor, alpha: float, sigma: float) -> torch.Tensor:
-    """IFFT(FFT(z) * (1 - (1 - alpha) * M)) over the last two dimensions, M = `low_pass`; scales the mean by alpha."""
+    """IFFT(FFT(z) * (1 - (1 - alpha) * M)) over the last two dimensions, M = `low_pass`; scales the mean by alpha.
+
+    Written as z less what is damped: the transforms round that alone, a quarter of the error on all of z.
+    """
     height, width = latent.shape[-2:]
-    gain = 1 - (1 - alpha) * low_pass((height, width), sigma, latent)
-    return torch.fft.irfft2(torch.fft.rfft2(latent) * gain, s=(height, width))
+    damped = (1 - alpha) * low_pass((height, width), sigma, latent)
+    return latent - torch.fft.irfft2(torch.fft.rfft2(latent) * damped, s=(height, width))
 
 
 def official_mask(size: tuple[int, int, int], sigma: float, like: torch.Tensor) -> torch.Tensor:
@@ -84,7 +87,8 @@ class StartpointFilter(Plugin):
     Args:
         alpha: gain at zero frequency, 0 ... 1; 1 is neutral, returns its input and draws nothing.
         sigma: width of the damped band in units of the Nyquist frequency, above 0.
-        generator: draws the refill, one for all or one for each picture. Without it the refill is always the same.
+        generator: draws the refill, one for all or one for each picture. Without it the refill is always the
+            same, for every picture.
         refill: its deviation before the factor 1 - alpha: "unit" (the paper), "match" (the latents' own) or "none".
         preset: "official" runs the filter of the authors' program instead, for parity with it only.
 
@@ -105,7 +109,7 @@ class StartpointFilter(Plugin):
             raise SettingError(f"refill={refill!r}: choose unit, match or none")
         if preset not in (None, "official"):
             raise SettingError(f"preset={preset!r}: 'official' or None")
-        self.refill, self.preset, self._generator = refill, preset, generator
+        self.refill, self.preset, self._generator = refill, preset, _checked(generator)
         self._session: Session | None = None
         self._done: dict[str, Any] = {}
 
@@ -129,7 +133,9 @@ class StartpointFilter(Plugin):
             raise SettingTypeError("latents are a tensor of floating point numbers")
         if latent.ndim < (3 if grid is None else 2):
             raise SettingError(f"latents of shape {tuple(latent.shape)}: give [B, C, h, w], or packed ones and grid=")
-        return latent if self.neutral else self._filter(latent, generator, grid, 1.0)
+        if not latent.isfinite().all():
+            raise SettingError("the latents hold NaN or infinity: filter what a run or an inversion really gave")
+        return latent if self.neutral else self._filter(latent, _checked(generator), grid, 1.0)
 
     def begin(self, session: Session, step: Step) -> None:
         self._session, self._done = session, {}
@@ -166,11 +172,18 @@ class StartpointFilter(Plugin):
         return torch.empty_like(latent).copy_(moved if grid is None else pack(moved))
 
 
+def _checked(generator: Any) -> Any:
+    every: Any = generator if isinstance(generator, (list, tuple)) else [] if generator is None else [generator]
+    if not all(isinstance(one, torch.Generator) for one in every):
+        raise SettingTypeError("generator= is a torch.Generator, or a list with one for each picture")
+    return generator
+
+
 def _noise(like: torch.Tensor, generator: Generators | None) -> torch.Tensor:
     """Standard normal noise, drawn on the generator's own device, row by row where there are several."""
     if isinstance(generator, torch.Generator):
         return torch.randn(like.shape, generator=generator, dtype=like.dtype, device=generator.device).to(like.device)
-    generators = generator or [torch.Generator().manual_seed(_SEED + i) for i in range(len(like))]
+    generators = generator or [torch.Generator().manual_seed(_SEED) for _ in like]  # a batch is its pictures
     if len(generators) != len(like):
         raise SettingError(f"{len(generators)} generators for {len(like)} latents: one for each, or one for all")
     rows = (torch.randn(like.shape[1:], generator=g, dtype=like.dtype, device=g.device) for g in generators)

@@ -1,14 +1,14 @@
 """Style from a reference row: StyleID (arXiv 2312.09008), StyleAligned (2312.02133), or an IP-Adapter's style block.
 
-The reference is one more batch row that is sampled along, so no keys or values are stored: its latent at each step is
-the noised style picture, or a point of its inverted trajectory.
+The reference is one more batch row that is sampled along, for all pictures that share it, so no keys or values are
+stored: its latent at each step is the noised style picture, or a point of its inverted trajectory.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal
 
 import torch
 
@@ -18,22 +18,14 @@ from ..attention.errors import SettingError, UnsupportedPipelineError
 from ..attention.layer import AttentionLayer, Place
 from ..attention.step import Step
 from .base import Branch, Plugin, Probe, Session, finite
+from .reference import Reference, Trajectory
 
 Method = Literal["styleid", "stylealigned", "ip_adapter"]
 Layers = Literal["decoder", "up", "all"] | Sequence[int]
 STYLE_BLOCK = "up_blocks.0.attentions.1"
 """Where an IP-Adapter passes on style (InstantStyle, arXiv 2404.02733)."""
-_SEED = 2312090082  # as in startpoint.py: no seed that a person picks for the pictures
-
-
-@runtime_checkable
-class Trajectory(Protocol):
-    """An `Inversion` that kept its trajectory."""
-
-    def at(self, timestep: Any) -> torch.Tensor:
-        """Latents [n, C, h, w] at a timestep, in the scheduler's space."""
-        ...
-
+Operands = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]
+"""Query, keys, values and mask of one attention."""
 
 # -- the equations -------------------------------------------------------------------------------------------------
 
@@ -53,7 +45,7 @@ def preserved_query(q: torch.Tensor, content: torch.Tensor, gamma: float) -> tor
 def shared_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
     q_ref: torch.Tensor, k_ref: torch.Tensor, v_ref: torch.Tensor, shift: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:  # fmt: skip
+) -> Operands:  # fmt: skip
     """Query, keys, values and additive mask of StyleAligned (equations 3 and 4), all [B, H, L, D].
 
     Args:
@@ -121,9 +113,7 @@ class _Restyle(Edit):
             return out
         return torch.lerp(out, call.attend(*self.styled(call)), self.plugin.strength)
 
-    def styled(
-        self, call: AttentionCall
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    def styled(self, call: AttentionCall) -> Operands:
         raise NotImplementedError
 
     def pictures(self, call: AttentionCall) -> list[int]:
@@ -132,9 +122,7 @@ class _Restyle(Edit):
 
 
 class _StyleID(_Restyle):
-    def styled(
-        self, call: AttentionCall
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    def styled(self, call: AttentionCall) -> Operands:
         plugin, own = self.plugin, ("style", "content")
         q, k, v = call.q.clone(), call.k.clone(), call.v.clone()
         for name, rows in call.rows.items():
@@ -148,9 +136,7 @@ class _StyleID(_Restyle):
 
 
 class _StyleAligned(_Restyle):
-    def styled(
-        self, call: AttentionCall
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    def styled(self, call: AttentionCall) -> Operands:
         # The reference row shares with itself: keys twice, which leaves its attention what it is.
         style = call.rows["style"]
         index = [style.start + i % (style.stop - style.start) for i in self.pictures(call)]
@@ -165,8 +151,8 @@ class StyleInjection(Plugin):
     """Gives pictures the style of another one while they are sampled.
 
     Args:
-        style: a picture, latents [1 or n, C, h, w], or an `Inversion` with its trajectory, on the timesteps that will
-            be sampled. A picture needs no inversion: its row is the picture under noise (`generator`).
+        style: a picture or its path, latents [1 or n, C, h, w], or an `Inversion` with its trajectory, on the timesteps
+            that will be sampled. A picture needs no inversion: its row is the picture under noise (`generator`).
         method: "styleid" (keys and values of the style), "stylealigned" (shared with it) or "ip_adapter" (what the
             pipeline's IP-Adapter adds is kept in its style block only; pass `ip_adapter_image=style` to the call).
         content: an `Inversion` with trajectory whose queries keep the layout (styleid); None keeps the current ones.
@@ -195,18 +181,15 @@ class StyleInjection(Plugin):
         super().__init__(start=start, end=end)
         if method not in ("styleid", "stylealigned", "ip_adapter"):
             raise SettingError(f"method={method!r}: choose styleid, stylealigned or ip_adapter")
-        if style is None and method != "ip_adapter":
-            raise SettingError(f"method={method!r} needs a style picture")
+        if style is None and (method != "ip_adapter" or start_adain):
+            raise SettingError(f"method={method!r}{' with start_adain' * bool(start_adain)} needs a style picture")
         self.method, self.prompt = method, prompt
         self.layers: Layers = layers
         self.strength, self.gamma = finite(strength, "strength", 0, 1), finite(gamma, "gamma", 0, 1)
         self.temperature, self.shift = finite(temperature, "temperature", 1e-3), finite(shift, "shift")
         self.scale = finite(scale, "scale")
         self.start_adain = method == "styleid" if start_adain is None else bool(start_adain)
-        self._style, self._content, self._generator = style, content, generator
-        self._session: Session | None = None
-        self._clean: torch.Tensor | None = None
-        self._noise: torch.Tensor | None = None
+        self._style, self._content = None if style is None else Reference(style, generator), content
         self._text: torch.Tensor | None = None
         self._block = ""
         self.chosen: set[str] = set()
@@ -224,18 +207,14 @@ class StyleInjection(Plugin):
             self.chosen = choose_layers(session.layers, self.layers)
 
     def unbind(self) -> None:
-        self._session = self._clean = self._noise = self._text = None
+        self._text = None
+        if self._style is not None:
+            self._style.forget()
 
     def begin(self, session: Session, step: Step) -> None:
-        self._session = session
-        if self.method == "ip_adapter":
-            return
-        self._text = session.encode_text([self.prompt])
-        if not isinstance(self._style, Trajectory):
-            self._clean = self._encoded(session, step)
-            source = self._generator or torch.Generator().manual_seed(_SEED)
-            noise = torch.randn(self._clean.shape, generator=source, device=source.device)
-            self._noise = noise.to(self._clean)
+        if self._style is not None:
+            self._text = session.encode_text([self.prompt])
+            self._style.begin(session)
 
     def edits(self) -> Sequence[Edit]:
         if self.method == "ip_adapter":
@@ -245,41 +224,21 @@ class StyleInjection(Plugin):
     def branches(self, step: Step) -> Sequence[Branch]:
         if self.method == "ip_adapter":
             return ()
-        rows = [Branch("style", latent=self.reference, text=self._text)]
-        content = self._content
-        if content is not None and self.method == "styleid" and self.gamma > 0:
-            rows.append(Branch("content", latent=lambda step: content.at(step.timestep), text=self._text))
-        return rows
+        assert self._style is not None
+        own = {"style": self._style.at(step)}
+        if self._content is not None and self.method == "styleid" and self.gamma > 0:
+            own["content"] = self._content.at(step.timestep)
+        return [
+            Branch(name, latent=lambda _, latent=latent: latent, text=self._text, shared=len(latent) == 1)
+            for name, latent in own.items()
+        ]
 
     def moves(self, step: Step) -> bool:
         return self.start_adain and step.index == 0
 
     def latent(self, step: Step, latent: torch.Tensor, probe: Probe) -> torch.Tensor | None:
-        return torch.lerp(latent, adain(latent, self.reference(step).to(latent)), self.strength)
-
-    def reference(self, step: Step) -> torch.Tensor:
-        """The reference's latents [n, C, h, w] at a step, in the scheduler's space."""
-        assert self._session is not None
-        n = self._session.prompt.pictures
-        if isinstance(self._style, Trajectory):
-            latent = self._style.at(step.timestep)
-        else:
-            assert self._clean is not None and self._noise is not None
-            alpha, sigma = self._session.signal(step)
-            latent = alpha * self._clean + sigma * self._noise
-        if len(latent) not in (1, n):
-            raise SettingError(f"{len(latent)} styles for {n} pictures: give one, or one for each")
-        return latent.expand(n, *latent.shape[1:])
-
-    def _encoded(self, session: Session, step: Step) -> torch.Tensor:
-        if not isinstance(self._style, torch.Tensor):
-            return session.encode_image(self._style, step.size).float()
-        if self._style.ndim != 4 or tuple(self._style.shape[-2:]) != step.size:
-            raise SettingError(
-                f"style latents of shape {tuple(self._style.shape)}: [n, C, {step.size[0]}, {step.size[1]}] is needed "
-                "here; give a picture instead, it is resized"
-            )
-        return self._style
+        assert self._style is not None
+        return torch.lerp(latent, adain(latent, self._style.at(step).to(latent)), self.strength)
 
 
 def choose_layers(layers: Sequence[AttentionLayer], which: Layers) -> set[str]:
@@ -289,6 +248,8 @@ def choose_layers(layers: Sequence[AttentionLayer], which: Layers) -> set[str]:
         SettingError: unknown word or number.
     """
     own = [layer for layer in layers if layer.kind == "self"]
+    if not own:
+        raise UnsupportedPipelineError("the model has no self-attention layer of its own, where style is injected")
     if not isinstance(which, str):
         if not set(which) <= {layer.index for layer in own}:
             raise SettingError(f"layers={which!r}: there are self-attention layers 0 ... {len(own) - 1}")

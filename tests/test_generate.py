@@ -67,6 +67,14 @@ def test_settings_are_json_and_hold_the_plugins(pipe):
     assert not np.array_equal(picture, make(pipe, seed=1, width=64, height=32, negative_prompt="x", guidance=2.0)[0])
 
 
+def test_settings_of_plugins_are_what_they_were_given(pipe):
+    layout = [np.ones((8, 8), bool)]
+    plugin = dg.AttentionSegregation(["red ball"], layout=layout, loss=lambda maps: maps.concepts.sum())
+    first, second = plugin.settings(), dg.AttentionSegregation([["red ball"], ["cat"]]).settings()
+    assert first["concepts"] == ["red ball"] and second["concepts"] == [["red ball"], ["cat"]]
+    assert first["layout"] == ["ndarray [8, 8]"] and "lambda" in first["loss"] and "0x" not in json.dumps(first)
+
+
 def test_several_prompts(pipe):
     pictures = make(pipe, prompt=["a cat", "a star"], seed=3, n=2)
     assert [p.info["diffgraft"]["prompt"] for p in pictures] == ["a cat", "a cat", "a star", "a star"]
@@ -87,6 +95,11 @@ def test_several_prompts(pipe):
         ({"n": 0}, dg.SettingError, "n=0"),
         ({"batch_size": 0}, dg.SettingError, "batch_size"),
         ({"guidance": float("nan")}, dg.SettingError, "finite"),
+        ({"guidance": "4"}, dg.SettingTypeError, "number"),
+        ({"prompt": 5}, dg.SettingTypeError, "text"),
+        ({"plugins": 5}, dg.SettingTypeError, "not a plugin"),
+        ({"gidance": 4.0}, dg.SettingTypeError, "gidance="),
+        ({"num_inference_steps": 2}, dg.SettingTypeError, "steps="),
         ({"width": 0}, dg.SettingError, "width=0"),
         ({"width": 33}, dg.SettingError, "multiples of 8"),
         ({"prompt": "x" * 10_001}, dg.SettingError, "10000"),
@@ -132,3 +145,8 @@ def test_the_users_own_callback_is_called_too(pipe):
 
     make(pipe, seed=1, callback_on_step_end=mine, callback_on_step_end_tensor_inputs=["prompt_embeds"])
     assert seen == [(0, ["latents", "prompt_embeds"]), (1, ["latents", "prompt_embeds"])]
+
+
+def test_what_is_no_pipeline_is_told_so():
+    with pytest.raises(dg.UnsupportedPipelineError, match="int"):
+        dg.generate(5, PROMPT)

@@ -250,3 +250,9 @@ def test_what_is_no_plugin_is_refused(sd15):
         dg.graft(sd15, "blurry")
     with pytest.raises(dg.UnsupportedPipelineError, match="not supported"):
         dg.graft(object())
+
+
+def test_a_graft_that_never_ran_reports_nothing_and_plugins_name_their_settings(sd15):
+    g = dg.graft(sd15, dg.NegativeAway("red", scale=0.5))
+    assert not g.report().displaced and not g.report().calls
+    assert repr(g.plugins[0]).startswith("NegativeAway(") and "negative='red'" in repr(g.plugins[0])

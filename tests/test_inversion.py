@@ -18,6 +18,7 @@ from PIL import Image
 
 import diffgraft as dg
 from diffgraft.pipelines.inversion import fixed_point
+from diffgraft.pipelines.latents import encode_image
 from diffgraft.pipelines.schedule import grid_of, predicted_noise, reverse_step
 
 MODES = torch.tensor([[1.0, 1.0], [-1.0, 1.0], [1.0, -1.0], [-1.0, -1.0], [0.0, 1.4], [0.0, -1.4]]).double()
@@ -334,7 +335,7 @@ def test_families_come_back(family):
 
 def test_the_picture_book_brings_a_picture_back(picturebook):
     from diffgraft.app.bench import world
-    from diffgraft.pipelines.latents import decode_latents, encode_image
+    from diffgraft.pipelines.latents import decode_latents
 
     pictures = [world.render(world.scene(world.FRESH + i, style="plain")) for i in range(1)]
     want = decode_latents(picturebook, encode_image(picturebook, pictures), "np")
@@ -353,10 +354,33 @@ def test_grafts_are_off_and_nothing_global_changes(sd15):
     assert dict(sd15.scheduler.config) == config
 
 
+def test_a_picture_comes_in_many_forms(sd15, tmp_path):
+    values = torch.randint(0, 256, (24, 32, 3), generator=torch.Generator().manual_seed(1)).to(torch.uint8)
+    picture, path = Image.fromarray(values.numpy()), tmp_path / "picture.png"
+    clear = Image.merge("RGBA", [*picture.split(), Image.new("L", picture.size, 255)])
+    picture.save(path)
+    want = encode_image(sd15, picture)
+    chw = values.permute(2, 0, 1)
+    same = [path, str(path), values.numpy(), values.numpy() / 255, chw, chw / 255, chw[None] / 255, [picture], clear]
+    for form in same:
+        torch.testing.assert_close(encode_image(sd15, form), want, rtol=0, atol=1e-5)
+    hidden = Image.merge("RGBA", [*picture.split(), Image.new("L", picture.size, 0)])
+    for form, like in ((hidden, Image.new("RGB", picture.size, "white")), (picture.convert("L"), None)):
+        got = encode_image(sd15, form)
+        assert got.shape == want.shape and (like is None or torch.equal(got, encode_image(sd15, like)))
+
+
+@pytest.mark.parametrize("form", [None, 5, "nowhere.png", torch.zeros(4, 16), torch.full((3, 8, 8), torch.nan), []])
+def test_what_is_no_picture_is_told_so(sd15, form):
+    with pytest.raises(dg.GraftError, match="picture"):
+        dg.invert(sd15, form, steps=1)
+
+
 @pytest.mark.parametrize(
     ("call", "says"),
     [
         ({"steps": 0}, "steps"),
+        ({"prompt": 5}, "prompt"),
         ({"steps": 2.0}, "whole"),
         ({"iterations": -1}, "iterations"),
         ({"tolerance": -1.0}, "tolerance"),

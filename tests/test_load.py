@@ -148,6 +148,23 @@ def test_known_words_are_silent(book):
         book.encode_prompt(["A red ball, night", ""], "cpu", 1, True)
 
 
-def test_the_one_step_book_is_told_to_be_missing():
+def test_what_is_no_path_is_told_so():
+    with pytest.raises(dg.SettingTypeError, match="no path"):
+        dg.load(5)
+
+
+def test_the_one_step_book_needs_one_step():
+    student, book = dg.picturebook(one_step=True), dg.picturebook()
+    assert type(student) is StableDiffusionPipeline and student.scheduler.config.set_alpha_to_one
+    assert torch.equal(student.vae.encoder.conv_in.weight, book.vae.encoder.conv_in.weight)
+    assert not torch.equal(student.unet.conv_in.weight, book.unet.conv_in.weight)
+    [picture] = dg.generate(student, "a red ball , night", seed=1, steps=1, guidance=0.0)
+    red, green, blue = np.asarray(picture, float).reshape(-1, 3).T
+    assert ((red > 1.6 * green) & (red > 1.3 * blue) & (red > 90)).mean() > 0.05  # a red thing
+    assert np.median(blue) > np.median(red) and np.median(red) < 90  # on a dark blue sky
+
+
+def test_an_installation_without_the_one_step_book_says_so(monkeypatch, tmp_path):
+    monkeypatch.setattr("diffgraft.pipelines.picturebook.ONE_STEP", tmp_path / "none")
     with pytest.raises(dg.ModelLoadError, match="one-step"):
         dg.picturebook(one_step=True)

@@ -15,7 +15,7 @@ from diffusers import UNet2DConditionModel
 import diffgraft as dg
 from diffgraft.attention.layer import find_layers
 from diffgraft.attention.maps import MapCapture, choose_layers, concept_maps, gaussian_kernel, rescale, sharpen, smooth
-from diffgraft.attention.regions import assign, binarise, propagate, to_grid
+from diffgraft.attention.regions import assign, binarise, places, propagate, to_grid
 from diffgraft.plugins.base import Plugin
 
 SDXL = {
@@ -87,6 +87,8 @@ def test_decoder_alone_at_the_full_grid_and_self_attention_at_its_own_level(sd15
 def test_unusable_choices_are_typed_errors(sd15_layers):
     with pytest.raises(dg.UnsupportedPipelineError, match="choose other layers"):
         choose_layers(sd15_layers, (64, 64), choice=lambda layer: False)
+    with pytest.raises(dg.SettingError, match="encoder"):
+        choose_layers(sd15_layers, (64, 64), choice="encoder")
     with pytest.raises(dg.SettingError, match="one level"):
         choose_layers(sd15_layers, (64, 64), choice=lambda layer: layer.place == "up")
 
@@ -348,3 +350,18 @@ def test_ranked_seeds_agree_with_the_losses_of_a_run_and_cost_half_a_call(sd15):
     for wrong in ({"seeds": []}, {"seeds": [1], "at": 3, "steps": 3}):
         with pytest.raises(dg.SettingError):
             dg.rank_seeds(sd15, prompt, words, **wrong, **size)
+
+
+def test_places_are_disjoint_near_their_peaks_and_apart_when_peaks_coincide():
+    maps = torch.zeros(2, 16, 16)
+    maps[0, 4, 4] = maps[1, 11, 12] = 1
+    found = places(maps)
+    assert set(found.unique().tolist()) == {0, 1} and found.sum(0).max() == 1
+    assert found[0, 4, 4] == found[1, 11, 12] == 1
+    assert found.mean().item() == pytest.approx(0.2, abs=0.03)  # 40% of the area, in two
+    for count, grid in ((2, (16, 16)), (3, (12, 20)), (4, (16, 16))):
+        same = torch.zeros(count, *grid)
+        same[:, grid[0] // 2, grid[1] // 2] = 1
+        found = places(same)
+        assert found.sum(0).max() == 1 and found.flatten(1).sum(1).min() > 0.5 * 0.4 * grid[0] * grid[1] / count
+    assert places(torch.zeros(2, 8, 8)).sum(0).max() == 1

@@ -149,6 +149,8 @@ def test_another_size_of_the_same_aspect_fits_and_another_aspect_does_not():
     assert np.array_equal(fit(TRUTH, (48, 80)), TRUTH.repeat(2, 0).repeat(2, 1))
     assert np.array_equal(fit(fit(TRUTH, (48, 80)), (24, 40)), TRUTH)
     assert fit(TRUTH, (25, 41)).shape == (25, 41)
+    with pytest.warns(UserWarning, match="the mask is 40x24 and the picture 80x48: the mask is resized"):
+        assert np.array_equal(as_mask(TRUTH, (48, 80)), TRUTH.repeat(2, 0).repeat(2, 1))
     for size in ((24, 44), (40, 24), (512, 512)):
         with pytest.raises(dg.MaskError, match="another aspect"):
             fit(TRUTH, size)

@@ -323,6 +323,9 @@ def test_windows_of_layers_and_steps(pipe):
     with dg.graft(pipe, away(layers=["mid", 9])) as g:
         tiny.sample(pipe)
     assert len(g.report().layers) == 2
+    with dg.graft(pipe, away(layers="mid")) as g:
+        tiny.sample(pipe)
+    assert len(g.report().layers) == 1
     steered, stock = [], []
 
     def note(pipe, index, timestep, tensors):

@@ -8,6 +8,7 @@ import diffusers
 import numpy as np
 import pytest
 import tiny
+import tiny_transformers
 import torch
 from plugins_for_tests import Scaled, fingerprint
 
@@ -452,12 +453,22 @@ def test_reports_what_is_masked_at_every_level(sd15):
         {"scale": -1}, {"scale": float("nan")}, {"suppression": -0.1}, {"suppression": "0.3"},
         {"start": 0.9, "end": 0.1},
         {"suppression_steps": 2.5}, {"suppression_steps": -1}, {"suppression_steps": True},
+        {"layers": 5},
     ],
 )  # fmt: skip
 def test_settings_outside_their_range(wrong):
     with pytest.raises(dg.GraftError) as caught:
         dg.SelfAttentionRedirection(BOX, **wrong)
     assert isinstance(caught.value, (ValueError, TypeError)) and next(iter(wrong)) in str(caught.value)
+
+
+@pytest.mark.parametrize("layers", ["up", "all"])
+@pytest.mark.parametrize("family", ["pixart", "sd3", "flux"])
+def test_a_transformer_is_refused(family, layers):
+    pipe = getattr(tiny_transformers, family)()
+    with pytest.raises(dg.UnsupportedPipelineError, match="UNet"):
+        dg.graft(pipe, dg.SelfAttentionRedirection(BOX, layers=layers)).attach()
+    assert not any(module._forward_pre_hooks for module in pipe.transformer.modules())
 
 
 def test_composes_with_lora_freeu_controlnet_and_another_technique(sd15):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import threading
 
@@ -11,6 +12,7 @@ import torch
 from diffusers import EulerDiscreteScheduler, StableDiffusionControlNetPipeline
 from PIL import Image
 from test_matrix import load_ip_adapter
+from torch.profiler import ProfilerActivity, profile
 
 import diffgraft as dg
 from diffgraft.attention.edit import attend
@@ -138,7 +140,7 @@ def test_several_pictures_each_with_its_style(sd15):
     class Same(dg.StyleInjection):
         def begin(self, session, step):
             super().begin(session, step)
-            self._noise = noise.expand(2, -1, -1, -1)
+            self._style._noise = noise.expand(2, -1, -1, -1)
 
     with dg.graft(sd15, Same(styles, start_adain=False)):
         both = tiny.sample(sd15, ["a red ball and a blue star"] * 2, latents=z)
@@ -146,6 +148,71 @@ def test_several_pictures_each_with_its_style(sd15):
         again = tiny.sample(sd15, ["a red ball and a blue star"] * 2, latents=z)
     torch.testing.assert_close(both[1], again[1], rtol=0, atol=1e-5)
     assert not torch.allclose(both[1], second[0])
+
+
+class Path:
+    """A trajectory that stands still."""
+
+    def __init__(self, latents):
+        self.latents = latents
+
+    def at(self, timestep):
+        return self.latents
+
+
+@pytest.mark.parametrize("method", ["styleid", "stylealigned"])
+@pytest.mark.parametrize(
+    ("make", "prompts", "rows"),
+    [(tiny.sd15, ["a ball", "a star"], 2), (tiny.sdxl, ["a red ball"], 2), (tiny.sdxl, ["a cat", "a star"], 4)],
+    ids=["any prompts", "one prompt", "prompts that reach the reference"],
+)
+def test_pictures_share_a_reference_row(make, prompts, rows, method):
+    pipe, z = double(make()), normal(2, 4, 8, 8, seed=2)
+    if "text_encoder_2" in pipe.components:
+        pipe.text_encoder_2.double()
+    style, content = normal(1, 4, 8, 8, seed=3), normal(1, 4, 8, 8, seed=4)
+    call = {"latents": z, "height": 16, "width": 16, "num_images_per_prompt": 2 // len(prompts)}
+    got = []
+    for n in (1, 2):
+        one, other = (Path(x.expand(n, -1, -1, -1)) for x in (style, content))
+        with dg.graft(pipe, dg.StyleInjection(one, method=method, content=other)) as g:
+            got.append((tiny.sample(pipe, prompts, **call), g.report().rows[0]))
+    torch.testing.assert_close(got[0][0], got[1][0], rtol=0, atol=1e-11)
+    own = 2 if method == "styleid" else 1
+    assert [counted for _, counted in got] == [4 + own * rows // 2, 4 + own * 2]
+
+
+@pytest.mark.parametrize("negatives", [["red"], ["red", "blue"]])
+def test_a_shared_reference_leaves_other_techniques_what_they_are(negatives):
+    pipe, z = double(tiny.sd15()), normal(2, 4, 8, 8, seed=2)
+    mask = torch.zeros(16, 16, dtype=torch.bool)
+    mask[:4, :4] = True
+    call = {"latents": z, "height": 16, "width": 16, "num_images_per_prompt": 2 // len(negatives)}
+    got, rows = [], []
+    for n in (1, 2):
+        style = dg.StyleInjection(Path(normal(1, 4, 8, 8, seed=3).expand(n, -1, -1, -1)))
+        others = (dg.SelfAttentionRedirection(mask, scale=2.0), dg.NegativeAway(negatives, scale=0.5))
+        with dg.graft(pipe, style, *others) as g:
+            got.append(tiny.sample(pipe, ["a ball", "a star"][: len(negatives)], **call))
+        rows += g.report().rows
+    torch.testing.assert_close(got[0], got[1], rtol=0, atol=1e-11)
+    assert rows == [6 + len(negatives), 8]  # each negative steers the reference of its own picture
+
+
+def test_memory_grows_by_the_same_for_every_style_and_not_with_steps(sd15):
+    def peak(n, steps=2):
+        content = dg.invert(sd15, normal(n, 4, 8, 8).float(), steps=steps, iterations=0, trajectory=True)
+        plugin = dg.StyleInjection(normal(n, 4, 8, 8, seed=1).float(), content=content)
+        call = {"height": 16, "width": 16, "guidance_scale": 1.0, "latents": content.latents}
+        recorder = profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True)
+        with recorder as seen, dg.graft(sd15, plugin):
+            tiny.sample(sd15, [""] * n, **(content.call(sd15) | call))
+        events = sorted(seen.profiler.kineto_results.events(), key=lambda event: event.start_ns())
+        return max(itertools.accumulate(event.nbytes() for event in events if event.name() == "[memory]"))
+
+    peaks = [peak(n) for n in (1, 2, 3)]
+    assert 0 < peaks[2] - peaks[1] <= 1.01 * (peaks[1] - peaks[0])
+    assert peak(2, steps=4) <= 1.01 * peaks[1]  # keys and values are not kept
 
 
 def test_euler_keeps_the_reference_in_its_own_space(sd15):
@@ -301,6 +368,9 @@ def test_a_picture_is_a_negative_by_ip_adapter(sd15):
         ({"layers": "down"}, "decoder"),
         ({"layers": [99]}, "self-attention layers"),
         ({"style": torch.zeros(1, 4, 9, 9)}, "16, 16"),
+        ({"style": torch.zeros(9, 9)}, "16, 16"),
+        ({"style": 5}, "int"),
+        ({"style": "nowhere.png"}, "nowhere.png"),
         ({"style": torch.zeros(2, 4, 16, 16)}, "styles"),
     ],
 )

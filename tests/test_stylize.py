@@ -17,6 +17,7 @@ from PIL import Image
 
 import diffgraft as dg
 from diffgraft.pipelines import stylize as module
+from diffgraft.pipelines.region import whole_region
 
 FAST = {"steps": 2, "iterations": 0}
 
@@ -52,12 +53,47 @@ def test_output_has_the_contents_size(sd15, size):
     assert (settings["width"], settings["height"], settings["seed"]) == (*size, 1)
 
 
-def test_the_model_sees_the_contents_aspect(sd15):
-    region = module.whole(sd15, (300, 150))
+@pytest.mark.parametrize(
+    ("kind", "levels"),
+    [(tiny.vae, 1), (tiny.vae, 3), (tiny.vae, 5), (tiny.posteriorless, 4)],
+    ids=["1", "4", "16", "8, no posterior"],
+)
+def test_any_size_with_any_autoencoder(kind, levels):
+    pipe = tiny.sd15(vae=kind(levels=levels), unet=tiny.unet(sample_size=8))
+    assert pipe.vae_scale_factor == 2 ** (levels - 1)
+    assert dg.stylize(pipe, picture(13, 21), picture(9, 5, 1), seed=1, **FAST).size == (13, 21)
+
+
+@pytest.mark.parametrize("size", [(13, 21), (40, 24)])
+@pytest.mark.parametrize("kind", ["pixart", "sd3"])
+def test_any_size_with_transformers(kind, size):
+    out = dg.stylize(getattr(tiny_transformers, kind)(), picture(*size), picture(9, 5, 1), seed=1, **FAST)
+    assert out.size == size
+
+
+@pytest.mark.parametrize("kind", ["pixart", "sd3"])
+def test_a_picture_is_a_style_where_tokens_are_patches(kind):
+    pipe = getattr(tiny_transformers, kind)()
+    call = {"num_inference_steps": 2, "width": 48, "height": 32, "output_type": "latent"}
+    call |= {"use_resolution_binning": False, "clean_caption": False} if kind == "pixart" else {}
+    plain = pipe("a ball", generator=torch.Generator().manual_seed(0), **call).images
+    with dg.graft(pipe, dg.StyleInjection(picture(9, 5, 1))):
+        styled = pipe("a ball", generator=torch.Generator().manual_seed(0), **call).images
+    assert styled.isfinite().all() and not torch.allclose(styled, plain, atol=1e-3)
+
+
+def test_a_denoiser_that_was_made_for_oblong_pictures():
+    pipe = tiny.sd15(unet=tiny.unet(sample_size=(16, 8)))
+    assert dg.stylize(pipe, picture(30, 40), picture(seed=1), seed=1, **FAST).size == (30, 40)
+
+
+def test_the_model_sees_the_contents_aspect():
+    region = whole_region((300, 150), 32, 8)
     assert region.size == (48, 24)  # 1.5 times the model's own 32 pixels
     assert region.padded == (48, 24)
-    assert module.whole(sd15, (37, 21)).padded == (40, 24)
-    assert module.whole(sd15, (16, 8)).size == (32, 16)
+    assert whole_region((37, 21), 32, 8).padded == (40, 24)
+    assert whole_region((16, 8), 32, 8).size == (32, 16)
+    assert whole_region((1, 90), 32, 8).padded == (8, 48)
 
 
 def test_exif_orientation_and_transparency(sd15, tmp_path):
@@ -91,6 +127,23 @@ def test_many_by_many_share_inversions(sd15, inversions):
     assert same(dg.stylize(sd15, contents[0], styles[:2], seed=10, **FAST)[1], table[0][1])
 
 
+@pytest.mark.parametrize(("negative", "inversions"), [(None, 20 + 40), ("a star", 2 * 20 + 40)])
+def test_twenty_contents_in_forty_styles_are_sixty_inversions(negative, inversions):
+    pipe = tiny.sd15(unet=tiny.unet(sample_size=4))
+    rows = []
+    pipe.unet.register_forward_pre_hook(lambda _, args: rows.append(len(args[0])))
+    recipe = module.Recipe(
+        prompt="", strength=1.0, structure=0.5, steps=1, guidance=1.0, method="styleid", alpha=0.7, gamma=0.75,
+        temperature=1.5, invert_style=True, negative=negative, omega=1.5, iterations=0, tolerance=0.0, plugins=(),
+        call={},
+    )  # fmt: skip
+    contents, styles = ([picture(8, 8, seed) for seed in seeds] for seeds in (range(20), range(20, 60)))
+    made = list(module.pairs(pipe, recipe, contents, styles, 0))
+    used = {(id(pair.inversion), id(pair.reference.style)) for pair in made}
+    assert len(made) == len(used) == 800
+    assert sum(rows) == inversions  # of one step each; a negative text is one more row
+
+
 def test_a_negative_by_pair_costs_an_inversion_by_pair(sd15, inversions):
     styles = [picture(seed=7), picture(seed=8)]
     row = dg.stylize(sd15, [picture(), picture(seed=1)], styles, seed=1, negative="style", **FAST)
@@ -119,7 +172,7 @@ def test_structure_sets_the_papers_values_in_the_middle(sd15):
     assert (settings["alpha"], settings["gamma"]) == (0.4, 0.3)
 
 
-@pytest.mark.parametrize("method", ["styleid", "stylealigned"])
+@pytest.mark.parametrize("method", ["styleid", "stylealigned", "distillation"])
 def test_families_and_guidance(family, method):
     out = dg.stylize(family, picture(), picture(seed=1), method=method, guidance=3.0, prompt="a star", seed=1, **FAST)
     assert out.size == (32, 32)
@@ -166,6 +219,7 @@ def test_more_plugins_run_along(sd15):
     ("call", "says"),
     [
         ({"strength": 1.5}, "strength"),
+        ({"nonsense": 1}, "nonsense="),
         ({"structure": -1.0}, "structure"),
         ({"method": "gram"}, "styleid"),
         ({"steps": 0}, "steps"),
@@ -201,3 +255,28 @@ def test_half_precision(sd15):
     sd15.to(torch.bfloat16)
     assert dg.invert(sd15, picture(), steps=2).latents.dtype == torch.bfloat16
     assert dg.stylize(sd15, picture(), picture(seed=1), seed=1, **FAST).size == (32, 32)
+
+
+# -- behaviour on the picture book, where the true re-rendering is known -------------------------------------------
+
+
+def test_style_arrives_and_layout_stays(picturebook):
+    """Three contents in four styles each: style distance under half of doing nothing; the layout as far as the true
+    re-rendering shows it (0.90 of it when this was written; `style_effect` has the table).
+    """
+    from diffgraft.app.bench import world
+    from diffgraft.app.bench.style_effect import pairs
+    from diffgraft.app.bench.style_scores import layout_accuracy, style_distance
+
+    several = pairs(3)
+    distance, layout = [], []
+    for start in range(0, len(several), len(several) // 3):
+        chosen = several[start : start + len(several) // 3]
+        content, styles = world.render(chosen[0].content), [world.render(pair.style) for pair in chosen]
+        outs = dg.stylize(picturebook, content, styles, seed=1, steps=12, iterations=2)
+        assert outs[0].info["diffgraft"]["alpha"] == 1.0
+        distance += [style_distance(o, s) / style_distance(content, s) for o, s in zip(outs, styles, strict=True)]
+        ideal = [layout_accuracy(pair.truth, pair.content) for pair in chosen]
+        layout += [layout_accuracy(o, chosen[0].content) / best for o, best in zip(outs, ideal, strict=True)]
+    assert np.mean(distance) < 0.5, distance
+    assert np.mean(layout) > 0.85, layout

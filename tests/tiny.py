@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderTiny,
     ControlNetModel,
     DDIMScheduler,
     StableDiffusionPipeline,
@@ -51,11 +52,22 @@ def text_encoder(seed: int = 2, projection: bool = False, width: int = WIDTH) ->
     return (CLIPTextModelWithProjection if projection else CLIPTextModel)(config).eval()
 
 
-def vae(seed: int = 0) -> AutoencoderKL:
+def vae(seed: int = 0, levels: int = 2) -> AutoencoderKL:
+    """Makes pictures smaller by 2 ** (levels - 1)."""
     torch.manual_seed(seed)
     return AutoencoderKL(
-        block_out_channels=(16, 32), in_channels=3, out_channels=3, down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2, latent_channels=4, norm_num_groups=8, sample_size=32,
+        block_out_channels=(16, 32, 32, 32, 32)[:levels], in_channels=3, out_channels=3, latent_channels=4,
+        down_block_types=("DownEncoderBlock2D",) * levels, up_block_types=("UpDecoderBlock2D",) * levels,
+        norm_num_groups=8, sample_size=32,
+    ).eval()  # fmt: skip
+
+
+def posteriorless(seed: int = 0, levels: int = 2) -> AutoencoderTiny:
+    """An autoencoder that gives latents, not a distribution of them."""
+    torch.manual_seed(seed)
+    return AutoencoderTiny(
+        encoder_block_out_channels=(8,) * levels, decoder_block_out_channels=(8,) * levels,
+        num_encoder_blocks=(1,) * levels, num_decoder_blocks=(1,) * levels,
     ).eval()  # fmt: skip
 
 

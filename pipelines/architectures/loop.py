@@ -33,8 +33,7 @@ class Loop:
         encoded = self._encode(texts, do_classifier_free_guidance=False)
         inputs: Inputs = {"encoder_hidden_states": encoded[0]}
         if self.denoiser.config.addition_embed_type == "text_time":  # SDXL: pooled text, and sizes in pixels
-            factor = 2 ** (len(self.pipe.vae.config.block_out_channels) - 1)
-            height, width = (factor * side for side in size)
+            height, width = (self.pipe.vae_scale_factor * side for side in size)
             sizes = torch.tensor([[height, width, 0, 0, height, width]] * len(texts)).to(encoded[2])
             inputs["added_cond_kwargs"] = {"text_embeds": encoded[2], "time_ids": sizes}
         return inputs
@@ -77,8 +76,7 @@ class PixArtLoop(Loop):
         embeddings, mask, *_ = self._encode(texts, do_classifier_free_guidance=False)
         sizes: Inputs = {"resolution": None, "aspect_ratio": None}
         if getattr(self.denoiser, "use_additional_conditions", False):
-            factor = 2 ** (len(self.pipe.vae.config.block_out_channels) - 1)
-            pixels = torch.tensor([[factor * side for side in size]] * len(texts))
+            pixels = torch.tensor([[self.pipe.vae_scale_factor * side for side in size]] * len(texts))
             ratio = torch.full((len(texts), 1), size[0] / size[1])
             sizes = {"resolution": pixels.to(embeddings), "aspect_ratio": ratio.to(embeddings)}
         return {"encoder_hidden_states": embeddings, "encoder_attention_mask": mask, "added_cond_kwargs": sizes}

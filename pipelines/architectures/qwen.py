@@ -51,7 +51,7 @@ class QwenAdapter(PackedAdapter):
         transformer: Any = self.denoiser
 
         def after(module: Any, args: Any, output: tuple[torch.Tensor, torch.Tensor]) -> Any:
-            lengths = run().streams
+            lengths = run().branching.streams
             if not lengths:
                 return None
             image, text = output

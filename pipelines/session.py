@@ -1,0 +1,86 @@
+"""The `Session` of a run: what a graft shows its plugins of the pipeline and of the call that is running."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..attention.layer import AttentionLayer
+from ..attention.step import Step
+from ..plugins.base import Prompt, Text
+
+if TYPE_CHECKING:
+    from .run import Run
+
+
+class RunSession:
+    """A view of a run; see `plugins.base.Session`."""
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+
+    @property
+    def layers(self) -> Sequence[AttentionLayer]:
+        return self._run.adapter.layers
+
+    @property
+    def latent_channels(self) -> int:
+        return self._run.adapter.latent_channels
+
+    @property
+    def latent_size(self) -> tuple[int, int]:
+        height, width = self._run.inputs[self._run.adapter.sample].shape[-2:]
+        return height, width
+
+    @property
+    def prompt(self) -> Prompt:
+        run, asked = self._run, self._run.running.arguments
+        texts, prompts = asked.get("prompt"), asked.get("batch_size")
+        rows = run.step.rows.get("cond", slice(0, 1))
+        pictures = rows.stop - rows.start
+        texts = [texts] if isinstance(texts, str) else list(texts) if texts else None
+        if texts:
+            texts = [text for text in texts for _ in range(pictures // len(texts))]
+        return Prompt(
+            texts, pictures, getattr(run.running.pipe, "guidance_scale", None),
+            prompts if isinstance(prompts, int) else None,
+            "uncond" in run.step.rows or run.adapter.guided_apart(run.running), asked.get("negative_prompt"),
+            "strength" not in asked,
+        )  # fmt: skip
+
+    @property
+    def family(self) -> str:
+        return self._run.adapter.family
+
+    @property
+    def text_width(self) -> int:
+        return self._run.inputs[self._run.adapter.text].shape[-1]
+
+    def encode(self, texts: Sequence[str]) -> Text:
+        return self._run.graft.texts.encode(texts, self._run.running)
+
+    def encode_text(self, texts: Sequence[str]) -> torch.Tensor:
+        return self.encode(texts).embeddings
+
+    def layer_text(self, text: Text) -> Text:
+        return self._run.adapter.layer_text(text)
+
+    def tokens(self, text: str) -> list[str]:
+        return self._run.graft.texts.tokens(text)
+
+    def token_spans(self, text: str, phrase: str) -> list[list[int]]:
+        return self._run.graft.texts.spans(text, phrase)
+
+    def token_range(self, text: str) -> range:
+        return self._run.graft.texts.content(text)
+
+    def encode_image(self, image: Any, size: tuple[int, int]) -> torch.Tensor:
+        return self._run.graft.encode_image(image, size)
+
+    def signal(self, step: Step) -> tuple[float, float]:
+        return self._run.graft.signal(self._run.running.pipe.scheduler, step)
+
+    def skip(self, reason: str) -> None:
+        self._run.skipped[reason] += 1
