@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, cast
 
 import typer
 
 from ..attention.errors import SettingError
 from .batch.command import batch
 from .console import reported, say
+from .options import Device, Model, Shared, Verbose, sharing
 
 app = typer.Typer(
     name="diffgraft",
@@ -21,23 +22,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-Model = Annotated[str, typer.Option(help="The embedded 'picturebook', a folder, a .safetensors file or a Hub id.")]
-Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub id.")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda, mps ...")]
-Dtype = Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16.")]
-Seed = Annotated[int | None, typer.Option(help="Picture i gets seed+i; -1 or none: a random one, recorded in the PNG.")]
-Number = Annotated[int, typer.Option("-n", "--number", min=1, max=10_000, help="Pictures (of each input).")]
-Steps = Annotated[int | None, typer.Option(help="Denoising steps.")]
-Guidance = Annotated[float | None, typer.Option(help="Classifier-free guidance; 1 switches it off.")]
-Plugins = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--plugin", help='Repeatable: {"plugin": "NegativeAway", "negative": "red"}; paths in it start from here.'
-    ),
-]
-NoMetadata = Annotated[bool, typer.Option("--no-metadata", help="Write the pixels only.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
-Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Log, and tracebacks for errors.")]
+Out = Annotated[Path, typer.Option(help="A .png; several pictures get -0, -1 ...; a folder where the input is one.")]
 
 
 @app.callback(invoke_without_command=True)
@@ -51,6 +36,7 @@ def version(show: Annotated[bool, typer.Option("--version", help="Print the vers
 
 
 @app.command()
+@sharing
 def generate(
     prompt: Annotated[str, typer.Argument(help='Such as "a red ball and a blue star , night".')],
     negative: Annotated[
@@ -59,94 +45,68 @@ def generate(
     negative_prompt: Annotated[
         str | None, typer.Option(help="The pipeline's own negative prompt; needs guidance.")
     ] = None,
-    plugin: Plugins = None,
-    out: Annotated[Path, typer.Option(help="A .png; several pictures get -0, -1 ...")] = Path("out.png"),
-    n: Number = 1,
-    seed: Seed = None,
-    steps: Steps = None,
-    guidance: Guidance = None,
+    plugin: Annotated[
+        list[str] | None,
+        typer.Option(help='Repeatable: {"plugin": "NegativeAway", "negative": "red"}; paths in it start from here.'),
+    ] = None,
+    out: Out = Path("out.png"),
     width: Annotated[int | None, typer.Option(help="Pixels.")] = None,
     height: Annotated[int | None, typer.Option(help="Pixels.")] = None,
-    model: Model = "picturebook",
-    revision: Revision = None,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    no_metadata: NoMetadata = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
-) -> None:
+    *,
+    shared: Shared,
+) -> list[Path]:
     """Make pictures of a prompt."""
-    with reported(verbose):
-        from . import tasks
+    from . import tasks
+    from .techniques import parse
 
-        specs = ([{"plugin": "NegativeAway", "negative": negative}] if negative else []) + _specs(plugin)
-        settings = {"steps": steps, "guidance": guidance, "width": width, "height": height, "n": n, "seed": seed}
-        wish = tasks.Wish(model, device, dtype, revision, quiet, not no_metadata)
-        _tell(tasks.generate(wish, prompt, specs, out, negative_prompt=negative_prompt, **settings))
+    specs = [{"plugin": "NegativeAway", "negative": negative}] if negative else []
+    specs += [parse(text) for text in plugin or ()]
+    settings = shared.settings() | {"negative_prompt": negative_prompt, "width": width, "height": height}
+    return tasks.generate(shared.wish(), prompt, specs, out, **settings)
 
 
 @app.command()
+@sharing
 def erase(
     image: Annotated[Path, typer.Argument(help="A picture, or a folder of pictures.")],
     mask: Annotated[
         Path | None, typer.Argument(help="White is removed; or a folder: the mask of a.jpg is a.png there.")
     ] = None,
     mask_option: Annotated[Path | None, typer.Option("--mask", help="The mask, given by name.")] = None,
-    out: Annotated[Path, typer.Option(help="A .png; a folder where IMAGE is one.")] = Path("out.png"),
+    out: Out = Path("out.png"),
     invert: Annotated[bool, typer.Option("--invert", help="Black is removed.")] = False,
     prompt: Annotated[str | None, typer.Option(help="What is to be there instead, such as the background.")] = None,
     grow: Annotated[int | None, typer.Option(min=0, help="Pixels by which the mask is grown first.")] = None,
-    n: Number = 1,
-    seed: Seed = None,
-    steps: Steps = None,
-    guidance: Guidance = None,
-    model: Model = "picturebook",
-    revision: Revision = None,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    no_metadata: NoMetadata = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
-) -> None:
+    *,
+    shared: Shared,
+) -> list[Path]:
     """Remove what a mask covers and continue the background."""
-    with reported(verbose):
-        if (mask is None) == (mask_option is None):
-            raise SettingError("give one mask: diffgraft erase photo.png --mask mask.png --out out.png")
-        from . import tasks
+    if (mask is None) == (mask_option is None):
+        raise SettingError("give one mask: diffgraft erase photo.png --mask mask.png --out out.png")
+    from . import tasks
 
-        wish = tasks.Wish(model, device, dtype, revision, quiet, not no_metadata)
-        settings = {"steps": steps, "guidance": guidance, "prompt": prompt, "grow": grow}
-        hole = cast("Path", mask or mask_option)
-        _tell(tasks.erase(wish, image, hole, out, invert=invert, n=n, seed=seed, **settings))
+    hole = cast("Path", mask or mask_option)
+    settings = shared.settings() | {"prompt": prompt, "grow": grow}
+    return tasks.erase(shared.wish(), image, hole, out, invert=invert, **settings)
 
 
 @app.command()
+@sharing
 def stylize(
     content: Annotated[Path, typer.Argument(help="A picture, or a folder of pictures.")],
     style: Annotated[Path, typer.Argument(help="The picture whose style is wanted.")],
-    out: Annotated[Path, typer.Option(help="A .png; a folder where CONTENT is one.")] = Path("out.png"),
+    out: Out = Path("out.png"),
     strength: Annotated[float | None, typer.Option(help="0 ... 1: how much of the style.")] = None,
     structure: Annotated[float | None, typer.Option(help="0 ... 1: how firmly the layout is held.")] = None,
     prompt: Annotated[str | None, typer.Option(help="What the content shows; nothing works.")] = None,
-    n: Number = 1,
-    seed: Seed = None,
-    steps: Steps = None,
-    guidance: Guidance = None,
-    model: Model = "picturebook",
-    revision: Revision = None,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    no_metadata: NoMetadata = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
-) -> None:
+    *,
+    shared: Shared,
+) -> list[Path]:
     """Repaint a picture in the style of another one, keeping its layout."""
-    with reported(verbose):
-        from . import tasks
+    from . import tasks
 
-        wish = tasks.Wish(model, device, dtype, revision, quiet, not no_metadata)
-        settings = {"steps": steps, "guidance": guidance, "strength": strength, "structure": structure}
-        _tell(tasks.stylize(wish, content, style, out, n=n, seed=seed, prompt=prompt, **settings))
+    settings = shared.settings() | {"strength": strength, "structure": structure, "prompt": prompt}
+    return tasks.stylize(shared.wish(), content, style, out, **settings)
 
 
 @app.command()
@@ -181,17 +141,6 @@ def demo(
 
 
 app.command()(batch)
-
-
-def _specs(texts: list[str] | None) -> list[dict[str, Any]]:
-    from .techniques import parse
-
-    return [parse(text) for text in texts or ()]
-
-
-def _tell(paths: list[Path]) -> None:
-    for path in paths:
-        typer.echo(path)
 
 
 def main() -> None:

@@ -25,5 +25,9 @@ class MissingExtraError(GraftError, RuntimeError):
     """A command needs an optional dependency that is not installed."""
 
 
+class WorkerError(GraftError, RuntimeError):
+    """The workers of a batch run cannot be started."""
+
+
 class ImageWarning(UserWarning):
     """A picture was used, but not quite as it was given."""

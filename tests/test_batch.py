@@ -64,6 +64,10 @@ class Folder:
         given = {"defaults": {"steps": 1, "guidance": 1.0}, "quiet": True, "sheet": False} | options
         return run_batch(self.manifest, self.setup(**(setup or {})), Options(**given))
 
+    def jobs(self, count, setup):
+        rows_ = (make_row(row, {"steps": 1, "guidance": 1.0}, i, strict=True) for i, row in enumerate(rows(count)))
+        return [make_job(row, i, setup, 0) for i, row in enumerate(rows_)]
+
     def command(self, *words):
         words = ["batch", str(self.manifest), "--out", str(self.out), "--model", self.model, "--device", "cpu", *words]
         words += ["--steps", "1", "--guidance", "1", "--no-contact-sheet"]
@@ -231,6 +235,31 @@ def test_every_engine_gives_the_same_bytes(folder, model, tmp_path, monkeypatch,
     assert other.bytes() == folder.bytes()
 
 
+def test_a_ray_cluster_that_loses_a_node(folder, monkeypatch):
+    """Two nodes with room for one worker each: the third waits for room, and the run outlives a node."""
+    from ray.cluster_utils import Cluster
+
+    monkeypatch.setenv("RAY_worker_niceness", "0")
+    folder.write(rows(6)).run()
+    before = {path.name: path.read_bytes() for path in folder.out.glob("*.png")}
+    setup = folder.setup()
+    jobs = folder.jobs(6, setup)
+    for path in folder.out.glob("*.png"):
+        path.unlink()
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    try:
+        lost = cluster.add_node(num_cpus=1)
+        monkeypatch.setenv("RAY_ADDRESS", cluster.address)
+        records = ENGINES["ray"](setup, [[job] for job in jobs], 3)
+        made = [next(records)]
+        cluster.remove_node(lost)
+        made += records
+    finally:
+        cluster.shutdown()
+    assert {record["id"] for record in made if record["status"] == "ok"} == {job.id for job in jobs}
+    assert {path.name: path.read_bytes() for path in folder.out.glob("*.png")} == before
+
+
 @pytest.mark.parametrize("batch_size", [2, 3])
 def test_batches_start_from_the_same_noise(folder, model, tmp_path, batch_size):
     folder.write(rows(5, n=2)).run()
@@ -243,7 +272,11 @@ def test_batches_start_from_the_same_noise(folder, model, tmp_path, batch_size):
 
 
 def start(command):
-    return subprocess.Popen(command, env=os.environ | {"HF_HUB_OFFLINE": "1"}, stderr=subprocess.PIPE, text=True)
+    def listen():  # a shell's background jobs are started deaf to SIGINT, and children inherit that
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    env = os.environ | {"HF_HUB_OFFLINE": "1"}
+    return subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True, preexec_fn=listen)
 
 
 def wait_for_pictures(process, out, count):
@@ -293,9 +326,7 @@ def test_a_row_that_kills_its_worker_fails_and_the_rest_is_made(folder, monkeypa
     monkeypatch.setenv(PARENT, str(os.getpid()))
     folder.out.mkdir()
     setup = folder.setup()
-    made = [
-        make_job(make_row(r, {"steps": 1, "guidance": 1.0}, i, strict=True), i, setup, 0) for i, r in enumerate(rows(4))
-    ]
+    made = folder.jobs(4, setup)
     made[1] = Deadly(**vars(made[1]))
     records = {r["id"]: r for r in ENGINES["processes"](setup, [made[:3], made[3:]], 1)}
     assert {name: record["status"] for name, record in records.items()} == {
@@ -317,9 +348,7 @@ def test_out_of_memory_halves_the_batch_and_goes_on(folder):
             raise torch.OutOfMemoryError("out of memory")
 
     pipe.unet.register_forward_pre_hook(too_many, with_kwargs=True)
-    made = [
-        make_job(make_row(r, {"steps": 1, "guidance": 1.0}, i, strict=True), i, setup, 0) for i, r in enumerate(rows(8))
-    ]
+    made = folder.jobs(8, setup)
     records = worker.run(made)
     assert [record["status"] for record in records] == ["ok"] * 8
     assert tried == [8, 4, 2, 2, 2, 2] and worker.batch_size == 2

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import gradio as gr
 import numpy as np
+import pages
 import psutil
 import pytest
 import tiny
@@ -63,7 +64,7 @@ def studio():
 def page(studio):
     blocks = server.serve(studio, prevent_thread_lock=True)
     yield blocks
-    blocks.close()
+    pages.close(blocks)
 
 
 def client(page):
@@ -221,7 +222,7 @@ def test_a_forged_drawing_is_refused(studio, picture, forged):
     if isinstance(forged, dict) and forged.get("background") == "OK":
         forged = forged | {"background": picture}
     with pytest.raises(gr.Error) as caught:
-        told(EraseTab(studio).erase_drawn)(forged)
+        told(EraseTab(studio).erase)(forged)
     assert "root:" not in caught.value.message and "unexpected" not in caught.value.message
 
 
@@ -394,7 +395,7 @@ def test_a_client_erases_with_a_picture_and_a_mask(page, picture, mask):
 
 
 def test_a_forged_request_over_the_wire_is_a_message(page, picture):
-    sender, rest = client(page), (None, False, "", 2, 2, 9, 2, 1, 1, None, "")
+    sender, rest = client(page), (None, "", 2, 2, 9, 2, 1, 1, None, "", False)
     for forged in ({"background": handle_file(picture), "layers": [], "composite": None}, None):
         with pytest.raises(AppError, match="mask is empty|picture is missing"):
             sender.predict(forged, *rest, api_name="/erase_drawn")
@@ -451,7 +452,7 @@ def test_mcp_tools_are_the_same_functions(studio):
     try:
         tools, answer = asyncio.run(ask())
     finally:
-        blocks.close()
+        pages.close(blocks)
     assert {"generate", "one_step", "erase", "stylize", "compose", "stop"} == set(tools)
     assert "every concept appears" in tools["generate"].description
     assert tools["generate"].inputSchema["properties"]["negative"]["description"].startswith("What to keep away")
@@ -493,7 +494,7 @@ def test_three_hundred_generations_leave_the_process_as_it_was():
         before = state(studio)
         list(pool.map(one, range(40, 150)))
         after = state(studio)
-    page.close()
+    pages.close(page)
     assert after["hooks"] == before["hooks"] == 0
     assert after["threads"] <= before["threads"] + 2 and after["files"] <= before["files"] + 4, (before, after)
     assert after["memory"] < before["memory"] + 25, (before, after)

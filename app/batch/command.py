@@ -11,6 +11,7 @@ import typer
 from ..console import reported, say
 from ..errors import ManifestError
 from ..extras import need
+from ..options import Device, Dtype, NoMetadata, Quiet, Revision, Verbose
 
 
 def batch(
@@ -33,14 +34,14 @@ def batch(
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Try failed rows again.")] = False,
     fail_fast: Annotated[bool, typer.Option("--fail-fast", help="Stop at the first failed row.")] = False,
     max_failures: Annotated[int | None, typer.Option(min=1, help="Stop after this many failed rows.")] = None,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of Hub models.")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, mps ...")] = "auto",
-    dtype: Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16.")] = "auto",
-    no_metadata: Annotated[bool, typer.Option("--no-metadata", help="PNGs hold the pixels only.")] = False,
+    revision: Revision = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    no_metadata: NoMetadata = False,
     no_sheet: Annotated[bool, typer.Option("--no-contact-sheet", help="No contact sheet.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="The summary as JSON on stdout.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log, and tracebacks for errors.")] = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
     """Make a picture of every row; run it again and it goes on where it stopped."""
     with reported(verbose):

@@ -16,7 +16,8 @@ import torch
 from tqdm import tqdm
 
 from ...attention.errors import GraftError, SettingError
-from ..console import quiet_libraries
+from ..console import one_line, quiet_libraries
+from ..errors import WorkerError
 from ..extras import need
 from .plan import Job, Setup
 from .worker import Record, Worker, failed
@@ -191,39 +192,55 @@ class _Ray:
             ray.init(log_to_driver=False, configure_logging=False, **at)
         gpus = 1 if ray.cluster_resources().get("GPU") else 0
         self._actor = ray.remote(num_cpus=1, num_gpus=gpus)(Worker)
+        self._starting: dict[Any, Any] = {}
         self._idle: list[Any] = []
         self._busy: dict[Any, tuple[Any, list[Job]]] = {}
-        self._free = workers
+        for _ in range(workers):
+            self._start()
 
     def idle(self) -> bool:
-        return bool(self._idle or self._free)
+        return bool(self._idle)
 
     def busy(self) -> bool:
         return bool(self._busy)
 
     def submit(self, batch: list[Job]) -> None:
-        if self._idle:
-            actor = self._idle.pop()
-        else:
-            self._free -= 1
-            actor = self._actor.remote(self._setup)
+        actor = self._idle.pop()
         self._busy[actor.run.remote(batch)] = (actor, batch)
 
     def finished(self) -> list[tuple[list[Job], list[Record] | None]]:
-        [reference], _ = self._ray.wait(list(self._busy), num_returns=1)
+        [reference], _ = self._ray.wait([*self._busy, *self._starting], num_returns=1)
+        if reference in self._starting:
+            self._begin(reference)
+            return []
         actor, batch = self._busy.pop(reference)
         try:
             records = self._ray.get(reference)
         except self._ray.exceptions.RayTaskError as error:
             raise error.cause from None
         except self._ray.exceptions.RayError:
-            self._free += 1
+            self._start()
             return [(batch, None)]
         self._idle.append(actor)
         return [(batch, records)]
 
     def close(self) -> None:
-        for actor in [*self._idle, *(actor for actor, _ in self._busy.values())]:
+        for actor in [*self._starting.values(), *self._idle, *(actor for actor, _ in self._busy.values())]:
             self._ray.kill(actor)
         if self._own:
             self._ray.shutdown()
+
+    def _start(self) -> None:
+        # it is given rows once it runs: an actor for which the cluster has no room holds none back
+        actor = self._actor.remote(self._setup)
+        self._starting[actor.__ray_ready__.remote()] = actor
+
+    def _begin(self, reference: Any) -> None:
+        actor = self._starting.pop(reference)
+        try:
+            self._ray.get(reference)
+        except self._ray.exceptions.RayError as error:
+            if not (self._idle or self._busy or self._starting):
+                raise WorkerError(f"no Ray worker could be started: {one_line(error)}") from None
+            return
+        self._idle.append(actor)

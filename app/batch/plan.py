@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -131,7 +132,14 @@ def shown(spec: Mapping[str, Any]) -> dict[str, Any]:
 
 def _digest(path: Path) -> str:
     try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        state = path.stat()
+        return _digest_of(path, state.st_mtime_ns, state.st_size)
     except (OSError, ValueError) as error:
         raise ImageError(f"{str(path)!r} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+
+
+@lru_cache(maxsize=1000)
+def _digest_of(path: Path, changed: int, size: int) -> str:
+    """Of a file in that state: a style or a mask that thousands of rows share is read once."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

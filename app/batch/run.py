@@ -10,7 +10,7 @@ from typing import Any
 
 from ...attention.errors import GraftError, ModelLoadError
 from ..console import FAILED, INTERRUPTED, NOT_STARTED, OK, USAGE, one_line, say
-from ..errors import ManifestError, OutputError
+from ..errors import ManifestError, OutputError, WorkerError
 from ..outputs import output_folder
 from .engines import Records, engine
 from .manifest import BadRow, Manifest, read_manifest
@@ -195,7 +195,7 @@ class _Outcome:
                 self.add(record)
         except KeyboardInterrupt:
             self.stopped, self.code = "interrupted", INTERRUPTED
-        except ModelLoadError as error:
+        except (ModelLoadError, WorkerError) as error:
             self.stopped, self.code = one_line(error), NOT_STARTED
         except GraftError as error:
             self.stopped, self.code = one_line(error), FAILED

@@ -40,6 +40,15 @@ def whole(value: Any, name: str, low: int, high: int) -> int:
     return int(checked)
 
 
+def sampling(steps: Any, guidance: Any) -> dict[str, Any]:
+    """What every task is given, checked.
+
+    Raises:
+        SettingTypeError, SettingError: one of them cannot be used.
+    """
+    return {"steps": whole(steps, "steps", 1, STEPS), "guidance": number(guidance, "guidance", 0, GUIDANCE)}
+
+
 def text(value: Any, name: str, *, needed: bool = False, longest: int = LENGTH) -> str:
     """`value` as a text of at most `longest` characters; None is empty.
 

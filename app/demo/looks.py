@@ -20,6 +20,18 @@ def theme() -> gr.themes.Base:
     return base.set(
         body_background_fill="#fdf6ea",
         body_background_fill_dark="#1d1a17",
+        body_text_color_subdued="#6b645c",
+        body_text_color_subdued_dark="#b5aca2",
+        color_accent="#c2410c",
+        slider_color="#c2410c",
+        slider_color_dark="#fb923c",
+        checkbox_border_color="#8a7f74",
+        checkbox_background_color_selected="#c2410c",
+        checkbox_border_color_selected="#c2410c",
+        input_placeholder_color="#6b645c",
+        input_placeholder_color_dark="#b5aca2",
+        accordion_text_color="#7a4a2b",
+        accordion_text_color_dark="#f3cfa6",
         block_border_width="1px",
         block_label_background_fill="#fffaf2",
         block_label_background_fill_dark="#2b2622",
@@ -33,8 +45,10 @@ def theme() -> gr.themes.Base:
         block_info_text_color_dark="#b5aca2",
         input_background_fill="#fffdf9",
         block_shadow="none",
-        button_primary_background_fill="#e4572e",
-        button_primary_background_fill_hover="#c9481f",
+        button_primary_background_fill="#c8431a",
+        button_primary_background_fill_hover="#a93512",
+        button_primary_background_fill_dark="#c8431a",
+        button_primary_background_fill_hover_dark="#a93512",
         button_primary_text_color="white",
         block_label_text_weight="700",
         block_title_text_weight="700",
@@ -59,10 +73,21 @@ HEADER = f"""
 
 CSS = """
 .gradio-container { max-width: 1180px !important; width: 100%; margin: 0 auto; }
-.gradio-container .grid-wrap { min-height: 0 !important; height: auto !important; }
+.gradio-container .grid-wrap { min-height: 0 !important; height: auto !important; padding-top: 44px !important; }
 .gradio-container .caption-label { font-size: .8rem; max-width: 96%; }
 .gradio-container .image-frame img { width: 100%; height: 100%; object-fit: contain; }
-.gradio-container table { font-family: inherit; }
+.gradio-container .label-wrap span { font-weight: 700; }
+.gradio-container .gr-accordion .form { border: 0; background: none; gap: 16px; }
+.gradio-container .gr-accordion .form > .block { padding: 0; }
+.gradio-container .html-container { padding: 0 !important; }
+.gradio-container .under-label { padding-top: 40px !important; }
+.gradio-container .empty.large { flex-direction: column; gap: 6px; }
+.gradio-container .empty.large::after { content: "Nothing here yet"; font-size: .85rem; opacity: .8; }
+.gradio-container .table-container * { font-family: var(--font) !important; }
+.gradio-container .table-container .label p { font-weight: 700; color: var(--block-title-text-color); }
+.gradio-container footer .divider { display: none; }
+.gradio-container .cm-line span { color: inherit !important; }
+.dark { --color-accent: #fb923c !important; }
 .dg-head { display: flex; gap: 18px; align-items: center; }
 .dg-head svg { width: 96px; flex: none; }
 .dg-head h1 { margin: 0 !important; font-size: 2rem !important; line-height: 1.1; letter-spacing: -.01em; }
@@ -71,6 +96,8 @@ CSS = """
 .report textarea { font-family: monospace; font-size: .8rem; }
 @media (max-width: 480px) {
   .gradio-container .main.fillable { padding: 12px !important; }
+  .gradio-container .caption-label { font-size: .68rem; padding: 2px 5px; }
+  .gradio-container .table-container table * { font-size: .7rem !important; padding-inline: 3px !important; }
   .gradio-container .tab-container button { padding: 0 7px !important; font-size: .84rem !important; }
   .dg-head { gap: 12px; }
   .dg-head svg { width: 60px; }

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -16,8 +17,9 @@ from PIL import Image
 from ..metadata import encode_png
 from ..models import shown_name
 from .checks import GUIDANCE, PICTURES, SIDE, STEPS
-from .studio import Studio, Tell
-from .told import told
+from .studio import Job, Studio
+from .told import told, warn
+from .uploads import unread
 
 MODEL = "model"
 EXAMPLES = Path(__file__).parents[2] / "assets" / "examples"
@@ -43,8 +45,8 @@ def knobs(studio: Studio, *, steps: int, guidance: float, count: int = 1, model:
             seed = gr.Number(-1, label="Seed", info="-1: a new one each time", precision=0, min_width=120)
             pictures = gr.Slider(1, PICTURES, count, step=1, label="Pictures", min_width=120)
         with gr.Row():
-            how_many = gr.Slider(1, STEPS, steps, step=1, label="Steps", min_width=120)
-            strength = gr.Slider(0, GUIDANCE, guidance, step=0.1, label="Guidance", min_width=120)
+            how_many = gr.Slider(1, STEPS, steps, step=1, label="Steps", min_width=180)
+            strength = gr.Slider(0, GUIDANCE, guidance, step=0.1, label="Guidance", min_width=180)
         which = gr.Textbox(
             model,
             label="Model",
@@ -71,11 +73,36 @@ def gallery(label: str, columns: int = 2, allow_preview: bool = True) -> gr.Gall
     )  # fmt: skip
 
 
-def facts() -> tuple[gr.Textbox, gr.Code]:
+def upload(name: str, label: str) -> gr.Image:
+    """A picture to choose, with an example in it."""
+    return unread(
+        gr.Image(
+            example(name), label=label, type="filepath", height=220, min_width=120, sources=("upload", "clipboard"),
+            buttons=[], elem_classes="under-label",
+        )
+    )  # fmt: skip
+
+
+def example(name: str) -> str:
+    """The file of an example picture."""
+    return str(EXAMPLES / f"{name}.png")
+
+
+def slider(label: str) -> gr.ImageSlider:
+    """Two pictures, one over the other."""
+    return gr.ImageSlider(
+        label=label, interactive=False, type="filepath", format="png", max_height=460, elem_classes="under-label"
+    )
+
+
+def facts() -> tuple[gr.Textbox, gr.Textbox]:
     """Where the used seed and the settings are shown."""
     seed = gr.Textbox(label="Seed used", interactive=False, elem_classes="seed")
     with gr.Accordion("Settings (also inside the PNG)", open=False):
-        settings = gr.Code(language="json", show_label=False, interactive=False, max_lines=18)
+        settings = gr.Textbox(
+            label="Settings", show_label=False, container=False, interactive=False, lines=8, max_lines=18,
+            buttons=["copy"], elem_classes="report",
+        )  # fmt: skip
     return seed, settings
 
 
@@ -122,9 +149,20 @@ def visitor(request: gr.Request | None) -> str:
     return str(getattr(request, "session_hash", None) or "")
 
 
-def teller(progress: gr.Progress) -> Tell:
-    """Progress for a studio's job, in the page's own bar."""
-    return lambda done, what: progress(done if done is not None else 0.0, desc=what)
+@contextmanager
+def turn(studio: Studio, model: str | None, request: gr.Request | None, progress: gr.Progress) -> Iterator[Job]:
+    """The model, for one request alone; progress goes to the page's own bar, and what the library warned of is shown.
+
+    Raises:
+        Stopped, ModelLoadError: as `Studio.job`.
+    """
+
+    def tell(done: tuple[int, int] | None, what: str) -> None:
+        progress(0.0 if done is None else done, desc=what)
+
+    with studio.job(model, visitor(request), tell) as job:
+        yield job
+    warn(job.warnings)
 
 
 def keep(picture: Image.Image, studio_name: str, extra: Mapping[str, Any] | None = None) -> str:

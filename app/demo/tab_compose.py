@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import gradio as gr
@@ -16,14 +17,15 @@ from . import checks, parts
 from .parts import Shown, keep
 from .studio import Studio
 from .tab_generate import paint
-from .told import told, warn
-from .uploads import picture, unread
+from .told import told
+from .uploads import picture
 
 MOST = 6
 UPLOAD = "upload"
 PICTURES = ("mask", "style")
 NEVER = ("image", "layout", "content", "generator")
 STARTS: Mapping[str, Mapping[str, Any]] = {
+    "AttentionDistillation": {"style": UPLOAD, "rate": 0.05},
     "AttentionSegregation": {"concepts": ["house", "tree"]},
     "NegativeAway": {"negative": "blue"},
     "SelfAttentionRedirection": {"mask": UPLOAD, "scale": 3.0},
@@ -34,11 +36,11 @@ PROMPT = "a red house and a green tree , snow"
 FIRST = ["AttentionSegregation", "NegativeAway"]
 
 
+@dataclass(frozen=True)
 class ComposeTab:
     """The tab and its handlers."""
 
-    def __init__(self, studio: Studio) -> None:
-        self.studio = studio
+    studio: Studio
 
     def build(self) -> None:
         """Lay the tab out."""
@@ -51,24 +53,17 @@ class ComposeTab:
                 )  # fmt: skip
                 specs = gr.Code(
                     starting_specs(FIRST), language="json", label="Their settings, as in a batch row", lines=6,
-                    max_lines=16, wrap_lines=True,
+                    max_lines=16, wrap_lines=True, show_line_numbers=False, buttons=["copy"],
                 )  # fmt: skip
                 chosen.input(told(rewritten), [chosen, specs], specs, api_visibility="private", queue=False)
                 with gr.Accordion('Pictures for "upload"', open=False), gr.Row():
-                    mask, style = (
-                        unread(
-                            gr.Image(
-                                str(parts.EXAMPLES / file), label=label, type="filepath", height=150, min_width=120
-                            )
-                        )
-                        for file, label in (("ball-mask.png", "Mask"), ("mosaic.png", "Style"))
-                    )
+                    mask, style = parts.upload("ball-mask", "Mask"), parts.upload("mosaic", "Style")
                 buttons = parts.buttons("Paint")
                 knobs = parts.knobs(self.studio, steps=25, guidance=4.0)
             with gr.Column(scale=5, min_width=300):
                 pictures = parts.gallery("Pictures")
                 order = gr.Dataframe(
-                    headers=["", "technique", "rank", "layers", "steps"], label="Order", interactive=False,
+                    headers=["#", "technique", "rank", "layers", "steps"], label="Order", interactive=False,
                     wrap=True, buttons=[],
                 )  # fmt: skip
                 report = gr.Textbox(label="Report", lines=8, max_lines=14, interactive=False, elem_classes="report")
@@ -108,15 +103,12 @@ class ComposeTab:
         Returns:
             Pictures, the techniques in the order in which they edit, a report, the first seed, its settings as JSON.
         """
-        wish = {
-            "steps": checks.whole(steps, "steps", 1, checks.STEPS),
-            "guidance": checks.number(guidance, "guidance", 0, checks.GUIDANCE),
-        }
+        wish = checks.sampling(steps, guidance)
         text, first = checks.text(prompt, "the prompt", needed=True), checks.seed(seed)
         number, name = checks.whole(count, "pictures", 1, checks.PICTURES), self.studio.check(model)
         specs = read_specs(plugins)
         shown: Shown = []
-        with self.studio.job(model, parts.visitor(request), parts.teller(progress)) as job:
+        with parts.turn(self.studio, model, request, progress) as job:
             used = [build(with_uploads(spec, {"mask": mask, "style": style})) for spec in specs]
             for i in range(number):
                 with graft(job.pipe, *used) as on:
@@ -128,7 +120,6 @@ class ComposeTab:
                 if used:
                     plain = paint(job, text, [], first + i, wish, f"plain picture {i + 1} of {number}")
                     shown.append((keep(plain, name), f"plain, seed {first + i}"))
-        warn(job.warnings)
         return shown, rows, report, str(first), parts.as_json(settings)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import gradio as gr
@@ -12,10 +13,9 @@ import diffgraft
 from ...pipelines.region import as_picture
 from ..images import coverage
 from . import checks, parts
-from .parts import Shown, keep, keep_plain
+from .parts import Shown, example, keep, keep_plain, upload
 from .studio import Studio
-from .tab_style import example
-from .told import told, warn
+from .told import told
 from .uploads import drawn, unread
 
 BRUSH = "#ff5a5f"
@@ -23,11 +23,11 @@ STRENGTH = 0.8
 EXAMPLES = [("moon", "night"), ("ball", "meadow"), ("flower", "desert")]
 
 
+@dataclass(frozen=True)
 class EraseTab:
     """The tab and its handlers."""
 
-    def __init__(self, studio: Studio) -> None:
-        self.studio = studio
+    studio: Studio
 
     def build(self) -> None:
         """Lay the tab out."""
@@ -42,12 +42,7 @@ class EraseTab:
                 )  # fmt: skip
                 prompt = gr.Textbox("night", label="What is there instead", info="May be empty")
                 with gr.Accordion("Or a mask, used where nothing is painted", open=True), gr.Row():
-                    mask = unread(
-                        gr.Image(
-                            example("moon-mask"), label="White goes", type="filepath", buttons=[],
-                            height=180, min_width=120, sources=("upload", "clipboard"),
-                        )
-                    )  # fmt: skip
+                    mask = upload("moon-mask", "White goes")
                     invert = gr.Checkbox(False, label="Black is removed instead", min_width=120)
                 buttons = parts.buttons("Erase")
                 with gr.Accordion("Edges and strength", open=False):
@@ -55,94 +50,30 @@ class EraseTab:
                     feather = gr.Slider(0, 24, 2, step=1, label="Soft edge", info="Pixels over which old and new mix")
                     scale = gr.Slider(0, 20, 9, step=0.5, label="Redirection", info="Away from what was there")
                 knobs = parts.knobs(self.studio, steps=30, guidance=3.0, count=3)
+                tries = [[example(name), example(f"{name}-mask"), there] for name, there in EXAMPLES]
+                labels = [name for name, _ in EXAMPLES]
+                gr.Examples(tries, [editor, mask, prompt], label="Try", example_labels=labels)
             with gr.Column(scale=5, min_width=300):
-                slider = gr.ImageSlider(
-                    label="Before and after", interactive=False, type="filepath", format="png", max_height=460
-                )
+                slider = parts.slider("Before and after")
                 candidates = parts.gallery("Candidates: choose one", columns=3, allow_preview=False)
                 seed, settings = parts.facts()
-        drawer = [prompt, grow, feather, scale, knobs.steps, knobs.guidance, knobs.count, knobs.seed, knobs.model]
+        rest = [prompt, grow, feather, scale, knobs.steps, knobs.guidance, knobs.count, knobs.seed, knobs.model, invert]
         outputs = [candidates, slider, seed, settings]
-        inputs = [editor, mask, invert, *drawer]
-        parts.runs("erase_drawn", self.studio, self.erase_drawn, inputs, outputs, buttons, "undocumented")
+        parts.runs(
+            "erase_drawn", self.studio, self.erase, [editor, mask, *rest], outputs, buttons, "undocumented"
+        )
         candidates.select(chosen, [slider, candidates], [slider, seed], api_visibility="private", queue=False)
-        gr.Examples(
-            [[example(name), example(f"{name}-mask"), there] for name, there in EXAMPLES], [editor, mask, prompt],
-            label="Try", example_labels=[name for name, _ in EXAMPLES],
-        )  # fmt: skip
-        self._api(drawer, outputs)
-
-    def _api(self, drawer: list[Any], outputs: list[Any]) -> None:
-        """The same with a plain picture and mask, for programs."""
-        picture, mask = (unread(gr.Image(type="filepath", visible=False)) for _ in range(2))
-        hidden = gr.Button(visible=False)
-        hidden.click(
-            told(self.erase), [picture, mask, *drawer], outputs, api_name="erase", concurrency_id=parts.MODEL,
+        # the same for programs, which have no editor
+        files = [unread(gr.Image(type="filepath", visible=False)) for _ in range(2)]
+        gr.Button(visible=False).click(
+            told(self.erase), [*files, *rest], outputs, api_name="erase", concurrency_id=parts.MODEL,
             concurrency_limit=1,
         )  # fmt: skip
 
-    def erase_drawn(
-        self,
-        drawing: dict[str, Any] | None,
-        mask: str | None = None,
-        invert: bool = False,
-        prompt: str = "",
-        grow: int = 2,
-        feather: int = 2,
-        scale: float = 9.0,
-        steps: int = 30,
-        guidance: float = 3.0,
-        count: int = 3,
-        seed: int | None = None,
-        model: str = "",
-        request: gr.Request | None = None,
-        progress: gr.Progress = gr.Progress(),  # noqa: B008
-    ) -> tuple[Shown, tuple[str, str], str, str]:
-        """Remove what is painted over a picture, and continue the background.
-
-        Args:
-            drawing: The editor's value: background (the picture) and layers (what is painted is removed).
-            mask: A mask of the picture's size, used where nothing is painted.
-            invert: In the mask, remove what is black.
-            prompt: What is there instead; may be empty.
-            grow: Pixels around the mask that are removed too, 0 to 24.
-            feather: Pixels over which the new picture fades into the old one, 0 to 24.
-            scale: Guidance away from what was there, 0 to 20.
-            steps: Denoising steps, 1 to 100.
-            guidance: Classifier-free guidance, towards the prompt, 0 to 30; 1 is off.
-            count: Candidates, 1 to 6; candidate i gets seed + i.
-            seed: 0 or more; empty or -1 draws one.
-            model: Empty for the page's model, else a folder, a .safetensors file or a Hub id.
-
-        Returns:
-            Candidates, before and after of the first one, its seed, and its settings as JSON.
-        """
-        image, hole = drawn(drawing, mask, invert=invert is True)
-        wish = {
-            "prompt": checks.text(prompt, "the prompt"),
-            "scale": checks.number(scale, "redirection", 0, 20),
-            "grow": checks.whole(grow, "grow", 0, 24),
-            "feather": checks.whole(feather, "the soft edge", 0, 24),
-            "steps": checks.whole(steps, "steps", 1, checks.STEPS),
-            "guidance": checks.number(guidance, "guidance", 0, checks.GUIDANCE),
-        }
-        number, first = checks.whole(count, "pictures", 1, checks.PICTURES), checks.seed(seed)
-        name = self.studio.check(model)
-        made: list[Image.Image] = []
-        with self.studio.job(model, parts.visitor(request), parts.teller(progress)) as job:
-            for i in range(number):
-                job.expect(f"candidate {i + 1} of {number}", max(1, int(wish["steps"] * STRENGTH)))
-                made.append(diffgraft.erase(job.pipe, image, hole, seed=first + i, strength=STRENGTH, **wish))
-        warn(job.warnings)
-        settings = made[0].info["diffgraft"] | {"masked": round(coverage(hole), 4)}
-        files = [keep(picture, name) for picture in made]
-        shown = [(file, f"seed {first + i}") for i, file in enumerate(files)]
-        return shown, (keep_plain(as_picture(image), "before"), files[0]), str(first), parts.as_json(settings)
-
     def erase(
         self,
-        picture: str,
-        mask: str,
+        picture: str | dict[str, Any] | None,
+        mask: str | None = None,
         prompt: str = "",
         grow: int = 2,
         feather: int = 2,
@@ -152,13 +83,14 @@ class EraseTab:
         count: int = 3,
         seed: int | None = None,
         model: str = "",
+        invert: bool = False,
         request: gr.Request | None = None,
         progress: gr.Progress = gr.Progress(),  # noqa: B008
     ) -> tuple[Shown, tuple[str, str], str, str]:
         """Remove what a mask covers in a picture, and continue the background.
 
         Args:
-            picture: The picture.
+            picture: The picture; from the page's editor it comes with what was painted, which counts as the mask.
             mask: A mask of its size: white is removed.
             prompt: What is there instead; may be empty.
             grow: Pixels around the mask that are removed too, 0 to 24.
@@ -169,14 +101,30 @@ class EraseTab:
             count: Candidates, 1 to 6; candidate i gets seed + i.
             seed: 0 or more; empty or -1 draws one.
             model: Empty for the page's model, else a folder, a .safetensors file or a Hub id.
+            invert: Remove what is black in the mask.
 
         Returns:
             Candidates, before and after of the first one, its seed, and its settings as JSON.
         """
-        return self.erase_drawn(
-            {"background": picture}, mask, False, prompt, grow, feather, scale, steps, guidance, count, seed, model,
-            request, progress,
-        )  # fmt: skip
+        image, hole = drawn(picture, mask, invert=invert is True)
+        wish = {
+            "prompt": checks.text(prompt, "the prompt"),
+            "scale": checks.number(scale, "redirection", 0, 20),
+            "grow": checks.whole(grow, "grow", 0, 24),
+            "feather": checks.whole(feather, "the soft edge", 0, 24),
+            **checks.sampling(steps, guidance),
+        }
+        number, first = checks.whole(count, "pictures", 1, checks.PICTURES), checks.seed(seed)
+        name = self.studio.check(model)
+        made: list[Image.Image] = []
+        with parts.turn(self.studio, model, request, progress) as job:
+            for i in range(number):
+                job.expect(f"candidate {i + 1} of {number}", max(1, int(wish["steps"] * STRENGTH)))
+                made.append(diffgraft.erase(job.pipe, image, hole, seed=first + i, strength=STRENGTH, **wish))
+        settings = made[0].info["diffgraft"] | {"masked": round(coverage(hole), 4)}
+        files = [keep(picture, name) for picture in made]
+        shown = [(file, f"seed {first + i}") for i, file in enumerate(files)]
+        return shown, (keep_plain(as_picture(image), "before"), files[0]), str(first), parts.as_json(settings)
 
 
 def chosen(event: gr.SelectData, slider: Any, candidates: Any) -> tuple[Any, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import gradio as gr
@@ -14,7 +15,6 @@ from ...plugins.base import Plugin
 from . import checks, parts
 from .parts import Shown, keep, keep_plain
 from .studio import Job, Studio
-from .told import warn
 
 SMALL_WORDS = {"a", "an", "and", "the", "of", "on", "in", "with", "at", "to", "style"}
 MOST_WORDS = 6
@@ -27,11 +27,11 @@ EXAMPLES = [
 LABELS = ["a ball and a star", "a house and a tree", "a flower, but not red", "a moon and a boat, not purple"]
 
 
+@dataclass(frozen=True)
 class GenerateTab:
     """The tab and its handler."""
 
-    def __init__(self, studio: Studio) -> None:
-        self.studio = studio
+    studio: Studio
 
     def build(self) -> None:
         """Lay the tab out."""
@@ -51,6 +51,7 @@ class GenerateTab:
                 knobs = parts.knobs(self.studio, steps=25, guidance=4.0)
                 with gr.Accordion("Size", open=False):
                     width, height = parts.size_row()
+                gr.Examples(EXAMPLES, [prompt, concepts, negative], label="Try", example_labels=LABELS)
             with gr.Column(scale=5, min_width=300):
                 pictures = parts.gallery("Pictures")
                 maps = parts.gallery("Where each word looked", columns=4)
@@ -60,7 +61,6 @@ class GenerateTab:
             knobs.model,
         ]  # fmt: skip
         parts.runs("generate", self.studio, self.generate, inputs, [pictures, maps, seed, settings], buttons)
-        gr.Examples(EXAMPLES, [prompt, concepts, negative], label="Try", example_labels=LABELS)
 
     def generate(
         self,
@@ -97,8 +97,7 @@ class GenerateTab:
             Pictures, attention maps of the first one, its seed, and its settings as JSON.
         """
         wish: dict[str, Any] = {
-            "steps": checks.whole(steps, "steps", 1, checks.STEPS),
-            "guidance": checks.number(guidance, "guidance", 0, checks.GUIDANCE),
+            **checks.sampling(steps, guidance),
             "width": checks.side(width, "width"),
             "height": checks.side(height, "height"),
         }
@@ -108,7 +107,7 @@ class GenerateTab:
         name = self.studio.check(model)
         plugins = techniques(together, kept_away)
         shown: Shown = []
-        with self.studio.job(model, parts.visitor(request), parts.teller(progress)) as job:
+        with parts.turn(self.studio, model, request, progress) as job:
             made, seen = look(job, text, together, plugins, first, wish, f"picture 1 of {number}")
             settings = made.info["diffgraft"]
             for i in range(number):
@@ -118,7 +117,6 @@ class GenerateTab:
                 if compare is True and plugins:
                     plain = paint(job, text, [], first + i, wish, f"plain picture {i + 1} of {number}")
                     shown.append((keep(plain, name), caption([], first + i)))
-        warn(job.warnings)
         return shown, seen, str(first), parts.as_json(settings)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import gradio as gr
@@ -10,53 +11,42 @@ import diffgraft
 
 from ...pipelines.region import as_picture
 from . import checks, parts
-from .parts import keep, keep_plain
+from .parts import example, keep, keep_plain, upload
 from .studio import Studio
-from .told import warn
-from .uploads import picture, unread
+from .uploads import picture
 
 PASSES = 3  # the content is inverted, the style is inverted, the result is sampled
 REFINEMENTS = 2
 EXAMPLES = [("winter", "mosaic"), ("fish", "sketch"), ("winter", "dots")]
 
 
+@dataclass(frozen=True)
 class StyleTab:
     """The tab and its handler."""
 
-    def __init__(self, studio: Studio) -> None:
-        self.studio = studio
+    studio: Studio
 
     def build(self) -> None:
         """Lay the tab out."""
         with gr.Row():
             with gr.Column(scale=4, min_width=300):
                 with gr.Row():
-                    content, style = (
-                        unread(
-                            gr.Image(
-                                example(name), label=label, type="filepath", height=220, min_width=130,
-                                sources=("upload", "clipboard"),
-                            )
-                        )
-                        for name, label in zip(EXAMPLES[0], ("Content", "Style"), strict=True)
-                    )  # fmt: skip
+                    content, style = (upload(*shown) for shown in zip(EXAMPLES[0], ("Content", "Style"), strict=True))
                 strength = gr.Slider(0, 1, 1.0, step=0.05, label="Style", info="How much of its colours and texture")
                 structure = gr.Slider(0, 1, 0.5, step=0.05, label="Structure", info="How firmly the layout is held")
                 prompt = gr.Textbox("", label="What the content shows", info="May be empty")
                 buttons = parts.buttons("Repaint")
                 knobs = parts.knobs(self.studio, steps=20, guidance=1.0)
                 knobs.count.visible = False
+                gr.Examples(
+                    [[example(a), example(b)] for a, b in EXAMPLES], [content, style], label="Try",
+                    example_labels=[f"{a} as {b}" for a, b in EXAMPLES],
+                )  # fmt: skip
             with gr.Column(scale=5, min_width=300):
-                slider = gr.ImageSlider(
-                    label="Before and after", interactive=False, type="filepath", format="png", max_height=460
-                )
+                slider = parts.slider("Before and after")
                 seed, settings = parts.facts()
         inputs = [content, style, strength, structure, prompt, knobs.steps, knobs.guidance, knobs.seed, knobs.model]
         parts.runs("stylize", self.studio, self.stylize, inputs, [slider, seed, settings], buttons)
-        gr.Examples(
-            [[example(a), example(b)] for a, b in EXAMPLES], [content, style], label="Try",
-            example_labels=[f"{a} as {b}" for a, b in EXAMPLES],
-        )  # fmt: skip
 
     def stylize(
         self,
@@ -93,18 +83,11 @@ class StyleTab:
             "strength": checks.number(strength, "style", 0, 1),
             "structure": checks.number(structure, "structure", 0, 1),
             "prompt": checks.text(prompt, "the prompt"),
-            "steps": checks.whole(steps, "steps", 1, checks.STEPS),
-            "guidance": checks.number(guidance, "guidance", 0, checks.GUIDANCE),
+            **checks.sampling(steps, guidance),
         }
         used, name = checks.seed(seed), self.studio.check(model)
-        with self.studio.job(model, parts.visitor(request), parts.teller(progress)) as job:
+        with parts.turn(self.studio, model, request, progress) as job:
             job.expect("looking closely, then painting", PASSES * wish["steps"])
             made = diffgraft.stylize(job.pipe, before, wanted, seed=used, iterations=REFINEMENTS, **wish)
-        warn(job.warnings)
         files = keep_plain(as_picture(before), "before"), keep(made, name)
         return files, str(used), parts.as_json(made.info["diffgraft"])
-
-
-def example(name: str) -> str:
-    """The file of an example picture."""
-    return str(parts.EXAMPLES / f"{name}.png")

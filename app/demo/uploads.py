@@ -54,14 +54,15 @@ def drawn(value: Any, uploaded: Any = None, *, invert: bool = False) -> tuple[Im
     """(picture, mask) of what was painted in the editor; where nothing was, the uploaded mask.
 
     Args:
-        value: the editor's `{"background": file, "layers": [files]}`.
+        value: the editor's `{"background": file, "layers": [files]}`, or a file where nothing is painted.
         uploaded: a mask file, white is removed.
         invert: of the uploaded mask, remove what is black.
     Raises:
         ImageError: no picture. MaskError: nothing, or everything, is marked.
     """
-    if not isinstance(value, dict) or not isinstance(value.get("layers") or [], list):
-        raise ImageError("the picture is missing: drop one into the editor")
+    value = value if isinstance(value, dict) else {"background": value}
+    if not isinstance(value.get("layers") or [], list):
+        raise ImageError("the painting is not a list of layers")
     image = picture(value.get("background"), "the picture")
     layers = [layer for layer in value.get("layers") or () if layer is not None]
     if len(layers) > MOST_LAYERS or not all(isinstance(layer, (str, bytes)) for layer in layers):
