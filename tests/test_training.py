@@ -9,7 +9,14 @@ import torch
 
 from diffgraft.app.bench import latents
 from diffgraft.app.bench.autoencoder import build, hue_error, whiten
-from diffgraft.app.bench.denoiser import build_scheduler, build_text_encoder, build_unet, grounding_loss, watch_decoder
+from diffgraft.app.bench.denoiser import (
+    build_scheduler,
+    build_text_encoder,
+    build_unet,
+    draw_times,
+    grounding_loss,
+    watch_decoder,
+)
 from diffgraft.app.bench.muon import Muon, orthogonalize
 from diffgraft.app.bench.student import end_of
 from diffgraft.app.bench.train import Trainer
@@ -107,6 +114,25 @@ def test_training_goes_on_from_a_checkpoint_as_if_never_cut(work: Path) -> None:
     assert torch.equal(again.advance(4, 0.4, 1.0), straight)
     for ours, theirs in zip(again.ema.average, whole.ema.average, strict=True):
         assert torch.equal(ours, theirs)
+
+
+def test_the_denoiser_alone_is_trained_where_the_words_are_kept(work: Path) -> None:
+    trainer = Trainer(work, "cpu", None, keep_text=True)
+    trainer.singles = 1.0
+    trainer.load_data()
+    before = [p.clone() for p in trainer.text.parameters()], trainer.unet.conv_in.weight.clone()
+    trainer.advance(4, 0.0, 1.0)
+    assert all(torch.equal(a, b) for a, b in zip(before[0], trainer.text.parameters(), strict=True))
+    assert not torch.equal(before[1], trainer.unet.conv_in.weight)
+    assert (trainer.batch(64, 0.0)["masks"][:, 1:] == 0).all()
+
+
+def test_times_reach_both_ends_of_the_schedule() -> None:
+    torch.manual_seed(0)
+    drawn = draw_times(20_000)
+    assert drawn.min() >= 0 and drawn.max() <= 999
+    assert (drawn > 900).float().mean() > 0.015
+    assert (drawn - 500).abs().lt(250).float().mean() > 0.6  # 0.5 if they were drawn evenly
 
 
 def test_training_attention_is_attention() -> None:

@@ -153,7 +153,7 @@ def run(full: bool, model: Path | None = None) -> None:
     judge, seeds = load_judge(), 100 if full else 12
     if model is None:
         _student(judge, seeds)
-    seeds, steps = (seeds, 20) if full else (2, 10)
+    seeds, steps = (seeds // 4, 20) if full else (2, 10)
     rows = [Sampling(steps), Sampling(steps, 4.0), Sampling(steps, 4.0, True)]
     table(f"{steps} steps", Bench(subject(model), judge), seeds, rows)
 
@@ -161,4 +161,4 @@ def run(full: bool, model: Path | None = None) -> None:
 def _student(judge: Judge, seeds: int) -> None:
     bench = Bench(subject(one_step=True), judge)
     table("one step", bench, seeds, [Sampling(1), Sampling(1, 2.0), Sampling(1, 2.0, True)])
-    curve(bench, seeds, Sampling(1))
+    curve(bench, max(12, seeds // 4), Sampling(1))

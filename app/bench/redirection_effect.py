@@ -138,7 +138,7 @@ def tables(bench: Bench, scenes: int, seeds: int) -> None:
         sys.stdout.write(f"\nMasks: {kind}\n\n{HEAD}")
         chosen = list(cases(scenes, kind))
         reference = bench.measure(PLAIN, kind, scenes, seeds)
-        for name in [*(DIFFUSION if kind == "exact" else (PLAIN, "redirection", NAMED)), *FILLS]:
+        for name in [*(DIFFUSION if kind == "exact" else (PLAIN, "redirection")), *FILLS]:
             found = reference if name == PLAIN else bench.measure(name, kind, scenes, seeds)
             sys.stdout.write(row(name, found, None if name == PLAIN else reference, chosen))
             sys.stdout.flush()

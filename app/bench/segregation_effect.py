@@ -27,7 +27,7 @@ from ...pipelines.overlay import overlay, sheet, strip
 from ...plugins.base import Probe
 from ...plugins.moves import low_pass, relative_step, step_factor
 from .judge import Judge, Verdict, load_judge, look
-from .rows import KEPT, Rows, fingerprint, subject
+from .rows import KEPT, Rows, fingerprint, scale_of, subject
 from .segregation_layout import layouts
 from .segregation_predict import predictors
 from .statistics import paired_difference, share
@@ -95,6 +95,7 @@ ROWS: dict[str, Row] = {
     "control: another caption's gradient": partial(guided, kind=OtherCaption, previous="pre"),
     "segregation only": partial(guided, retention=0),
     "retention only": partial(guided, segregation=0),
+    'layout="auto"': partial(guided, layout="auto"),
     "default + colours bound": bound,
     "default, route of values": partial(guided, route="values"),
     "default, best of 8 starts": partial(guided, candidates=8),
@@ -102,7 +103,9 @@ ROWS: dict[str, Row] = {
     "jsd": partial(guided, loss="jsd"),
     'preset="paper"': partial(guided, preset="paper"),
 }
-QUICK = list(ROWS)[:4]
+CONTROLLED = list(ROWS)[:4]
+PARTS = list(ROWS)[:6]
+OTHERS = [name for name in ROWS if name not in PARTS[1:]]
 
 
 def two_objects(count: int, first: int = FIRST) -> list[Scene]:
@@ -111,9 +114,9 @@ def two_objects(count: int, first: int = FIRST) -> list[Scene]:
     return [scene(first + i, count=2, split=splits[i % 2], style="plain") for i in range(count)]
 
 
-def three_objects(count: int) -> list[Scene]:
+def three_objects(count: int, first: int = FIRST + 500_000) -> list[Scene]:
     """Plain scenes of three kinds, of triples never seen in training."""
-    return [scene(FIRST + 500_000 + i, count=3, split="unseen", style="plain") for i in range(count)]
+    return [scene(first + i, count=3, split="unseen", style="plain") for i in range(count)]
 
 
 def outcome(verdict: Verdict, truth: Scene) -> Outcome:
@@ -172,10 +175,6 @@ def effect_rows(pipe: Any, judge: Judge, scenes: Sequence[Scene], repeats: int, 
         yield f"| {name} | {right} | {'- | -' if found is plain else change} | {' | '.join(rest)} |"
 
 
-def _percent(answers: Sequence[bool]) -> str:
-    return f"{100 * sum(answers) / len(answers):.1f}%"
-
-
 def map_sheet(pipe: Any, truth: Scene) -> Path:
     """The picture of maps by layer and step of the scene's first kind."""
 
@@ -194,25 +193,29 @@ def map_sheet(pipe: Any, truth: Scene) -> Path:
 
 
 def run(full: bool, model: Path | None = None) -> None:
-    """Print the tables; quick mode draws a few hundred pictures, full mode tens of thousands."""
+    """Print the tables; quick mode draws a few hundred pictures, full mode ten thousand."""
     pipe, judge = subject(model), load_judge()
-    names, repeats = list(ROWS) if full else QUICK, 4 if full else 1
-    _say(f"Maps of each layer and step: {map_sheet(pipe, two_objects(1)[0])}\n")
-    _say("Area under the curve of the loss against failure, among seeds of one caption\n")
-    for line in predictors(pipe, judge, two_objects(40 if full else 3, FIRST + 900_000), 32 if full else 8):
+    _say(f"{scale_of(full)}: maps of each layer and step: {map_sheet(pipe, two_objects(1)[0])}\n")
+    _say("Area under the curve of the loss against failure, among seeds of one caption of three things\n")
+    for line in predictors(pipe, judge, three_objects(24 if full else 3, FIRST + 900_000), 32 if full else 8):
         _say(line)
-    tables = [("Two objects", two_objects(200 if full else 20)), ("Three objects", three_objects(100 if full else 20))]
-    for title, scenes in tables:
-        _say(
-            f"\n{title}: {len(scenes)} captions, {4 if full else 1} seeds each, {STEPS} steps, guidance {GUIDANCE:g}\n"
-        )
-        _say("| | every object right | change, points | failures cut | kinds | background | style |")
-        _say("|---|---|---|---|---|---|---|")
-        for line in effect_rows(pipe, judge, scenes, repeats, names):
-            _say(line)
+    pairs, triples = two_objects(200 if full else 20), three_objects(100 if full else 20)
+    names, seeds = (PARTS, 4) if full else (CONTROLLED, 1)
+    _effect(pipe, judge, "Two objects", pairs, seeds, names)
+    _effect(pipe, judge, "Three objects", triples, seeds, names)
+    if full:
+        _effect(pipe, judge, "Three objects, other forms", triples, 1, OTHERS)
     count = 160 if full else 16
     _say(f"\nLayouts: {count} captions of two objects\n")
     for line in layouts(pipe, count):
+        _say(line)
+
+
+def _effect(pipe: Any, judge: Judge, title: str, scenes: Sequence[Scene], seeds: int, names: Sequence[str]) -> None:
+    _say(f"\n{title}: {len(scenes)} captions, seeds: {seeds}, {STEPS} steps, guidance {GUIDANCE:g}\n")
+    _say("| | every object right | change, points | failures cut | kinds | background | style |")
+    _say("|---|---|---|---|---|---|---|")
+    for line in effect_rows(pipe, judge, scenes, seeds, names):
         _say(line)
 
 

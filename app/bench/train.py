@@ -2,7 +2,9 @@
 
     python -m diffgraft.app.bench.train --minutes 120                            # from .train/denoiser.pt, if there
     python -m diffgraft.app.bench.train --minutes 120 --from assets/picturebook  # from weights, fresh optimizer
+    python -m diffgraft.app.bench.train --minutes 40 --from assets/picturebook --keep-text --singles 0.3
 
+The last trains the denoiser alone, so that the one-step student, which shares the text encoder, stays as it is.
 Each run of a time box ends with the learning rate near zero and leaves `.train/picturebook` (averaged weights,
 float32). `--export DIR` writes those in float16 and ends.
 """
@@ -61,7 +63,7 @@ SHOWN = [
 class Trainer:
     """Networks, averaged weights, optimizer and encoded scenes of one run."""
 
-    def __init__(self, work: Path, device: str, source: Path | None) -> None:
+    def __init__(self, work: Path, device: str, source: Path | None, keep_text: bool = False) -> None:
         self.work, self.device = work, device
         self.checkpoint = work / "denoiser.pt"
         self.unet, self.text = build_unet(), build_text_encoder()
@@ -71,10 +73,11 @@ class Trainer:
         self.unet.to(device, memory_format=torch.channels_last).train()
         self.text.to(device).train()
         self.watched = watch_decoder(self.unet)
-        self.optimizer = Pair([self.unet, self.text], PEAK)
+        self.optimizer = Pair([self.unet] if keep_text else [self.unet, self.text], PEAK)
+        self.text.requires_grad_(not keep_text)
         self.ema = Ema(self.optimizer.parameters)
         self.alphas = build_scheduler().alphas_cumprod.to(device)
-        self.step, self.spent = 0, 0.0
+        self.step, self.spent, self.singles = 0, 0.0, 0.0
 
     def resume(self, fresh_box: bool) -> None:
         """Takes the checkpoint up where there is one; a fresh box starts from its averaged weights with a fresh
@@ -112,13 +115,17 @@ class Trainer:
         self.data = latents.load(self.work)
         self.easy = self.data["easy"].nonzero()[:, 0]
         self.plain = self.data["plain"].nonzero()[:, 0]
+        things = self.data["masks"].flatten(2).any(-1).sum(1)
+        self.single = (things == 1).nonzero()[:, 0]
 
     def batch(self, size: int, easy: float) -> dict[str, torch.Tensor]:
-        """Random scenes: a share `easy` of single plain things, half as many plain ones, the rest as the world draws
-        them.
+        """Random scenes: a share `easy` of single plain things, half as many plain ones, `singles` of single things in
+        any style, the rest as the world draws them.
         """
         luck = torch.rand(size)
         rows = torch.randint(len(self.data["latents"]), (size,))
+        single = luck > 1 - self.singles
+        rows = torch.where(single, self.single[torch.randint(len(self.single), (size,))], rows)
         rows = torch.where(luck < 1.5 * easy, self.plain[torch.randint(len(self.plain), (size,))], rows)
         rows = torch.where(luck < easy, self.easy[torch.randint(len(self.easy), (size,))], rows)
         variant = (torch.rand(size) < 0.45).long() * torch.randint(1, latents.VARIANTS, (size,))
@@ -216,12 +223,15 @@ if __name__ == "__main__":
     )
     parser.add_argument("--from", dest="source", type=Path, help="a pipeline to go on from, instead of the checkpoint")
     parser.add_argument("--batch", type=int, default=BATCH, help="scenes a step; 512 on a GPU")
+    parser.add_argument("--keep-text", action="store_true", help="train the denoiser alone")
+    parser.add_argument("--singles", type=float, default=0.0, help="further share of each batch with one thing only")
     parser.add_argument("--export", type=Path, help="write the averaged weights in float16 to this folder and end")
     args = parser.parse_args()
     if args.export:
         export(args.work, args.export)
     else:
-        trainer = Trainer(args.work, args.device, args.source)
+        trainer = Trainer(args.work, args.device, args.source, args.keep_text)
+        trainer.singles = args.singles
         if not args.source:
             trainer.resume(args.fresh_box)
         trainer.load_data()
