@@ -134,12 +134,16 @@ WHOLE = {
     "names of one file": ('{"prompt":"a","id":"X"}\n{"prompt":"b","id":"x"}', "a.jsonl", "written by line 1 too"),
     "unicode forms": ('{"prompt":"a","id":"\\u00e9"}\n{"prompt":"b","id":"e\\u0301"}', "a.jsonl", "written by line 1"),
     "several pictures": ('{"prompt":"a","id":"x","n":2}\n{"prompt":"b","id":"x-1"}', "a.jsonl", "x-1.png would be"),
-    "unknown column": ("prompt,stepz\na,1", "a.csv", "a.csv:1: columns must be known"),
+    "unknown column": ("prompt,stepz\na,1", "a.csv", "a.csv:1: unknown field 'stepz', did you mean 'steps'.; columns"),
+    "column twice": ("prompt,prompt\na,b", "a.csv", "a.csv:1: a column is given twice"),
+    "header that is not csv": ('"prompt"x,steps\na,1', "a.csv", "a.csv:1: not CSV"),
+    "unknown default": ("defaults: {stepz: 9}\nrows: [{prompt: a}]", "a.yaml", "unknown field 'stepz', did you mean"),
+    "key twice": ("- {prompt: a}\n- {prompt: a, prompt: b}", "a.yaml", "a.yaml:2: a field is given twice"),
     "python object": ("- !!python/object/apply:os.system ['true']", "a.yaml", "a.yaml:1: could not determine"),
     "alias bomb": ("- &a {prompt: x}\n- *a", "a.yaml", "a.yaml:2: aliases"),
     "not yaml": ("- {prompt: a", "a.yaml", "a.yaml:1: "),
     "unknown top": ("jobs: []", "a.yaml", "`defaults:` and `rows:`"),
-    "no list": ("defaults: {}", "a.yaml", "no list of rows"),
+    "no list": ("defaults: {}", "a.yaml", "^a.yaml has no list of rows"),
     "not text": (b"prompt\n\xff\xfe", "a.csv", "not UTF-8"),
 }
 
@@ -159,6 +163,45 @@ def test_a_manifest_that_is_not_there(tmp_path):
 def test_cells_beyond_the_columns(write):
     manifest = read_manifest(write("prompt,steps\na,b,c\nd,2\n", "a.csv"), {})
     assert manifest.bad[0].line == 2 and "more cells" in manifest.bad[0].message and len(manifest.rows) == 1
+
+
+def test_a_line_that_is_not_csv_is_one_bad_row(write):
+    manifest = read_manifest(write('prompt,steps\na,1\n"b"c,2\n\n"d\ne",2\nf,3\n', "a.csv"), {})
+    assert [(line, row.id) for line, row in manifest.rows] == [(2, "2"), (5, "5"), (7, "7")]
+    assert manifest.rows[1][1].prompt == "d\ne"
+    [bad] = manifest.bad
+    assert bad.line == 3 and bad.message.startswith("not CSV")
+
+
+def test_a_bad_row_does_not_take_the_name_of_a_good_one(write):
+    """Ids that count from 0 are not the lines' numbers."""
+    lines = [json.dumps({"id": str(i), "prompt": "a"}) for i in range(4)]
+    manifest = read_manifest(write("\n".join([*lines[:1], '{"id": "1", "prompt"', *lines[2:], "["])), {})
+    assert [row.id for _, row in manifest.rows] == ["0", "2", "3"]
+    assert [(bad.id, bad.line) for bad in manifest.bad] == [("line 2", 2), ("5", 5)]
+
+
+@pytest.mark.parametrize("name", ["stepz", "id", ""])
+def test_a_default_that_no_row_has_is_told(write, name):
+    with pytest.raises(ManifestError, match="the defaults: "):
+        read_manifest(write('{"prompt": "a"}'), {name: 3})
+
+
+def test_yaml_holds_what_json_holds(write):
+    rows = "- {prompt: 2020-01-01}\n- {prompt: a, plugins: [{plugin: NegativeAway, negative: %s}]}\n- {prompt: b}\n"
+    for strange in ("!!set {a}", "!!binary aGk=", "!!timestamp 2020-01-01", "{1: 0.5, a: 1}"):
+        manifest = read_manifest(write(rows % strange, "a.yaml"), {})
+        assert [row.prompt for _, row in manifest.rows] == ["2020-01-01", "b"]
+        assert manifest.bad[0].line == 2 and "quotes" in manifest.bad[0].message
+
+
+def test_everything_wrong_with_a_row_is_told_at_once(write):
+    row = {"task": "erase", "image": "a", "settings": {"scal": 2}, "plugins": [{"plugin": "No"}, {"plugin": "None"}]}
+    [bad] = read_manifest(write(json.dumps(row)), {}).bad
+    for part in ("needs mask", "erase has no scal", "no plugin 'No'", "no plugin 'None'"):
+        assert part in bad.message
+    [bad] = read_manifest(write('{"prompt": 3, "steps": 0, "colour": "red"}'), {}).bad
+    assert all(part in bad.message for part in ("prompt: ", "steps: ", "unknown field 'colour'"))
 
 
 def jobs_of(path, seed=0, **options):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,12 @@ import yaml
 
 from ..errors import ManifestError
 from ..outputs import safe_name, same_file_key
-from .schema import Row, make_row
+from .schema import Row, make_row, unknown
 
 LONGEST_LINE = 2**20
 LARGEST_YAML = 16 * 2**20
 DEEPEST = 50
+NOT_PLAIN = "only texts, numbers, lists and named fields are taken: put anything else in quotes"
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,6 @@ class BadRow:
 
     id: str
     line: int
-    raw: str
     message: str
 
 
@@ -52,7 +52,8 @@ def read_manifest(path: Path, defaults: Mapping[str, Any]) -> Manifest:
         defaults: fields for rows that do not have them.
 
     Raises:
-        ManifestError: the file as a whole cannot be used: unreadable, no rows, or two rows with one id or file name.
+        ManifestError: the file as a whole cannot be used: unreadable, no rows, a default for a field that there is not,
+            or two rows with one id or file name.
     """
     readers = {
         ".jsonl": _json_lines, ".ndjson": _json_lines, ".json": _json_lines,
@@ -63,6 +64,7 @@ def read_manifest(path: Path, defaults: Mapping[str, Any]) -> Manifest:
         raise ManifestError(f"{path.name}: a manifest is .jsonl, .csv or .yaml")
     manifest = Manifest(path)
     defaults = dict(defaults)
+    _known(defaults, "the defaults")
     try:
         for line, given in reader(path, defaults):
             _add(manifest, line, given, defaults, strict=reader is not _csv)
@@ -70,8 +72,18 @@ def read_manifest(path: Path, defaults: Mapping[str, Any]) -> Manifest:
         raise ManifestError(f"{str(path)!r} cannot be read: {error.strerror}") from None
     if not manifest.rows and not manifest.bad:
         raise ManifestError(f"{path.name} has no rows")
+    _name_the_nameless(manifest)
     _no_doubles(manifest)
     return manifest
+
+
+def _known(defaults: Mapping[str, Any], where: str) -> None:
+    """A default that no row can have would be dropped without a word."""
+    for name in defaults:
+        if name not in Row.model_fields:
+            raise ManifestError(f"{where}: {unknown(str(name))}")
+        if name == "id":
+            raise ManifestError(f"{where}: every row has an id of its own")
 
 
 def _add(manifest: Manifest, line: int, given: Any, defaults: Mapping[str, Any], *, strict: bool) -> None:
@@ -83,8 +95,17 @@ def _add(manifest: Manifest, line: int, given: Any, defaults: Mapping[str, Any],
         manifest.rows.append((line, make_row(given, defaults, line, strict=strict)))
     except ManifestError as error:
         named = given.get("id") if isinstance(given, dict) else None
-        name = str(named)[:1000] if isinstance(named, (str, int)) and named != "" else str(line)
-        manifest.bad.append(BadRow(name, line, repr(given)[:LONGEST_LINE], str(error)))
+        name = str(named)[:1000] if isinstance(named, (str, int)) else ""
+        manifest.bad.append(BadRow(name, line, str(error)))
+
+
+def _name_the_nameless(manifest: Manifest) -> None:
+    """A bad row whose id cannot be read is called by its line, unless another row is called like that."""
+    taken = {row.id for _, row in manifest.rows} | {bad.id for bad in manifest.bad}
+    manifest.bad = [
+        bad if bad.id else replace(bad, id=f"line {bad.line}" if str(bad.line) in taken else str(bad.line))
+        for bad in manifest.bad
+    ]
 
 
 Found = Iterator[tuple[int, Any]]
@@ -145,43 +166,59 @@ def _csv(path: Path, defaults: dict[str, Any]) -> Found:
         text = path.read_text("utf-8-sig")
     except UnicodeDecodeError:
         raise ManifestError(f"{path.name} is not UTF-8 text") from None
-    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
-    names = reader.fieldnames or []
-    unknown = [name for name in names if name not in Row.model_fields]
-    if unknown or len(set(names)) < len(names):
-        raise ManifestError(f"{path.name}:1: columns must be known and single; known: {', '.join(Row.model_fields)}")
-    start = reader.line_num + 1
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    try:
+        names = next(reader, [])
+    except csv.Error as error:
+        raise ManifestError(f"{path.name}:1: not CSV: {error}") from None
+    wrong = [name for name in names if name not in Row.model_fields]
+    if wrong:
+        raise ManifestError(f"{path.name}:1: {unknown(wrong[0])}; columns are {', '.join(Row.model_fields)}")
+    if len(set(names)) < len(names):
+        raise ManifestError(f"{path.name}:1: a column is given twice")
     while True:
+        line = reader.line_num + 1
         try:
             cells = next(reader)
         except StopIteration:
             return
-        except csv.Error as error:
-            yield start, ManifestError(f"not CSV: {error}")
-            return
-        yield start, _cells(cells)
-        start = reader.line_num + 1
+        except csv.Error as error:  # the reader goes on with the next line
+            yield line, ManifestError(f"not CSV: {error}")
+            continue
+        if cells:
+            yield line, _cells(names, cells)
 
 
-def _cells(cells: dict[Any, Any]) -> Any:
-    if cells.pop(None, None):
+def _cells(names: Sequence[str], cells: Sequence[str]) -> Any:
+    if len(cells) > len(names):
         return ManifestError("more cells than columns; quote text that has commas in it")
-    given = {name: value for name, value in cells.items() if value not in (None, "")}
+    given: dict[str, Any] = {name: cell for name, cell in zip(names, cells, strict=False) if cell}
     for name in {"plugins", "settings"} & set(given):
-        given[name] = _json(given[name].encode())
+        given[name] = _json(given[name].encode("utf-8", "surrogatepass"))
         if isinstance(given[name], ManifestError):
             return ManifestError(f"{name}: {given[name]}")
     return given
 
 
 class _Loader(yaml.SafeLoader):
-    """Plain data only, and no aliases: nine lines of them can stand for gigabytes."""
+    """Plain data only, as in JSON: no aliases (nine lines can stand for gigabytes), no dates, no double keys."""
+
+    yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in kinds if not tag.endswith(":timestamp")]
+        for first, kinds in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
             event = self.peek_event()
             raise yaml.MarkedYAMLError(problem="aliases are not taken", problem_mark=event.start_mark)
         return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        if len(set(keys)) < len(keys):
+            raise yaml.MarkedYAMLError(problem="a field is given twice", problem_mark=node.start_mark)
+        return super().construct_mapping(node, deep=deep)
 
 
 def _yaml(path: Path, defaults: dict[str, Any]) -> Found:
@@ -198,11 +235,14 @@ def _yaml(path: Path, defaults: dict[str, Any]) -> Found:
             own = loader.construct_document(parts["defaults"]) if "defaults" in parts else {}
             if not isinstance(own, dict):
                 raise ManifestError(f"{path.name}: `defaults:` must hold named fields")
+            _known(own, f"{path.name}: `defaults:`")
             defaults.update({name: value for name, value in own.items() if name not in defaults})
             top = parts.get("rows")
         if not isinstance(top, yaml.SequenceNode):
             raise ManifestError(f"{path.name} has no list of rows")
         rows = [(node.start_mark.line + 1, loader.construct_document(node)) for node in top.value]
+    except ManifestError:
+        raise
     except UnicodeDecodeError:
         raise ManifestError(f"{path.name} is not UTF-8 text") from None
     except yaml.MarkedYAMLError as error:
@@ -210,11 +250,18 @@ def _yaml(path: Path, defaults: dict[str, Any]) -> Found:
         raise ManifestError(f"{path.name}:{line}: {error.problem}") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ManifestError(f"{path.name} is not YAML that can be used: {str(error)[:200]}") from None
-    yield from ((line, row if _finite(row) else ManifestError("nested too deeply")) for line, row in rows)
+    for line, row in rows:
+        deep = _depth(row) > DEEPEST
+        yield line, ManifestError("nested too deeply") if deep else row if _plain(row) else ManifestError(NOT_PLAIN)
 
 
-def _finite(row: Any) -> bool:
-    return _depth(row) <= DEEPEST
+def _plain(value: Any) -> bool:
+    """Whether a value is what JSON can hold."""
+    if isinstance(value, dict):
+        return all(isinstance(key, str) for key in value) and all(map(_plain, value.values()))
+    if isinstance(value, list):
+        return all(map(_plain, value))
+    return value is None or isinstance(value, (str, bool, int, float))
 
 
 def file_names(row_id: str, n: int) -> list[str]:

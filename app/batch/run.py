@@ -121,7 +121,7 @@ def make_plan(manifest: Manifest, setup: Setup, options: Options, store: Store, 
         try:
             job = make_job(row, line, setup, options.seed)
         except GraftError as error:
-            plan.bad.append(BadRow(row.id, line, row.model_dump_json(), one_line(error)))
+            plan.bad.append(BadRow(row.id, line, one_line(error)))
             continue
         record = records.get(row.id)
         same = record is not None and record.get("hash") == job.hash and not options.overwrite

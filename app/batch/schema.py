@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cache
 from typing import Any, Literal
 
@@ -92,12 +92,9 @@ def make_row(given: Mapping[str, Any], defaults: Mapping[str, Any], line: int, *
         row = Row.model_validate(merged, strict=strict)
     except ValidationError as error:
         raise ManifestError("; ".join(_said(e) for e in error.errors(include_url=False))) from None
-    _fits_task(row, given, takes)
-    for spec in row.specs():
-        try:
-            techniques.check(spec)
-        except GraftError as error:
-            raise ManifestError(f"plugins: {error}") from None
+    wrong = [*_fits_task(row, given, takes), *_fits_plugins(row)]
+    if wrong:
+        raise ManifestError("; ".join(wrong))
     return row
 
 
@@ -116,22 +113,34 @@ def _arguments(task: str) -> list[str]:
     return [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
 
 
-def _fits_task(row: Row, given: Mapping[str, Any], takes: set[str]) -> None:
+def _fits_task(row: Row, given: Mapping[str, Any], takes: set[str]) -> Iterator[str]:
     missing = [name for name in REQUIRED[row.task] if getattr(row, name) is None]
     if missing:
-        raise ManifestError(f"task {row.task!r} needs {', '.join(missing)}")
+        yield f"task {row.task!r} needs {', '.join(missing)}"
     foreign = [name for name, value in given.items() if name not in takes and value is not None]
     if foreign:
-        raise ManifestError(f"task {row.task!r} takes no {', '.join(foreign)}")
+        yield f"task {row.task!r} takes no {', '.join(foreign)}"
+        return
     further = [name for name in _arguments(row.task) if name not in Row.model_fields] if row.settings else []
-    unknown = [name for name in row.settings if name not in further]
-    if unknown:
-        raise ManifestError(f"settings: {row.task} has no {', '.join(unknown)}; there are {', '.join(further)}")
+    strange = [name for name in row.settings if name not in further]
+    if strange:
+        yield f"settings: {row.task} has no {', '.join(strange)}; there are {', '.join(further)}"
+
+
+def _fits_plugins(row: Row) -> Iterator[str]:
+    for spec in row.specs():
+        try:
+            techniques.check(spec)
+        except GraftError as error:
+            yield f"plugins: {error}"
 
 
 def _said(error: Any) -> str:
     field = ".".join(str(part) for part in error["loc"]) or "row"
-    if error["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(field, list(Row.model_fields), n=1)
-        return f"unknown field {field[:60]!r}" + (f", did you mean {near[0]!r}?" if near else "")
-    return f"{field}: {error['msg']}"
+    return unknown(field) if error["type"] == "extra_forbidden" else f"{field}: {error['msg']}"
+
+
+def unknown(name: str) -> str:
+    """That there is no such field, and which one may be meant."""
+    near = difflib.get_close_matches(name, list(Row.model_fields), n=1)
+    return f"unknown field {name[:60]!r}" + (f", did you mean {near[0]!r}?" if near else "")
