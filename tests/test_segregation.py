@@ -370,8 +370,10 @@ def test_a_run_that_starts_from_a_picture_keeps_it():
     pipe = tiny.sd15(cls=StableDiffusionImg2ImgPipeline)
     picture, results = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0)), []
     for candidates in (1, 4):
-        with dg.graft(pipe, dg.AttentionSegregation(WORDS, candidates=candidates, end=1.0)):
+        spy = Spy()
+        with dg.graft(pipe, dg.AttentionSegregation(WORDS, candidates=candidates, loss=spy, end=1.0)):
             results.append(tiny.sample(pipe, PROMPT, image=picture, strength=0.6, num_inference_steps=5))
+        assert len(spy.maps) == 3  # an update each; no start was compared
     assert torch.equal(*results)
 
 
