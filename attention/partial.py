@@ -86,6 +86,8 @@ def _explicit(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Ten
     """By the scores, some queries at a time: all of a large picture's would fill the memory."""
     block = max(1, _SCORES // (q.shape[0] * q.shape[1] * k.shape[-2]))
     parts: list[Partial] = []
+    if q.dtype == torch.float16:  # the product may leave its range
+        q, scale = q * scale, 1.0
     for start in range(0, q.shape[-2], block):
         rows = slice(start, start + block)
         scores = (q[:, :, rows] @ k.transpose(-1, -2)).to(torch.promote_types(q.dtype, torch.float32)) * scale

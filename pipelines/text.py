@@ -15,6 +15,7 @@ from .running import Running
 
 _LIMIT = 256
 _ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
+_LORA = ("cross_attention_kwargs", "joint_attention_kwargs")
 
 
 class Texts:
@@ -26,9 +27,9 @@ class Texts:
 
     def encode(self, texts: Sequence[str], running: Running) -> Text:
         """The texts by the pipeline's encoders, with this call's `clip_skip`, LoRA scale and text length."""
-        scale = (running.arguments.get("cross_attention_kwargs") or {}).get("scale")
+        scales = ((running.arguments.get(name) or {}).get("scale") for name in _LORA)
         asked = (running.arguments.get(name) for name in ("max_sequence_length", "clean_caption"))
-        state = (running.clip_skip, scale, *asked, _fingerprint(self.adapter.pipe))
+        state = (running.clip_skip, *scales, *asked, _fingerprint(self.adapter.pipe))
         missing = [text for text in dict.fromkeys(texts) if (text, *state) not in self._memo]
         if missing:
             self._need_encoder()
@@ -117,8 +118,9 @@ def _stack(rows: Sequence[Text]) -> Text:
 
 
 def _fingerprint(pipe: Any) -> tuple[Any, ...]:
-    """Changes whenever an encoder's weights, dtype, LoRA state or identity do."""
-    marks: list[Any] = []
+    """Changes whenever an encoder's weights, dtype, LoRA state or identity do, or a tokenizer learns a word."""
+    words = (getattr(pipe, name.replace("text_encoder", "tokenizer"), None) for name in _ENCODERS)
+    marks: list[Any] = [len(tokenizer) for tokenizer in words if hasattr(tokenizer, "__len__")]
     for name in _ENCODERS:
         encoder = getattr(pipe, name, None)
         if encoder is None:

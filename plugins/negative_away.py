@@ -90,7 +90,7 @@ class NegativeAway(Plugin):
 
     Args:
         negative: what to steer away from. A string for all pictures, a list with one string for each prompt, a
-            mapping text -> weight (finite, >= 0) for several at once, or embeddings [L, D], [1, L, D] or
+            mapping text -> weight (0 to 100) for several at once, or embeddings [L, D], [1, L, D] or
             [prompts, L, D] as the denoiser takes them. None is neutral; "" is not, it is a prompt like others.
         rule: "nasa", "nag" or "vsf", see the functions of these names.
         scale: strength in [0, 100]; 0 is neutral except for "vsf". None: the family's default for this rule, with or
@@ -210,7 +210,7 @@ class NegativeAway(Plugin):
         asked = [prompt.negative] if isinstance(prompt.negative, str) else prompt.negative or []
         if any(asked) and not prompt.guided:
             warnings.warn(
-                f"the call's negative_prompt={prompt.negative!r} does nothing: the pipeline runs without guidance "
+                f"the call's negative_prompt={prompt.negative!r} does nothing: the pipeline makes no guidance pass "
                 f"(guidance_scale={prompt.guidance_scale}). NegativeAway steers away from {self.negative!r} only; "
                 "give it that text too",
                 stacklevel=2,
@@ -228,7 +228,7 @@ def _checked(negative: Any) -> str | list[str] | dict[str, float] | torch.Tensor
             raise SettingError("the negative embeddings hold NaN or infinity")
         return negative.detach()
     if isinstance(negative, Mapping):
-        found = {text: finite(weight, f"weight of {text!r}", 0.0) for text, weight in negative.items()}
+        found = {text: finite(weight, f"weight of {text!r}", 0.0, 100.0) for text, weight in negative.items()}
     else:
         found = list(negative) if isinstance(negative, Sequence) else [negative]
     if not found:

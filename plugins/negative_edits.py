@@ -94,7 +94,8 @@ def pooled(rule: str, parts: Sequence[Partial], weights: Sequence[float]) -> Par
         return parts[0]
     if rule == "vsf":
         lse = torch.stack([part.lse for part in parts]).logsumexp(0)
-        scaled = [Partial(part.out * weight, part.lse) for part, weight in zip(parts, weights, strict=True)]
+        wide = [part.out.to(lse.dtype) for part in parts]  # a weight may lead out of float16
+        scaled = [Partial(out * weight, part.lse) for out, weight, part in zip(wide, weights, parts, strict=True)]
         return Partial(sum_weighted(scaled, lse), lse)
     share = sum(weights)
     out = sum(part.out * (weight / share) for part, weight in zip(parts, weights, strict=True))

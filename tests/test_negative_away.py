@@ -254,6 +254,17 @@ def test_a_negative_is_encoded_once_over_calls(pipe):
     assert texts.count(2) == 4  # three times the prompts, once the negatives
 
 
+def test_a_negative_is_encoded_again_when_its_tokens_mean_something_else(pipe):
+    """A word learned by textual inversion under the same graft."""
+    pipe, steered = copy.deepcopy(pipe), []
+    with dg.graft(pipe, away("<bad>")):
+        steered.append(tiny.sample(pipe))
+        pipe.load_textual_inversion(torch.randn(2, 32, generator=torch.Generator().manual_seed(4)), token="<bad>")
+        steered.append(tiny.sample(pipe))
+    assert torch.equal(steered[1], run(pipe, away("<bad>"), prompt="a red ball and a blue star"))
+    assert not torch.equal(*steered)
+
+
 def test_nothing_is_kept_after_a_call(pipe):
     plugin = away()
     with dg.graft(pipe, plugin):
@@ -481,6 +492,7 @@ def test_latent_consistency_models():
         ({"negative": {}}, dg.SettingError, "empty"),
         ({"negative": {"red": -1.0}}, dg.SettingError, "weight"),
         ({"negative": {"red": float("nan")}}, dg.SettingError, "weight"),
+        ({"negative": {"red": 1e30}}, dg.SettingError, "weight"),
         ({"negative": torch.zeros(3)}, dg.SettingError, "L, D"),
         ({"negative": torch.full((2, 3), torch.nan)}, dg.SettingError, "NaN"),
         ({"rule": "cfg"}, dg.SettingError, "nasa, nag, vsf"),

@@ -161,8 +161,11 @@ def test_several_negatives_ride_side_by_side():
 # -- through the pipelines ------------------------------------------------------------------------------------------
 
 
+SMALL = {"num_inference_steps": 2, "height": 32, "width": 32, "output_type": "latent"}
+
+
 def run(pipe, *plugins, prompt="a blue ball", **call):
-    options = {"num_inference_steps": 2, "height": 32, "width": 32, "output_type": "latent"}
+    options = dict(SMALL)
     options["generator"] = torch.Generator().manual_seed(0)
     if family_name(pipe) == "qwen":
         options["prompt_embeds"] = normal(2 if isinstance(prompt, list) else 1, 6, 32, seed=8)
@@ -414,6 +417,10 @@ def test_what_joint_models_refuse():
         run(pipe, dg.NegativeAway(torch.zeros(1, 4, 5)))
     with pytest.raises(dg.UnsupportedPipelineError, match="embeddings"):
         run(tt.qwen(), dg.NegativeAway("red"))
+    for masked in (pipe, tt.sd3()):
+        embeds = torch.ones(1, 4, masked.transformer.config.joint_attention_dim)
+        with pytest.raises(dg.SettingError, match="cut the padding off"):
+            run(masked, dg.NegativeAway(embeds, mask=torch.arange(4)[None] < 2))
     assert torch.equal(run(pipe), run(pipe))
 
 
@@ -428,6 +435,38 @@ def test_lora_and_fused_projections_on_joint_attention():
     torch.manual_seed(3)
     pipe.transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q", "add_k_proj"], init_lora_weights=False))
     assert (run(pipe, dg.NegativeAway("red", scale=0.5)) - apart).abs().max() > 1e-4
+
+
+def test_a_negative_is_encoded_again_for_another_lora_scale_of_the_text_encoder():
+    from peft import LoraConfig
+
+    pipe, kept = tt.flux(), []
+    torch.manual_seed(3)
+    pipe.text_encoder_2.add_adapter(LoraConfig(r=2, target_modules=["q", "v"], init_lora_weights=False))
+    embeds = dict(zip(("prompt_embeds", "pooled_prompt_embeds"), pipe.encode_prompt("a ball", "a ball"), strict=False))
+    calls = [embeds | {"prompt": None, "joint_attention_kwargs": {"scale": scale}} for scale in (1.0, 0.2)]
+    with dg.graft(pipe, dg.NegativeAway("red", scale=0.8)):
+        for call in calls:
+            kept.append(pipe(**call, **SMALL, generator=torch.Generator().manual_seed(0)).images)
+    for call, found in zip(calls, kept, strict=True):
+        assert torch.equal(found, run(pipe, dg.NegativeAway("red", scale=0.8), **call))
+    assert not torch.equal(*kept)
+
+
+def test_padding_that_qwen_masks_changes_nothing():
+    pipe, negative = tt.qwen(), normal(1, 4, 32, seed=5)
+    junk = torch.cat([negative, 9 * torch.ones(1, 3, 32)], 1)
+    short = run(pipe, dg.NegativeAway(negative, scale=0.5))
+    padded = run(pipe, dg.NegativeAway(junk, scale=0.5, mask=torch.arange(7)[None] < 4))
+    torch.testing.assert_close(padded, short, rtol=0, atol=1e-5)
+    assert (run(pipe, dg.NegativeAway(junk, scale=0.5)) - short).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("name", ["flux", "sd3"])
+def test_a_negative_prompt_that_the_call_ignores_is_said(name):
+    pipe, call = getattr(tt, name)(), {"flux": {}, "sd3": {"guidance_scale": 0.0}}[name]
+    with pytest.warns(UserWarning, match="negative_prompt='green' does nothing"):
+        run(pipe, dg.NegativeAway("red"), negative_prompt="green", **call)
 
 
 def test_padding_of_masked_captions_changes_nothing():

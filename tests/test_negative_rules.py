@@ -51,6 +51,15 @@ def test_the_explicit_form_is_the_fused_one(qkv, monkeypatch):
     torch.testing.assert_close(explicit.lse, fused.lse, **EXACT)
 
 
+def test_large_logits_stay_in_float16s_range():
+    q, k, v = (normal(1, 1, 3, 4, seed=seed) for seed in range(3))
+    q, k = q * 400, k * 400
+    assert (q @ k.mT).abs().max() > torch.finfo(torch.float16).max
+    part = partial._explicit(q.half(), k.half(), v.half(), None, 0.001)
+    assert part.out.isfinite().all()
+    torch.testing.assert_close(part.lse.double(), softmax(q, k, v, 0.001)[1], rtol=1e-2, atol=1e-2)
+
+
 def test_merged_parts_are_attention_over_all_keys(qkv):
     q, (k, v), (k2, v2) = qkv
     parts = [attend_with_lse(q, k, v, None, 0.5), attend_with_lse(q, k2, v2, None, 0.5)]
@@ -159,3 +168,5 @@ def test_several_negatives_with_weights(qkv):
     torch.testing.assert_close(both.out, whole, **EXACT)
     torch.testing.assert_close(both.lse, lse, **EXACT)
     assert pooled("nag", [Partial(z, z)], [1.0]).out is z
+    large = [Partial(1000 * torch.ones(1, 1, 2, 4).half(), torch.zeros(1, 1, 2))] * 2
+    assert torch.equal(pooled("vsf", large, [100.0, 100.0]).out, torch.full((1, 1, 2, 4), 1e5))

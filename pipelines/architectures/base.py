@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map
 
-from ...attention.errors import UnsupportedPipelineError
+from ...attention.errors import SettingError, UnsupportedPipelineError
 from ...attention.layer import AttentionLayer, find_layers
 from ...attention.step import Rows
 from ...plugins.base import Text
@@ -111,7 +111,16 @@ class Adapter:
         return inputs[self.text].shape[1]
 
     def extend_text(self, inputs: Inputs, texts: Sequence[Text]) -> Inputs:
-        """The same call with the texts' tokens behind the prompt's; their rows are those of the batch."""
+        """The same call with the texts' tokens behind the prompt's; their rows are those of the batch.
+
+        Raises:
+            SettingError: a text with padding to be masked, on a model that attends to all of its text.
+        """
+        if any(text.mask is not None for text in texts):
+            raise SettingError(
+                f"{type(self.denoiser).__name__} masks no padding: leave mask= out, and cut the padding off the "
+                "negative's embeddings"
+            )
         words = inputs[self.text]
         return {**inputs, self.text: torch.cat([words, *(text.embeddings.to(words) for text in texts)], 1)}
 

@@ -44,7 +44,8 @@ class QwenAdapter(PackedAdapter):
             words.new_ones(len(words), n, dtype=torch.bool) if mask is None else mask.to(words.device, torch.bool)
             for mask, n in zip(masks, lengths, strict=True)
         ]
-        return {**super().extend_text(inputs, texts), name: torch.cat(full, 1)}
+        extended = super().extend_text(inputs, [Text(text.embeddings) for text in texts])
+        return {**extended, name: torch.cat(full, 1)}
 
     def hooks(self, run: Callable[[], Any]) -> Sequence[Callable[[], None]]:
         """Each text counts its positions from its own start."""
