@@ -15,7 +15,11 @@ from ..attention.errors import GraftError, SettingError, SettingTypeError
 from ..plugins.base import Plugin
 from .images import load_image, load_mask
 
-_FILES: Mapping[str, Callable[[Path], Any]] = {"mask": load_mask, "style": load_image, "image": load_image}
+_FILES: Mapping[str, Callable[[Path], Any]] = {
+    "mask": load_mask, "layout": load_mask, "style": load_image, "content": load_image, "image": load_image,
+}  # fmt: skip
+_NO_FILE = ("auto",)
+"""Words that these arguments take."""
 
 
 def techniques() -> dict[str, type[Plugin]]:
@@ -50,22 +54,33 @@ def build(spec: Mapping[str, Any], folder: Path = Path()) -> Plugin:
     """The plugin of a spec.
 
     Args:
-        spec: `{"plugin": name, ...}`; `mask` and `style` are paths.
+        spec: `{"plugin": name, ...}`; masks, layouts, styles and contents are paths, or lists or mappings of them.
         folder: what relative paths start from.
 
     Raises:
         GraftError: unknown plugin or argument, unusable value or picture.
     """
     kind, arguments = _arguments(spec)
-    for name, read in _FILES.items():
-        if isinstance(arguments.get(name), str):
-            arguments[name] = read(folder / arguments[name])
+    arguments = with_files(arguments, lambda name, path: _FILES[name](folder / path))
     try:
         return kind(**arguments)
     except GraftError:
         raise
     except (TypeError, ValueError) as error:
         raise SettingError(f"{kind.__name__}: {error}") from None
+
+
+def with_files(spec: Mapping[str, Any], change: Callable[[str, str], Any]) -> dict[str, Any]:
+    """A spec with `change(argument, path)` in the place of every path."""
+
+    def changed(name: str, value: Any) -> Any:
+        if isinstance(value, list):
+            return [changed(name, one) for one in value]
+        if isinstance(value, Mapping):
+            return {key: changed(name, one) for key, one in value.items()}
+        return change(name, value) if isinstance(value, str) and value not in _NO_FILE else value
+
+    return {name: changed(name, value) if name in _FILES else value for name, value in spec.items()}
 
 
 def _arguments(spec: Any) -> tuple[type[Plugin], dict[str, Any]]:

@@ -8,7 +8,7 @@ import pytest
 
 from diffgraft.app.batch.manifest import read_manifest
 from diffgraft.app.batch.plan import Setup, batches, derived_seed, in_shard, make_job
-from diffgraft.app.errors import ManifestError
+from diffgraft.app.errors import ImageError, ManifestError
 
 AWAY = {"plugin": "NegativeAway", "negative": "red", "scale": 0.5}
 ROWS = [
@@ -229,6 +229,34 @@ def test_the_hash_sees_what_changes_a_picture(write, tmp_path):
         assert jobs_of(write(json.dumps(row | change)))[0].hash != base
     assert jobs_of(write(json.dumps(row)), seed=1)[0].hash != base
     assert jobs_of(write(json.dumps(row)), dtype="bfloat16")[0].hash != base
+
+
+def test_every_picture_that_a_row_reads_is_known(write, tmp_path):
+    """Lists, mappings, layouts and contents too: each is in the hash, and its folder in no metadata."""
+    (tmp_path / "in").mkdir()
+    for name in "abcde":
+        (tmp_path / "in" / f"{name}.png").write_bytes(b"old")
+    layout = {"ball": "in/a.png", "star": "in/b.png"}
+    plugins = [
+        {"plugin": "AttentionSegregation", "concepts": ["ball", "star"], "layout": layout},
+        {"plugin": "AttentionDistillation", "style": ["in/c.png"], "content": "in/d.png"},
+        {"plugin": "SelfAttentionRedirection", "mask": ["in/e.png"]},
+        {"plugin": "AttentionSegregation", "concepts": ["ball"], "layout": "auto"},
+    ]
+    path = write(json.dumps({"prompt": "a", "plugins": plugins}))
+    [job] = jobs_of(path)
+    assert "in/" not in json.dumps(job.described(0)) and job.described(0)["plugins"][0]["layout"]["star"] == "b.png"
+    for name in "abcde":
+        (tmp_path / "in" / f"{name}.png").write_bytes(b"newer")
+        [changed] = jobs_of(path)
+        assert changed.hash != job.hash
+        job = changed
+
+
+@pytest.mark.parametrize("path", ["/dev/zero", ".", "no.png", "a\0b", "x" * 4000])
+def test_only_files_are_read(write, path):
+    with pytest.raises(ImageError, match="cannot be read"):
+        jobs_of(write(json.dumps({"task": "erase", "image": path, "mask": path})))
 
 
 def test_every_row_is_in_one_shard():

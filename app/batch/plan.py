@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
@@ -13,6 +14,7 @@ from typing import Any
 from ...pipelines.generate import SEEDS
 from ..errors import ImageError
 from ..models import shown_name, suits
+from ..techniques import with_files
 from .manifest import file_names
 from .schema import FILES, Row
 
@@ -89,7 +91,9 @@ def make_job(row: Row, line: int, setup: Setup, run_seed: int) -> Job:
     specs = tuple(row.specs())
     seed = row.seed if row.seed is not None and row.seed >= 0 else derived_seed(run_seed, row.id)
     files = tuple(file_names(row.id, row.n))
-    read = [*inputs.values(), *(spec[key] for spec in specs for key in FILES if isinstance(spec.get(key), str))]
+    read = list(inputs.values())
+    for spec in specs:
+        with_files(spec, lambda _, path: read.append(path))
     identity = {
         "row": [row.id, row.task, seed, files, settings, inputs, specs],
         "model": [model, setup.revision, setup.dtype, setup.metadata],
@@ -127,12 +131,14 @@ def batches(jobs: Iterable[Job], size: int) -> list[list[Job]]:
 
 def shown(spec: Mapping[str, Any]) -> dict[str, Any]:
     """A plugin spec without the folders of its files."""
-    return {k: PurePath(v).name if k in FILES and isinstance(v, str) else v for k, v in spec.items()}
+    return with_files(spec, lambda _, path: PurePath(path).name)
 
 
 def _digest(path: Path) -> str:
     try:
         state = path.stat()
+        if not path.is_file():  # a device has no end
+            raise OSError(errno.EINVAL, "it is not a file")
         return _digest_of(path, state.st_mtime_ns, state.st_size)
     except (OSError, ValueError) as error:
         raise ImageError(f"{str(path)!r} cannot be read: {getattr(error, 'strerror', None) or error}") from None
