@@ -51,7 +51,7 @@ def choose_layers(
     Args:
         layers: every layer of the denoiser in execution order.
         size: (height, width) of the full token grid.
-        kind: "cross" or "self"; a model without cross-attention has its joint layers in their place.
+        kind: "cross" or "self"; a model without cross-attention has its joint layers in its place.
         tokens: grid size looked for; nearness is a ratio, so half as many is as far as twice as many.
         choice: "auto": every layer of the level, but the decoder's alone where the level is the full latent grid,
             since the first encoder layers of a model have not seen enough to say where anything is. "decoder": those
@@ -79,9 +79,18 @@ def choose_layers(
 
 
 def kind_of_maps(layers: Sequence[AttentionLayer], kind: Kind) -> Kind:
-    """`kind`, or "joint" for a model that attends to image and text in one sequence only."""
+    """`kind`, or "joint" in the place of "cross" for a model that attends to image and text in one sequence only.
+
+    Raises:
+        UnsupportedPipelineError: self-attention asked for, of a model without.
+    """
     present = {layer.kind for layer in layers}
-    return "joint" if "joint" in present and kind not in present else kind
+    if kind == "self" and kind not in present:
+        raise UnsupportedPipelineError(
+            "no layer attends to the image alone, so words cannot be spread along self-attention: use attention_maps, "
+            "or another threshold than 'attencraft'"
+        )
+    return "joint" if kind == "cross" and "joint" in present and kind not in present else kind
 
 
 # -- recording -----------------------------------------------------------------------------------------------------

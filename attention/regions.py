@@ -60,7 +60,7 @@ def places(maps: torch.Tensor, share: float = 0.4) -> torch.Tensor:
     cells = torch.cartesian_prod(rows, columns)
     side = torch.tensor([height, width], dtype=torch.float64)
     margin = torch.minimum(side / 2, torch.tensor(radius, dtype=torch.float64))
-    mass = (maps.detach().double().cpu() * binarise(maps).cpu()).flatten(1) + 1e-9
+    mass = (maps.detach().cpu().double() * binarise(maps).cpu()).flatten(1) + 1e-9
     centres = mass @ cells / mass.sum(1, keepdim=True)
     centres = centres.clamp(margin, side - margin)
     nudge = (torch.arange(count, dtype=torch.float64) - (count - 1) / 2)[:, None] * (side >= side.max()) * 1e-3

@@ -20,6 +20,7 @@ from ..plugins.concepts import Concept, Found, find_concept
 from .generate import resolve_seed, sample
 from .graft import graft
 from .overlay import overlay, sheet, strip
+from .region import as_picture, as_rgb
 
 _IMG2IMG_STEPS = 20
 
@@ -103,10 +104,10 @@ class _Watch(Plugin):
 
     def bind(self, session: Session) -> None:
         self.cross = MapCapture(session.layers, "predict", choice=self.layers)
-        self.own = MapCapture(session.layers, "predict", kind="self", tokens=SELF_TOKENS)
+        self.own = MapCapture(session.layers, "predict", kind="self", tokens=SELF_TOKENS) if self.affinity else None
 
     def edits(self) -> Sequence[Edit]:
-        return (self.cross, self.own) if self.affinity else (self.cross,)
+        return (self.cross,) if self.own is None else (self.cross, self.own)
 
     def begin(self, session: Session, step: Step) -> None:
         texts = session.prompt.texts
@@ -117,7 +118,7 @@ class _Watch(Plugin):
     def combine(self, step: Step, prediction: torch.Tensor, rows: Rows) -> None:
         self.maps.append(self.cross.averaged()[0].cpu())
         self.cross.clear()
-        if self.affinity:
+        if self.own is not None:
             self.affinities.append(self.own.averaged()[0].flatten(1).T.cpu())
             self.own.clear()
 
@@ -168,7 +169,7 @@ def attention_masks(
     prompt: str,
     words: Sequence[Concept],
     *,
-    image: Image.Image | None = None,
+    image: Any = None,
     noise: float = 0.2,
     margin: float = 0.1,
     power: int = 4,
@@ -187,12 +188,14 @@ def attention_masks(
         pipe: a text-to-image pipeline that diffusers can turn into image-to-image.
         prompt: what is to be seen.
         words: words or phrases of the prompt, or token columns.
-        image: the picture; None draws it from the prompt first (`seed`, `steps`, `guidance`, `call` as for `generate`).
+        image: the picture (PIL, path, array or tensor); None draws it from the prompt first (`seed`, `steps`,
+            `guidance`, `call` as for `generate`).
         noise: share of the schedule to look at, above 0, at most 1. AttenCraft draws a step below 0.3.
         margin: 0 ... 1; larger ones leave more cells to nobody.
         power: of the self-attention, 1 or more: how far a word spreads within its thing.
     Raises:
-        ConceptError: a word is not in the prompt. UnsupportedPipelineError: no image-to-image form.
+        ConceptError: a word is not in the prompt. UnsupportedPipelineError: no image-to-image form, or no
+            self-attention. SettingError, SettingTypeError: a value out of range, not a picture.
     """
     noise, margin = finite(noise, "noise", 1 / _IMG2IMG_STEPS, 1), finite(margin, "margin", 0, 1)
     if not isinstance(power, int) or power < 1:
@@ -200,6 +203,7 @@ def attention_masks(
     watch, number = _Watch(_words(words), layers, affinity=True), resolve_seed(seed)
     if image is None:
         (image,) = sample(pipe, [prompt], [number], steps=steps, guidance=guidance, **call)
+    image = as_rgb(as_picture(image))
     _look_again(pipe, watch, prompt, image, noise, number)
     cross = torch.stack(watch.maps).mean(0)
     concepts = concept_maps(cross, watch.columns(background=True), normalisation="none", smoothing="none")
@@ -223,7 +227,7 @@ def _look_again(pipe: Any, watch: _Watch, prompt: str, image: Image.Image, noise
     again.set_progress_bar_config(disable=True)
     with graft(again, watch):
         again(
-            prompt=prompt, image=image.convert("RGB"), strength=noise, num_inference_steps=_IMG2IMG_STEPS,
+            prompt=prompt, image=image, strength=noise, num_inference_steps=_IMG2IMG_STEPS,
             guidance_scale=1.0, generator=torch.Generator().manual_seed(seed), output_type="latent",
         )  # fmt: skip
 

@@ -10,7 +10,7 @@ import torch
 from ..attention.errors import SettingError
 from ..attention.step import Step
 from ..plugins.base import Probe
-from ..plugins.concepts import Concepts
+from ..plugins.concepts import Concepts, check_concepts
 from ..plugins.losses import Loss
 from ..plugins.segregation import AttentionSegregation
 from .generate import resolve_seed, sample
@@ -34,6 +34,10 @@ class _Rank(AttentionSegregation):
     def __init__(self, concepts: Concepts, at: int, **settings: Any) -> None:
         super().__init__(concepts, end=1.0, **settings)
         self.at, self.found = at, list[float]()
+
+    @property
+    def neutral(self) -> bool:
+        return False  # nothing is moved, whatever the size
 
     def moves(self, step: Step) -> bool:
         if self.at >= step.total:
@@ -73,10 +77,19 @@ def rank_seeds(
         batch_size: candidates at once; does not change the ranks.
         settings: further arguments of `AttentionSegregation`, such as its normalisation.
     Raises:
-        SettingError: no seeds, or `at` outside of the run. ConceptError: a concept is not in the prompt.
+        SettingError, SettingTypeError: no seeds or concepts, or `at` outside of the run. ConceptError: a concept is
+            not in the prompt.
     """
-    if not seeds:
-        raise SettingError("seeds= is empty: give the candidates, such as range(8)")
+    if not isinstance(seeds, Sequence) or not seeds:  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise SettingError(f"seeds={seeds!r}: give the candidates, such as range(8)")
+    for name, value, low in (("at", at, 0), ("batch_size", batch_size, 1)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < low:  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise SettingError(f"{name}={value!r}: a whole number, {low} or more, is needed")
+    if not any(check_concepts(concepts)):
+        raise SettingError("concepts= is empty: seeds are ranked by the maps of words, such as ['ball', 'star']")
+    taken = {"start", "end", "loss"} & {*(settings or {})}
+    if taken:
+        raise SettingError(f"settings= holds {', '.join(sorted(taken))}: say when by at=, and loss= beside it")
     numbers = [resolve_seed(seed) for seed in seeds]
     ranked: list[RankedSeed] = []
     for i in range(0, len(numbers), batch_size):
@@ -87,4 +100,6 @@ def rank_seeds(
                 sample(pipe, [prompt] * len(part), part, steps=steps, guidance=guidance, **call)
         except _Ranked:
             ranked += map(RankedSeed, part, plugin.found)
+        else:
+            raise SettingError(f"at={at}: {type(pipe.scheduler).__name__} repeats that step; take another")
     return sorted(ranked, key=lambda one: one.loss)

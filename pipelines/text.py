@@ -119,7 +119,7 @@ def _stack(rows: Sequence[Text]) -> Text:
 
 def _fingerprint(pipe: Any) -> tuple[Any, ...]:
     """Changes whenever an encoder's weights, dtype, LoRA state or identity do, or a tokenizer learns a word."""
-    words = (getattr(pipe, name.replace("text_encoder", "tokenizer"), None) for name in _ENCODERS)
+    words: list[Any] = [getattr(pipe, name.replace("text_encoder", "tokenizer"), None) for name in _ENCODERS]
     marks: list[Any] = [len(tokenizer) for tokenizer in words if hasattr(tokenizer, "__len__")]
     for name in _ENCODERS:
         encoder = getattr(pipe, name, None)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 
@@ -60,6 +60,20 @@ def check_concepts(concepts: Concepts | Sequence[Concepts]) -> list[list[Concept
     nested = inner and len(inner) + len(empty) == len(concepts)
     lists = cast("list[Sequence[Concept]]", list(concepts) if nested else [concepts])
     return [[_checked(concept) for concept in group] for group in lists]
+
+
+def attributes_by_prompt(attributes: Any) -> list[Mapping[str, str]]:
+    """Attributes of all prompts, or one mapping for each; None is none.
+
+    Raises:
+        SettingTypeError: not a mapping of texts, nor a list of such.
+    """
+    groups: list[Any] = list(attributes) if isinstance(attributes, (list, tuple)) else [attributes or {}]
+    for group in groups:
+        words = cast("Mapping[Any, Any]", group).items() if isinstance(group, Mapping) else [(None, None)]
+        if not all(isinstance(word, str) for pair in words for word in pair):
+            raise SettingTypeError(f"attributes={attributes!r}: give the word of a concept, such as {{'ball': 'blue'}}")
+    return groups or [{}]
 
 
 def _checked(concept: Concept) -> Concept:

@@ -114,7 +114,7 @@ def find_loss(loss: str | Loss) -> Loss:
     """
     if callable(loss):
         return loss
-    if loss not in LOSSES:
+    if not isinstance(loss, str) or loss not in LOSSES:  # pyright: ignore[reportUnnecessaryIsInstance]
         raise SettingError(f"loss={loss!r}: choose one of {', '.join(LOSSES)}, or give a function of Maps")
     return LOSSES[loss]
 

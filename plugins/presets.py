@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
-from ..attention.errors import SettingError
+from ..attention.errors import SettingError, SettingTypeError
+from .base import finite
 
 Units = Literal["relative", "gradient"]
 Route = Literal["exact", "values"]
@@ -38,6 +40,21 @@ def preset_named(name: str | None) -> dict[str, Any]:
     if name not in (None, *PRESETS):
         raise SettingError(f"preset={name!r}: choose one of {', '.join(PRESETS)}")
     return PRESETS[name or "measured"]
+
+
+def check_refine(refine: Any) -> dict[int, float]:
+    """`refine` as a dictionary, empty for None.
+
+    Raises:
+        SettingTypeError: not a mapping. SettingError: not from step numbers to losses.
+    """
+    if refine is not None and not isinstance(refine, Mapping):
+        raise SettingTypeError(f"refine={refine!r}: a mapping of step to loss is needed, such as {{0: 0.3, 10: 0.1}}")
+    goals: Mapping[Any, Any] = refine or {}
+    for step in goals:
+        if isinstance(step, bool) or not isinstance(step, int) or step < 0:
+            raise SettingError(f"refine= names step {step!r}: steps are whole numbers from 0")
+    return {step: finite(goal, f"refine[{step}]") for step, goal in goals.items()}
 
 
 def check_choices(plugin: Any) -> None:

@@ -8,7 +8,7 @@ from typing import Any, Literal, cast
 import torch
 
 from ..attention.edit import Edit
-from ..attention.errors import SettingError
+from ..attention.errors import MaskError, SettingError
 from ..attention.layer import AttentionLayer
 from ..attention.maps import SELF_TOKENS, LayerChoice, MapCapture, concept_maps
 from ..attention.masks import as_mask, as_masks
@@ -40,7 +40,8 @@ class Regions:
         if previous not in ("post", "pre") or (previous == "pre" and threshold == "attencraft"):
             raise SettingError(f"previous={previous!r}: choose 'post' or 'pre', with threshold='attencraft' 'post'")
         self.threshold: Rule = threshold
-        self.level = finite(LEVELS[threshold] if level is None else level, "level")
+        given = LEVELS[threshold] if level is None else level
+        self.level = finite(given, "level") if threshold == "std" else finite(given, "level", 0, 1)
         self.follows = None if layout is not None else previous
         self.layout = layout
         self.found: list[torch.Tensor | None] = []
@@ -114,7 +115,7 @@ def read_layout(layout: Any, concepts: Sequence[Sequence[Any]]) -> list[torch.Te
     """A layout as masks [H, W], one for each of the concepts of every prompt; None and "auto" as they are.
 
     Raises:
-        MaskError: not a mask. SettingError: not one for each concept.
+        MaskError: not a mask, or an empty one. SettingError: not one for each concept.
     """
     if layout is None or (isinstance(layout, str) and layout == "auto"):
         return layout
@@ -127,4 +128,7 @@ def read_layout(layout: Any, concepts: Sequence[Sequence[Any]]) -> list[torch.Te
     for group in concepts:
         if len(group) != len(members):
             raise SettingError(f"layout= has {len(members)} masks for {len(group)} concepts: give one for each")
+    empty = [i for i, mask in enumerate(members) if not mask.any()]
+    if empty:
+        raise MaskError(f"layout= leaves concept {empty[0]}, counted from 0, no place: its mask is empty")
     return [torch.from_numpy(mask) for mask in members]

@@ -9,14 +9,14 @@ from typing import Any, Literal
 import torch
 
 from ..attention.edit import Edit
-from ..attention.errors import SettingError
+from ..attention.errors import SettingError, SettingTypeError
 from ..attention.maps import LayerChoice, MapCapture, Normalisation, Smoothing, ValuesOnly, concept_maps
 from ..attention.step import Step
 from .base import Plugin, Probe, Session, finite
-from .concepts import Concepts, Picture, check_concepts, find_picture, for_pictures
+from .concepts import Concepts, Picture, attributes_by_prompt, check_concepts, find_picture, for_pictures
 from .losses import Loss, Maps, binding_loss, find_loss
 from .moves import gradient_of, gradient_step, low_pass, relative_step, shuffled, step_factor
-from .presets import Route, Units, check_choices, preset_named
+from .presets import Route, Units, check_choices, check_refine, preset_named
 from .retention import Regions, Rule, read_layout
 
 _MAX_REFINEMENTS = 20
@@ -48,7 +48,7 @@ class AttentionSegregation(Plugin):
         smoothing: 3x3 filter, "mean", "gaussian" or "none". Default "mean", "paper" "gaussian".
         rule: "relative": the move has `size` times the latent's norm (default, 0.05). "gradient": it is `size` times
             the gradient, in units of a variance-preserving scheduler ("paper", 20).
-        size: see `rule`; 0 is neutral.
+        size: see `rule`; 0 is neutral, at most 1 if relative.
         decay: square of what is left of the size at the last step of the run.
         lowpass: side of the cells over which the move is averaged, in latent cells. 0: not at all. Default: 4 where
             maps have as many cells as the latent, else 0.
@@ -111,7 +111,7 @@ class AttentionSegregation(Plugin):
         usual: float = 1.0 if finite(start, "start") >= chosen["end"] else chosen["end"]
         super().__init__(start=start, end=usual if end is None else end)
         self.concepts = check_concepts(concepts)
-        self.attributes = [attributes or {}] if attributes is None or isinstance(attributes, Mapping) else attributes
+        self.attributes = attributes_by_prompt(attributes)
         self.segregation = finite(segregation, "segregation", 0)
         self.retention = finite(retention, "retention", 0)
         self.binding = finite(binding, "binding", 0)
@@ -120,13 +120,13 @@ class AttentionSegregation(Plugin):
         self.normalisation: Normalisation = normalisation or ("ae" if sharp else chosen["normalisation"])
         self.smoothing: Smoothing = default("smoothing", smoothing)
         self.rule: Units = default("rule", rule)
-        self.size = finite(default("size", size), "size", 0)
+        self.size = finite(default("size", size), "size", 0, 1 if self.rule == "relative" else 1e6)
         self.decay = finite(default("decay", decay), "decay", 0, 1)
         self.lowpass: int | None = default("lowpass", lowpass)
         self.layers: LayerChoice = layers
         self.route: Route = default("route", route)
         self.threshold, self.level, self.previous, self.layout = threshold, level, previous, layout
-        self.every, self.refine, self.candidates = every, dict(refine or {}), candidates
+        self.every, self.refine, self.candidates = every, check_refine(refine), candidates
         self.loss_scale = None if loss_scale is None else finite(loss_scale, "loss_scale", 1)
         self._loss = find_loss(loss)
         check_choices(self)
@@ -254,6 +254,8 @@ class AttentionSegregation(Plugin):
             return concepts.sum()
         seen = Maps(concepts, self._regions.of(number, concepts), attributes, self.segregation, self.retention)
         loss = self._loss(seen)
+        if not isinstance(loss, torch.Tensor) or loss.ndim:  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise SettingTypeError(f"loss= gave {type(loss).__name__} for a picture: a tensor of one number is needed")
         if self.binding:
             loss = loss + self.binding * binding_loss(seen)
         return loss

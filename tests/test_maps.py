@@ -10,7 +10,7 @@ import tiny
 import tiny_transformers
 import torch
 import torch.nn.functional as F
-from diffusers import UNet2DConditionModel
+from diffusers import PNDMScheduler, UNet2DConditionModel
 
 import diffgraft as dg
 from diffgraft.attention.layer import find_layers
@@ -327,10 +327,23 @@ def test_masks_are_disjoint_and_find_the_things(book):
         assert not dg.attention_masks(book, CAPTION, ["ball", "star"], image=picture, margin=1.0)["ball"].any()
 
 
-@pytest.mark.parametrize("wrong", [{"noise": 0}, {"margin": 2}, {"power": 0}, {"words": []}])
+@pytest.mark.parametrize(
+    "wrong", [{"noise": 0}, {"margin": 2}, {"power": 0}, {"words": []}, {"image": "no such file.png"}], ids=str
+)
 def test_wrong_arguments_of_masks(book, wrong):
     with pytest.raises(dg.SettingError):
         dg.attention_masks(**({"pipe": book, "prompt": CAPTION, "words": ["ball"]} | wrong))
+
+
+def test_masks_need_a_picture_and_self_attention(sd15):
+    ask = {"prompt": "a ball and a star", "words": ["ball"], "image": np.zeros((32, 32, 4), np.uint8)}
+    masks = dg.attention_masks(sd15, **ask)
+    assert masks.image.mode == "RGB" and masks.image.getpixel((0, 0)) == (255, 255, 255)
+    with pytest.raises(dg.SettingTypeError, match="not a picture"):
+        dg.attention_masks(sd15, **(ask | {"image": 3}))
+    for pipe in (tiny_transformers.flux(), tiny_transformers.sd3(dual_attention_layers=())):
+        with pytest.raises(dg.UnsupportedPipelineError, match="self-attention"):
+            dg.attention_masks(pipe, **ask)
 
 
 def test_ranked_seeds_agree_with_the_losses_of_a_run_and_cost_half_a_call(sd15):
@@ -347,9 +360,28 @@ def test_ranked_seeds_agree_with_the_losses_of_a_run_and_cost_half_a_call(sd15):
     assert g.report().plugins[0][1]["loss 0"][0] == pytest.approx(best.loss, abs=1e-4)
     later = dg.rank_seeds(sd15, prompt, words, [0], loss="a-star", at=2, steps=3, **size)
     assert later[0].loss > 1  # from the second step on there are regions to keep to
-    for wrong in ({"seeds": []}, {"seeds": [1], "at": 3, "steps": 3}):
-        with pytest.raises(dg.SettingError):
-            dg.rank_seeds(sd15, prompt, words, **wrong, **size)
+    idle = {"size": 0.0, "segregation": 0.0, "retention": 0.0}  # nothing would be moved anyway
+    assert dg.rank_seeds(sd15, prompt, words, range(5), settings=idle, **size) == ranked
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"seeds": []}, {"seeds": 3}, {"at": 3, "steps": 3}, {"at": -1}, {"at": "x"}, {"batch_size": 0}, {"concepts": []},
+     {"settings": {"end": 0.5}}],
+    ids=str,
+)  # fmt: skip
+def test_seeds_that_cannot_be_ranked(sd15, wrong):
+    right = {"prompt": "a ball", "concepts": ["ball"], "seeds": [1], "width": 32, "height": 32}
+    with pytest.raises(dg.SettingError):
+        dg.rank_seeds(sd15, **(right | wrong))
+
+
+def test_a_step_that_the_scheduler_repeats_ranks_nothing(sd15):
+    sd15.scheduler = PNDMScheduler.from_config(sd15.scheduler.config, skip_prk_steps=True)
+    call = {"steps": 3, "width": 32, "height": 32}
+    assert len(dg.rank_seeds(sd15, "a ball", ["ball"], [0], at=2, **call)) == 1
+    with pytest.raises(dg.SettingError, match="repeats"):
+        dg.rank_seeds(sd15, "a ball", ["ball"], [0], at=1, **call)
 
 
 def test_places_are_disjoint_near_their_peaks_and_apart_when_peaks_coincide():

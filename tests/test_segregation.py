@@ -425,6 +425,9 @@ def test_regions_by_self_attention_are_disjoint(sd15):
         assert seen.regions.shape == seen.concepts.shape and seen.regions.sum(0).amax() == 1
     with pytest.raises(dg.SettingError, match="post"):
         dg.AttentionSegregation(WORDS, threshold="attencraft", previous="pre")
+    pipe = tiny_transformers.sd3(dual_attention_layers=())
+    with pytest.raises(dg.UnsupportedPipelineError, match="attencraft"):
+        dg.graft(pipe, dg.AttentionSegregation(WORDS, threshold="attencraft")).attach()
 
 
 def test_a_layout_stands_in_for_regions_and_is_brought_to_the_grid(sd15):
@@ -720,11 +723,25 @@ def test_cut_off_words_and_wrong_counts(sd15):
         ({"candidates": 0}, dg.SettingError),
         ({"binding": 1.0}, dg.SettingError), ({"attributes": {"cat": "red"}}, dg.SettingError),
         ({"layout": [1, 2]}, dg.MaskError),
+        ({"layout": [torch.zeros(8, 8), torch.ones(8, 8)]}, dg.MaskError),
+        ({"size": 1.5}, dg.SettingError), ({"rule": "gradient", "size": 1e30}, dg.SettingError),
+        ({"threshold": "quantile", "level": 2}, dg.SettingError), ({"level": -1.0}, dg.SettingError),
+        ({"refine": 5}, dg.SettingTypeError), ({"refine": {0: "x"}}, dg.SettingTypeError),
+        ({"refine": {0: math.nan}}, dg.SettingError), ({"refine": {-1: 0.1}}, dg.SettingError),
+        ({"loss": ["a-star"]}, dg.SettingError), ({"attributes": 5}, dg.SettingTypeError),
+        ({"attributes": ["red", "blue"]}, dg.SettingTypeError), ({"attributes": {"ball": 3}}, dg.SettingTypeError),
     ],
 )  # fmt: skip
 def test_wrong_settings_are_typed(arguments, error):
     with pytest.raises(error):
         dg.AttentionSegregation(**({"concepts": WORDS} | arguments))
+
+
+@pytest.mark.parametrize("loss", [lambda maps: 0.5, lambda maps: maps.concepts.sum(0)], ids=["float", "map"])
+def test_a_loss_that_is_no_number_is_typed(sd15, loss):
+    plugin = dg.AttentionSegregation(WORDS, loss=loss)
+    with pytest.raises(dg.SettingTypeError, match="one number"), dg.graft(sd15, plugin):
+        tiny.sample(sd15)
 
 
 def test_attributes_reach_the_loss(sd15):
