@@ -10,6 +10,7 @@ import accelerate
 import diffusers
 import pytest
 import tiny
+import tiny_transformers
 import torch
 from plugins_for_tests import Guide, Scaled, fingerprint
 from test_matrix import add_lora, load_ip_adapter, variant
@@ -20,7 +21,7 @@ from diffgraft.plugins.negative_away import RULES
 from diffgraft.plugins.negative_defaults import DEFAULTS, default
 from diffgraft.plugins.negative_edits import CrossAway
 
-ONE = {"num_images_per_prompt": 1}
+ONE = {"num_images_per_prompt": 1, "device": "cpu"}
 SETTINGS = {"nasa": {"scale": 0.3}, "nag": {"scale": 3.0, "alpha": 0.5}, "vsf": {"scale": 1.5, "offset": 0.2}}
 
 
@@ -39,24 +40,31 @@ def pipe():
 
 
 class Reference:
-    """A classic processor of its own: two softmaxes written out, combined before the output projection."""
+    """A classic processor of its own: two softmaxes written out, combined before the output projection.
 
-    def __init__(self, negative, rule, guided):
-        self.negative, self.rule, self.guided = negative, rule, guided
+    `hidden`: tokens of the negative that are padding, [1, L]; a bias tells those of the prompt.
+    """
+
+    def __init__(self, negative, rule, guided, hidden=None):
+        self.negative, self.rule, self.guided, self.hidden = negative, rule, guided, hidden
 
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, temb=None):
-        q = attn.head_to_batch_dim(attn.to_q(hidden_states))
-        z, lse = self.attend(attn, q, encoder_hidden_states)
+        q = attn.to_q(hidden_states)
+        q = attn.head_to_batch_dim(q if attn.norm_q is None else attn.norm_q(q))
+        z, lse = self.attend(attn, q, encoder_hidden_states, None if attention_mask is None else attention_mask < -1)
         negative = self.negative.to(q).expand(len(hidden_states), -1, -1)
-        n, lse_n = self.attend(attn, q, negative)
+        n, lse_n = self.attend(attn, q, negative, self.hidden)
         new = self.combine(attn, z, lse, n, lse_n)
         if self.guided:
             new = torch.cat([z[: len(z) // 2], new[len(z) // 2 :]])
         return attn.to_out[0](attn.batch_to_head_dim(new))
 
-    def attend(self, attn, q, text):
-        k, v = attn.head_to_batch_dim(attn.to_k(text)), attn.head_to_batch_dim(attn.to_v(text))
+    def attend(self, attn, q, text, hidden):
+        k, v = attn.to_k(text), attn.head_to_batch_dim(attn.to_v(text))
+        k = attn.head_to_batch_dim(k if attn.norm_k is None else attn.norm_k(k))
         weights = (q @ k.mT * q.shape[-1] ** -0.5).exp()
+        if hidden is not None:  # one row here
+            weights = weights * ~hidden.reshape(1, 1, -1)
         total = weights.sum(-1, keepdim=True)
         return weights @ v / total, total.log()
 
@@ -85,6 +93,28 @@ def test_parity_with_a_processor_of_our_own(rule, guidance):
     pipe.unet.set_attn_processor(processors)
     expected = tiny.sample(pipe, "a blue ball", guidance_scale=guidance)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("name", ["pixart", "sana"])
+def test_parity_where_captions_are_projected_and_masked(name, rule):
+    """Each text's padding hidden by its own mask; Sana also norms queries and keys."""
+    pipe = getattr(tiny_transformers, name)().to(torch.float64)
+    model, call = pipe.transformer, {"guidance_scale": 1.0, "use_resolution_binning": False, "clean_caption": False}
+    call |= {"complex_human_instruction": None} if name == "sana" else {}
+    seen = []  # the pipeline's latents are float32
+    model.register_forward_hook(lambda module, args, out: seen.append(out[0]))
+    run(pipe, away(rule=rule), num_inference_steps=1, **call)
+    text, mask = pipe.encode_prompt("red cat", do_classifier_free_guidance=False, **ONE)[:2]
+    with torch.no_grad():
+        text = model.caption_projection(text)
+        text = model.caption_norm(text) if name == "sana" else text
+    assert not mask.all()
+    for block in model.transformer_blocks:
+        block.attn2.set_processor(Reference(text, rule, False, mask == 0))
+    tiny.sample(pipe, "a blue ball", num_inference_steps=1, **call)
+    assert seen[0].dtype == torch.float64
+    torch.testing.assert_close(*seen, rtol=0, atol=1e-10)
 
 
 NEUTRAL = [
@@ -155,10 +185,10 @@ def test_a_batch_is_its_single_runs(pipe, negatives, guidance):
 
 
 def test_embeddings_do_what_their_text_does(family):
-    embeds = family.encode_prompt("red cat", device="cpu", do_classifier_free_guidance=False, **ONE)[0]
+    embeds = family.encode_prompt("red cat", do_classifier_free_guidance=False, **ONE)[0]
     told = run(family, away("red cat"))
     assert torch.equal(run(family, away(embeds)), told) and torch.equal(run(family, away(embeds[0])), told)
-    two = family.encode_prompt(["red cat", "star"], device="cpu", do_classifier_free_guidance=False, **ONE)[0]
+    two = family.encode_prompt(["red cat", "star"], do_classifier_free_guidance=False, **ONE)[0]
     prompts = ["a ball", "a cat"]
     assert torch.equal(run(family, away(two), prompt=prompts), run(family, away(["red cat", "star"]), prompt=prompts))
 

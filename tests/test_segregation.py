@@ -566,6 +566,16 @@ def test_counted_cost_on_sd15():
     assert 0 < saved <= 340 * 2**20
 
 
+def test_counted_cost_on_sdxl():
+    from diffgraft.app.bench.configs import SDXL, meta_pipe
+    from diffgraft.app.bench.segregation_cost import call_flops, update_cost
+
+    pipe = meta_pipe(SDXL)
+    plain = 2 * call_flops(pipe, 128)
+    pipe.unet.half()
+    assert 1.5 < 1 + update_cost(pipe, 128)[0] / plain <= 1.81
+
+
 # -- T12: numerics -------------------------------------------------------------------------------------------------
 
 
