@@ -88,25 +88,22 @@ def _pool(mask: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
 def _planes(mask: Any) -> list[Bools]:
     if isinstance(mask, Mapping):
         return [_painted(cast("Mapping[str, Any]", mask))]
-    if isinstance(mask, (str, os.PathLike)):
-        return [_of_file(cast("str | os.PathLike[str]", mask))]
-    if isinstance(mask, Image.Image):
-        return [_of_image(mask)]
+    if isinstance(mask, (str, os.PathLike, Image.Image)):
+        return [_of_image(_opened(mask))]
     if isinstance(mask, torch.Tensor):
         return _of_array(mask.detach().cpu(), channels=1)
     if isinstance(mask, np.ndarray):
-        return _of_array(torch.from_numpy(np.array(mask)), channels=-1)
+        return _of_array(_tensor(cast("NDArray[Any]", mask)), channels=-1)
     raise MaskError(
         f"a {type(mask).__name__} is not a mask: give a PIL image, a path, an array, a tensor or a list of them"
     )
 
 
-def _of_file(path: str | os.PathLike[str]) -> Bools:
+def _tensor(values: NDArray[Any]) -> torch.Tensor:
     try:
-        with Image.open(path) as image:
-            return _of_image(image)
-    except (OSError, SyntaxError, ValueError) as error:
-        raise MaskError(f"{os.fspath(path)!r} cannot be read as a mask: {error}") from error
+        return torch.from_numpy(values.astype(values.dtype.newbyteorder("=")))
+    except TypeError as error:
+        raise MaskError(f"an array of {values.dtype} is not a mask: give booleans, integers or floats") from error
 
 
 def _of_image(image: Image.Image) -> Bools:
@@ -139,9 +136,20 @@ def _alpha(layer: Any) -> Bools:
 
 
 def _opened(picture: Any) -> Image.Image:
-    if isinstance(picture, Image.Image):
-        return picture
-    return Image.fromarray(picture) if isinstance(picture, np.ndarray) else Image.open(picture)
+    """An image with its pixels, of a path, an array or itself."""
+    try:
+        if isinstance(picture, (str, os.PathLike)):
+            with Image.open(cast("str | os.PathLike[str]", picture)) as opened:
+                opened.load()
+                return opened.copy()
+        image = Image.fromarray(picture) if isinstance(picture, np.ndarray) else picture
+        if isinstance(image, Image.Image):
+            image.load()  # a file that was opened may turn out to be damaged only now
+            return image
+    except (OSError, SyntaxError, ValueError, TypeError, Image.DecompressionBombError) as error:
+        name = "the mask" if isinstance(picture, (Image.Image, np.ndarray)) else repr(os.fspath(picture))
+        raise MaskError(f"{name} cannot be read as a mask: {error}") from error
+    raise MaskError(f"a {type(picture).__name__} is not a picture: give PIL images, paths or arrays")
 
 
 def _of_array(values: torch.Tensor, channels: int) -> list[Bools]:
@@ -175,6 +183,8 @@ def _binary(values: torch.Tensor) -> Bools:
 
 def _unit(values: torch.Tensor) -> torch.Tensor:
     """Values as float64 between 0 and 1: floats as they are, integers of 0 and 1 too, other integers by 255."""
+    if values.is_complex():
+        raise MaskError("complex numbers are no mask: give booleans, integers or floats")
     real = values.to(torch.float64)
     low, high = float(real.amin()), float(real.amax())  # NaN survives both
     most = 1.0 if values.dtype.is_floating_point or high <= 1 else 255.0

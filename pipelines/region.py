@@ -152,7 +152,7 @@ def as_picture(image: Any) -> Image.Image:
             with Image.open(cast("str | os.PathLike[str]", image)) as opened:
                 opened.load()
                 image = opened.copy()
-        except (OSError, SyntaxError, ValueError) as error:
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise SettingError(f"{os.fspath(image)!r} cannot be read as a picture: {error}") from error
     if isinstance(image, torch.Tensor):
         values = image.detach().cpu().movedim(0, -1) if image.ndim == 3 else image.detach().cpu()
@@ -163,7 +163,10 @@ def as_picture(image: Any) -> Image.Image:
         raise SettingTypeError(f"a {type(image).__name__} is not a picture: give a PIL image, a path or an array")
     if image.mode not in _BLENDED + _HARD:
         raise SettingError(f"a picture of mode {image.mode!r} cannot be edited in place: convert it to RGB or L first")
-    return ImageOps.exif_transpose(image)
+    try:
+        return ImageOps.exif_transpose(image)
+    except (OSError, SyntaxError, ValueError) as error:  # a file that was opened and is damaged further on
+        raise SettingError(f"the picture cannot be read: {error}") from error
 
 
 def as_rgb(picture: Image.Image) -> Image.Image:

@@ -60,6 +60,7 @@ def same(tmp_path):
         "numpy hw4": np.asarray(rgba(TRUTH, 7)),
         "numpy float hw3": colour / 255.0,
         "numpy 1hw": TRUTH[None],
+        "numpy big-endian": TRUTH.astype(">f4"),
         "numpy not contiguous": np.ascontiguousarray(TRUTH[:, ::-1])[:, ::-1],
         "torch bool 2-D": torch.from_numpy(TRUTH),
         "torch float 3-D": torch.from_numpy(TRUTH)[None].float(),
@@ -128,6 +129,13 @@ def test_a_list_is_one_for_each_or_a_union():
         ({"background": None, "layers": [], "composite": None}, "nothing is painted"),
         ({"background": None, "layers": [Image.new("RGBA", (4, 4))]}, "nothing is painted"),
         ([np.ones((4, 4)), np.ones((5, 5))], "cannot be united"),
+        (np.array([[None, None]]), "array of object is not a mask"),
+        (np.array([["a", "b"]]), "is not a mask"),
+        (np.ones((2, 2), complex), "complex"),
+        (torch.ones(2, 2, dtype=torch.complex64), "complex"),
+        ({"background": None, "layers": [None]}, "NoneType is not a picture"),
+        ({"background": None, "layers": ["no such file.png"]}, "no such file.png"),
+        ({"background": "gone.png", "layers": [Image.new("RGBA", (4, 4), "red")]}, "gone.png"),
     ],
 )
 def test_what_is_no_mask_says_why(bad, message):
@@ -139,6 +147,17 @@ def test_what_is_no_mask_says_why(bad, message):
 def test_a_damaged_file_says_why(tmp_path):
     (tmp_path / "mask.png").write_bytes(b"\x89PNG\r\n\x1a\n and then nothing")
     with pytest.raises(dg.MaskError, match=r"mask\.png"):
+        as_mask(tmp_path / "mask.png")
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64), np.uint8)).save(tmp_path / "whole.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:900])
+    with pytest.raises(dg.MaskError, match="truncated"), Image.open(tmp_path / "cut.png") as opened:
+        as_mask(opened)
+
+
+def test_a_file_too_large_to_be_meant_says_why(tmp_path, monkeypatch):
+    Image.fromarray(bytes_of(TRUTH)).save(tmp_path / "mask.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(dg.MaskError, match=r"mask\.png.*exceeds limit"):
         as_mask(tmp_path / "mask.png")
 
 
