@@ -9,14 +9,14 @@ from typing import Any, cast
 
 from PIL import Image
 
-from ..attention.errors import MaskError, SettingError
-from ..attention.masks import Bools, as_mask
+from ..attention.errors import MaskError, SettingError, SettingTypeError
+from ..attention.masks import Bools, as_mask, as_masks
 from ..attention.morphology import drop_small, feather, fill_holes
 from ..attention.morphology import grow as grown
 from ..plugins.base import Plugin, finite
 from .blend import sibling
 from .fill import Job, Sampling, sample
-from .generate import check_call, resolve_seed
+from .generate import as_list, check_call, resolve_seed
 from .latents import native_side, side_multiple
 from .region import Region, as_picture, paste, plan_regions
 
@@ -55,9 +55,10 @@ def erase(
 
     Args:
         pipe: a text-to-image, image-to-image or inpainting pipeline of SD1, SD2 or SDXL; ControlNet and LoRA stay.
-        image: a PIL picture of any size (EXIF orientation is applied), a path, an array, or a list of them.
+        image: a PIL picture of any size (EXIF orientation is applied), a path, an array [h, w, c], a tensor [c, h, w],
+            or a list or a batch of them.
         mask: True, 1 or white is removed; anything `diffgraft.attention.masks.as_mask` takes. A list is the union of
-            its members; for a list of images it holds the mask of each.
+            its members; for several images it holds the mask of each, as a batch does.
         seed: candidate i of picture j has the seed `seed + j * n + i`; None draws one.
         n: candidates of each picture.
         method: "sip" starts from noise and gives another fill for every seed; "dip" starts from the picture's own
@@ -87,11 +88,13 @@ def erase(
     """
     settings = {name: value for name, value in locals().items() if name in _SETTINGS}
     _check(method, n, steps, strength, batch_size)
+    finite(guidance, "guidance")
     runner, _ = sibling(pipe)  # refuses a pipeline before any work
-    check_call(runner, call)
+    check_call(runner, call, _TAKEN)
     edges, first = _Edges(grow, feather, fill, min_area), resolve_seed(seed)
-    several = isinstance(image, (list, tuple))
+    several, plugins = isinstance(image, (list, tuple)) or getattr(image, "ndim", 0) == 4, as_list(plugins)
     images = list(cast("Sequence[Any]", image)) if several else [image]
+    mask = as_masks(mask) if several and hasattr(mask, "ndim") else mask
     groups = [
         _candidates(pipe, as_picture(picture), marked, text, range(first + j * n, first + (j + 1) * n), edges, crop)
         for j, (picture, marked, text) in enumerate(_wanted(images, mask if several else [mask], prompt))
@@ -117,6 +120,7 @@ def _signed(pipe: Any, candidate: _Candidate, settings: dict[str, Any], plugins:
 
 
 _REDIRECTION = ("scale", "suppression", "suppression_steps", "layers", "start", "end")
+_TAKEN = ("guidance_scale", "latents", "mask_image", "masked_image_latents", "width", "height")
 _SETTINGS = (*_REDIRECTION, "method", "steps", "strength", "guidance", "fill", "min_area", "crop")
 
 
@@ -204,6 +208,8 @@ class _Edges:
 def _wanted(images: Sequence[Any], masks: Any, prompt: str | Sequence[str]) -> Iterator[tuple[Any, Any, str]]:
     """(picture, mask, prompt) of each picture."""
     prompts = [prompt] * len(images) if isinstance(prompt, str) else _one_each(images, prompt, "prompts")
+    if not all(isinstance(text, str) for text in prompts):
+        raise SettingTypeError(f"prompt={prompt!r}: a text is needed, or one for each picture")
     return zip(images, _one_each(images, masks, "masks"), prompts, strict=True)
 
 

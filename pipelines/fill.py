@@ -6,12 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 
-from ..attention.errors import NonFiniteError, UnsupportedPipelineError
+from ..attention.errors import UnsupportedPipelineError
 from ..attention.masks import Bools, level_mask
 from ..plugins.base import Plugin
 from ..plugins.redirection import SelfAttentionRedirection
@@ -19,7 +18,7 @@ from .blend import Blend, Inverted, Noised, StartAt, sibling
 from .generate import guard
 from .graft import graft
 from .inversion import invert
-from .latents import encode_image
+from .latents import as_pil, encode_image
 from .region import Region
 
 
@@ -73,9 +72,7 @@ def sample(pipe: Any, jobs: Sequence[Job], sampling: Sampling) -> list[Image.Ima
             callback_on_step_end=guard(sampling.steps, then),
             callback_on_step_end_tensor_inputs=["latents", *(name for name in inputs if name != "latents")], **call,
         )  # fmt: skip
-    if not np.isfinite(out.images).all():
-        raise NonFiniteError("decoding produced non-finite pixels: keep the VAE in float32, or use an fp16-fixed one")
-    return [Image.fromarray((pixels * 255).round().astype(np.uint8)) for pixels in out.images]
+    return as_pil(out.images)
 
 
 def _source(pipe: Any, parts: Sequence[Image.Image], seeds: Sequence[int], sampling: Sampling) -> Noised | Inverted:

@@ -55,7 +55,7 @@ def generate(
     Raises:
         SettingError: a setting outside its range. NonFiniteError: NaN or infinity while sampling, naming the step.
     """
-    prompts = [text for text in _listed(prompt) for _ in range(_count(n, "n", 10_000))]
+    prompts = [text for text in as_list(prompt) for _ in range(_count(n, "n", 10_000))]
     first = resolve_seed(seed)
     seeds = [first + i for i in range(len(prompts))]
     size = _count(batch_size, "batch_size", 1024)
@@ -67,7 +67,7 @@ def generate(
         "height": height,
     }
     pictures: list[Image.Image] = []
-    plugins = _listed(plugins)
+    plugins = as_list(plugins)
     with graft(pipe, *plugins) if plugins else nullcontext():
         for i in range(0, len(prompts), size):
             pictures += sample(pipe, prompts[i : i + size], seeds[i : i + size], **settings, **call)
@@ -150,21 +150,26 @@ def guard(steps: int, then: Callable[..., dict[str, Any]] | None = None) -> Call
     return check
 
 
-def _listed(given: Any) -> list[Any]:
+def as_list(given: Any) -> list[Any]:
+    """One or several."""
     return list(cast("Sequence[Any]", given)) if isinstance(given, (list, tuple)) else [given]
 
 
-def check_call(pipe: Any, call: Mapping[str, Any]) -> None:
+def check_call(pipe: Any, call: Mapping[str, Any], taken: Sequence[str] = ()) -> None:
     """Refuse what the pipeline would drop without a word: some take any keyword for the sake of old ones.
 
+    Args:
+        taken: further arguments of the pipeline that the task sets itself.
     Raises:
-        UnsupportedPipelineError: no pipeline. SettingTypeError: an argument that it does not have.
+        UnsupportedPipelineError: no pipeline. SettingTypeError: an argument that it does not have, or that is taken.
     """
     if not isinstance(pipe, DiffusionPipeline):
         raise UnsupportedPipelineError(f"{type(pipe).__name__} is not a diffusers pipeline: load one with dg.load(...)")
     for name in call:
         if name in _OURS:
             raise SettingTypeError(f"{name}=: here that is {_OURS[name]}=")
+        if name in ("output_type", "return_dict", *taken):
+            raise SettingTypeError(f"{name}=: the task sets it itself; for another one call the pipeline in a graft")
     known = {*inspect.signature(type(pipe).__call__).parameters, "callback", "callback_steps"}
     unknown = [name for name in call if name not in known]
     if unknown:

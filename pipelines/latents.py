@@ -8,8 +8,9 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+from PIL import Image
 
-from ..attention.errors import SettingError
+from ..attention.errors import NonFiniteError, SettingError
 from ..attention.step import Step
 from .region import as_picture, as_rgb
 
@@ -80,6 +81,17 @@ def decode_latents(pipe: Any, latents: torch.Tensor, output_type: str = "pil") -
     with torch.no_grad():
         pixels = vae.decode(latents.to(vae.dtype), return_dict=False)[0]
     return _processor(pipe.vae_scale_factor).postprocess(pixels, output_type=output_type)
+
+
+def as_pil(pixels: np.ndarray) -> list[Image.Image]:
+    """Pictures of decoded pixels [n, h, w, 3] in 0 ... 1.
+
+    Raises:
+        NonFiniteError: NaN or infinity, which would be black pictures.
+    """
+    if not np.isfinite(pixels).all():
+        raise NonFiniteError("decoding produced non-finite pixels: keep the VAE in float32, or use an fp16-fixed one")
+    return [Image.fromarray((picture * 255).round().astype(np.uint8)) for picture in pixels]
 
 
 def native_side(pipe: Any) -> int:

@@ -17,8 +17,9 @@ import diffgraft as dg
 from diffgraft.app.bench.redirection_scores import KINDS, cases, score
 from diffgraft.attention.morphology import distance, grow
 from diffgraft.pipelines.blend import sibling
-from diffgraft.pipelines.latents import encode_image
-from diffgraft.pipelines.region import paste, plan_region, plan_regions
+from diffgraft.pipelines.fill import Job, Sampling, sample
+from diffgraft.pipelines.latents import decode_latents, encode_image
+from diffgraft.pipelines.region import Region, paste, plan_region, plan_regions
 
 
 def picture(width=32, height=32, mode="RGB", seed=0):
@@ -153,6 +154,27 @@ def test_pictures_in_every_form(pipe, tmp_path):
     for wrong in (7, np.zeros((4, 4, 2), np.uint8), np.full((4, 4, 3), 2.0), "no.png", picture(mode="F")):
         with pytest.raises(dg.GraftError, match="picture|mode 'F'"):
             quick(pipe, wrong, mask)
+    (tmp_path / "cut.png").write_bytes((tmp_path / "a.png").read_bytes()[:900])
+    with pytest.raises(dg.SettingError, match="truncated"), Image.open(tmp_path / "cut.png") as opened:
+        quick(pipe, opened, mask)
+
+
+def test_a_file_too_large_to_be_meant_says_why(pipe, tmp_path, monkeypatch):
+    picture().save(tmp_path / "a.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(dg.SettingError, match=r"a\.png.*exceeds limit"):
+        quick(pipe, tmp_path / "a.png", box())
+
+
+def test_batches_are_lists(pipe):
+    pictures, masks = [picture(seed=i) for i in (1, 2)], np.stack([box(), box(top=2, left=2)])
+    expected = [p.tobytes() for p in quick(pipe, pictures, list(masks))]
+    pixels = np.stack([np.asarray(p) for p in pictures])
+    for batch in (pixels, torch.from_numpy(pixels).movedim(-1, 1), torch.from_numpy(pixels).movedim(-1, 1) / 255):
+        for marked in (masks, torch.from_numpy(masks)[:, None], torch.from_numpy(masks)[:, None].expand(-1, 3, -1, -1)):
+            assert [p.tobytes() for p in quick(pipe, batch, marked)] == expected
+    with pytest.raises(dg.MaskError, match="list of as many masks"):
+        quick(pipe, pixels, masks[:1])
 
 
 def test_an_empty_mask_gives_the_input_back_and_a_warning(pipe):
@@ -178,6 +200,7 @@ def test_a_full_mask_and_wrong_masks(pipe):
     [
         {"steps": 0}, {"steps": 2.5}, {"n": 0}, {"strength": 0.1}, {"strength": 1.5}, {"method": "magic"}, {"seed": -3},
         {"grow": -1}, {"feather": 1.5}, {"min_area": -1}, {"n": 2, "method": "dip"}, {"scale": float("inf")},
+        {"guidance": float("nan")},
     ],
 )  # fmt: skip
 def test_settings_outside_their_range(pipe, wrong):
@@ -225,7 +248,7 @@ def test_the_settings_that_make_it_again_are_in_the_picture(pipe):
     assert settings["plugins"] == [{"plugin": "Scaled", "factor": 0.5, "kind": "cross", "start": 0.0, "end": 1.0}]
     for name in ("task", "boxes", "scheduler", "pipeline", "plugins"):
         del settings[name]
-    again = dg.erase(pipe, picture(), box(), plugins=[Scaled(0.5)], **settings)
+    again = dg.erase(pipe, picture(), box(), plugins=Scaled(0.5), **settings)
     assert np.array_equal(np.asarray(again), np.asarray(out))
 
 
@@ -358,6 +381,13 @@ def test_by_inversion_the_outside_follows_the_trajectory_and_without_a_hole_the_
         known = inversion.clean if after is None else inversion.at(after)
         assert torch.equal(latents[:, :, outside], known[:, :, outside])
     assert torch.equal(*(torch.from_numpy(np.array(quick(pipe, image, mask, method="dip"))) for _ in "ab"))
+    whole = Region((0, 0, 32, 32), (32, 32), (32, 32))
+    job = Job(image, np.zeros((32, 32), bool), whole, "", 0)
+    for scale in (0.0, 9.0):
+        with pytest.warns(UserWarning, match="empty"):
+            [back] = sample(pipe, [job], Sampling("dip", 5, 0.8, 1.0, {"scale": scale}, ()))
+        [decoded] = decode_latents(pipe, inversion.clean)
+        assert np.abs(np.asarray(back, int) - np.asarray(decoded, int)).max() <= 1
 
 
 def test_inversion_and_sampling_are_aligned(monkeypatch):
@@ -464,8 +494,12 @@ def test_a_sibling_shares_every_part_and_casts_nothing():
 
 
 def test_pipelines_that_cannot_erase_say_so(pipe):
-    with pytest.raises(dg.SettingTypeError, match="nonsense="):
-        quick(pipe, picture(), box(), nonsense=1)
+    for name in ("nonsense", "output_type", "guidance_scale", "num_inference_steps", "mask_image"):
+        with pytest.raises(dg.SettingTypeError, match=f"{name}="):
+            quick(pipe, picture(), box(), **{name: 1})
+    for prompt in (5, [5], None):
+        with pytest.raises(dg.GraftError, match="prompt"):
+            quick(pipe, picture(), box(), prompt=prompt)
     with pytest.raises(dg.UnsupportedPipelineError, match="has no UNet"):
         quick(object(), picture(), box())
     with pytest.raises(dg.UnsupportedPipelineError, match="8 channels"):

@@ -11,6 +11,7 @@ import tiny
 import tiny_transformers
 import torch
 from plugins_for_tests import Scaled, fingerprint
+from test_matrix import load_ip_adapter
 
 import diffgraft as dg
 from diffgraft.attention.call import AttentionCall
@@ -194,6 +195,7 @@ def test_a_picture_with_an_empty_mask_among_others_stays_exactly_what_it_is(sd15
 @pytest.mark.parametrize("guidance", [1.0, 4.0])
 def test_the_guidance_is_affine_in_its_scale(family, guidance):
     """One step, so that the result is affine in the prediction: u + g (c - u) + s (r - c)."""
+    tiny.double(family)
     family.scheduler = tiny.ddim(prediction_type=family.scheduler.config.prediction_type, timestep_spacing="trailing")
     call = {"num_inference_steps": 1, "guidance_scale": guidance}
     plain = tiny.sample(family, **call)
@@ -201,11 +203,12 @@ def test_the_guidance_is_affine_in_its_scale(family, guidance):
     one = at[1.0] - plain
     assert one.abs().max() > 1e-3
     for s in (2.0, 9.0):
-        assert torch.allclose(at[s] - plain, s * one, atol=2e-5 * at[s].abs().max().item())
+        assert (at[s] - plain - s * one).abs().max() <= 1e-6
 
 
+@pytest.mark.parametrize("adapter", [False, True], ids=["", "ip-adapter"])
 @pytest.mark.parametrize("guidance", [1.0, 5.0])
-def test_equals_three_denoiser_calls_by_hand(sd15, guidance):
+def test_equals_three_denoiser_calls_by_hand(sd15, guidance, adapter):
     """eps = u + g (c - u) + s (r - c), r by a processor of its own in the decoder; at g = 1 the published form."""
 
     class Redirecting:
@@ -216,23 +219,30 @@ def test_equals_three_denoiser_calls_by_hand(sd15, guidance):
             out = official(q, k, v, pooled, self.factor).transpose(1, 2).flatten(2)
             return attn.to_out[0](out)
 
+    own, added = {}, {}
+    if adapter:
+        load_ip_adapter(sd15)
+        picture = torch.randn(1, 1, 16, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+        added = {"added_cond_kwargs": {"image_embeds": [picture]}}
+        own = {"ip_adapter_image_embeds": [picture if guidance == 1 else torch.cat([picture, picture])]}
+    tiny.double(sd15)
     redirecting, usual = Redirecting(), dict(sd15.unet.attn_processors)
     edited = {n: redirecting if "up_blocks" in n and "attn1" in n else p for n, p in usual.items()}
     text, empty = sd15.encode_prompt("a red ball and a blue star", "cpu", 1, True)
     sd15.scheduler.set_timesteps(4)
-    x = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     with torch.no_grad():
         for i, t in enumerate(sd15.scheduler.timesteps):
-            u, c = (sd15.unet(x, t, encoder_hidden_states=words).sample for words in (empty, text))
+            u, c = (sd15.unet(x, t, encoder_hidden_states=words, **added).sample for words in (empty, text))
             redirecting.factor = 0.3 if i < 2 else 1.0
             sd15.unet.set_attn_processor(dict(edited))
-            r = sd15.unet(x, t, encoder_hidden_states=text).sample
+            r = sd15.unet(x, t, encoder_hidden_states=text, **added).sample
             sd15.unet.set_attn_processor(dict(usual))
             guided = c if guidance == 1 else u + guidance * (c - u)
             x = sd15.scheduler.step(guided + 9 * (r - c), t, x).prev_sample
-    call = {"num_inference_steps": 4, "guidance_scale": guidance}
+    call = {"num_inference_steps": 4, "guidance_scale": guidance, **own}
     out, report = erased(sd15, suppression_steps=2, call=call)
-    assert (out - x).abs().max() <= 2e-4 * x.abs().max()
+    assert (out - x).abs().max() <= 1e-6
     assert report.rows == [2 if guidance == 1 else 3]
 
 
@@ -313,6 +323,38 @@ def test_interruption_and_denoising_end():
     assert report.calls == 2
 
 
+def test_sizes_of_any_aspect():
+    """Three levels below an autoencoder of factor 8, as SD has: 65x97 latents go 33x49, 17x25."""
+    places = ["CrossAttn" * (i > 0) for i in range(3)]
+    model = tiny.unet(
+        block_out_channels=(16, 16, 16), layers_per_block=1, sample_size=64,
+        down_block_types=[f"{place}DownBlock2D" for place in places],
+        up_block_types=[f"{place}UpBlock2D" for place in reversed(places)],
+    )  # fmt: skip
+    pipe = tiny.sd15(unet=model, vae=tiny.vae(levels=4))
+    for height, width in ((512, 768), (520, 776), (904, 1128), (1016, 640)):
+        mask = np.zeros((height, width), bool)
+        mask[100:220, 300:420] = True
+        out, report = erased(pipe, mask, call={"height": height, "width": width, "num_inference_steps": 1})
+        grid = (height // 8, width // 8)
+        assert out.shape[-2:] == grid and torch.isfinite(out).all()
+        halves = [tuple(-(-side // parts) for side in grid) for parts in (2, 4)]
+        [(_, values)] = report.plugins
+        assert list(values["masked tokens (largest share)"]) == [f"{h}x{w}" for h, w in halves]
+
+
+@pytest.mark.parametrize("how", ["compiled", "offloaded"])
+def test_compiled_and_offloaded_models(sd15, how):
+    expected = erased(sd15)[0]
+    if how == "compiled":
+        torch.compiler.reset()
+        sd15.unet = torch.compile(sd15.unet, backend="eager")
+    else:
+        sd15.enable_model_cpu_offload(device="cpu")
+    assert torch.equal(erased(sd15)[0], expected)
+    torch.compiler.reset()
+
+
 # -- masks that cannot be used --------------------------------------------------------------------------------------
 
 
@@ -358,6 +400,8 @@ def test_masks_that_do_not_fit_the_call(sd15):
 
 
 def test_masks_of_a_batch_and_of_several_pictures_a_prompt(sd15):
+    tiny.double(sd15)
+
     def run(masks, prompts, n, seeds):
         generators = [torch.Generator().manual_seed(s) for s in seeds]
         call = {"prompt": prompts, "num_images_per_prompt": n, "generator": generators}
@@ -366,9 +410,9 @@ def test_masks_of_a_batch_and_of_several_pictures_a_prompt(sd15):
     both = run([BOX, CORNER], ["a ball", "a cat"], 2, [1, 2, 3, 4])
     for i, (mask, prompt) in enumerate([(BOX, "a ball"), (BOX, "a ball"), (CORNER, "a cat"), (CORNER, "a cat")]):
         alone = run(mask, [prompt], 1, [i + 1])
-        assert (both[i] - alone[0]).abs().max() <= 1e-4 * alone.abs().max()
+        assert (both[i] - alone[0]).abs().max() <= 1e-5
     three = run(BOX, ["a ball"], 3, [1, 2, 9])
-    assert len(three) == 3 and (three[0] - both[0]).abs().max() <= 1e-4 * both.abs().max()
+    assert len(three) == 3 and (three[:2] - both[:2]).abs().max() <= 1e-5
 
 
 # -- layers ---------------------------------------------------------------------------------------------------------
