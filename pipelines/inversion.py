@@ -75,7 +75,7 @@ class Inversion:
         Raises:
             UnsupportedSchedulerError: its first timestep or noise scale is another one.
         """
-        count = len(self.timesteps) if steps is None else steps
+        count = len(self.timesteps) if steps is None else _whole(steps, "steps", 1)
         if type(pipe.scheduler) is not type(self.scheduler):
             wrong = [f"scheduler {type(self.scheduler).__name__} is now {type(pipe.scheduler).__name__}"]
         else:
@@ -123,6 +123,8 @@ def invert(
     iterations, steps = _whole(iterations, "iterations", 0), _whole(steps, "steps", 1)
     guidance, tolerance = finite(guidance, "guidance"), finite(tolerance, "tolerance", 0)
     loop = loop_for(pipe)
+    if not isinstance(generator, torch.Generator | None):
+        raise SettingTypeError(f"generator={generator!r}: a torch.Generator is needed")
     clean = _clean(pipe, image_or_latents)
     size = (clean.shape[-2], clean.shape[-1])
     grid = grid_of(pipe.scheduler, steps, clean.device, **loop.timing(size, steps, pipe.scheduler))
@@ -210,6 +212,8 @@ def _clean(pipe: Any, given: Any) -> torch.Tensor:
     """Clean latents in at least float32."""
     channels = pipe.vae.config.latent_channels
     if isinstance(given, torch.Tensor) and given.ndim == 4 and given.shape[1] == channels and channels != 3:
+        if not given.numel() or not given.isfinite().all():
+            raise SettingError(f"latents of shape {tuple(given.shape)}: finite values are needed, of a picture or more")
         z = given.to(pipe._execution_device)
     else:
         z = pictures.encode_image(pipe, given)

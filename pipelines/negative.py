@@ -153,6 +153,8 @@ def negative_for(
         return TextNegative(loop, away)
     if not away or not all(isinstance(item, (Image.Image, torch.Tensor)) for item in away):
         raise SettingTypeError("a negative is a text, a picture, latents, or a list of them")
+    if len(away) not in (1, len(clean)):
+        raise SettingError(f"{len(away)} negatives for {len(clean)} pictures: one for each, or one for all")
     if isinstance(away[0], Image.Image) and has_image_prompt(loop):
         towards = [content] if isinstance(content, Image.Image) else latents.decode_latents(loop.pipe, clean)
         return ImageNegative(loop, away, towards)
@@ -160,6 +162,9 @@ def negative_for(
     encoded = [
         item[None] if isinstance(item, torch.Tensor) else latents.encode_image(loop.pipe, item, size) for item in away
     ]
+    if any(item.shape[1:] != clean.shape[1:] or not item.isfinite().all() for item in encoded):
+        shape = ", ".join(map(str, clean.shape[1:]))
+        raise SettingError(f"a negative by latents is [1 or {len(clean)}, {shape}] here, of finite values")
     return AttentionNegative(loop, torch.cat(encoded).to(clean), generator)
 
 

@@ -14,7 +14,7 @@ from ..attention.edit import Edit
 from ..attention.errors import SettingError, SettingTypeError
 from ..attention.layer import AttentionLayer
 from ..attention.step import Step
-from .base import Plugin, Probe, Session, finite
+from .base import Plugin, Probe, Session, finite, listed
 from .moves import gradient_of
 from .reference import Reference
 from .style_injection import Layers, choose_layers
@@ -57,9 +57,10 @@ class AttentionDistillation(Plugin):
             raise SettingError(f"updates={updates}: must be 1 ... 1000")
         self.rate, self.content_weight = finite(rate, "rate", 0), finite(content_weight, "content_weight", 0)
         self.updates = updates
-        self.layers: Layers = layers
+        self.layers: Layers = layers if isinstance(layers, str) else listed(layers)
         self._style = Reference(style, generator)
-        self._content = None if content is None or not content_weight else Reference(content, generator)
+        reference = None if content is None else Reference(content, generator, "content")
+        self._content = reference if content_weight else None
         self._session: Session | None = None
         self._look = _Look()
         self._losses: list[torch.Tensor] = []

@@ -7,7 +7,7 @@ before sampling keeps the layout and lets another style in.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 
@@ -123,7 +123,8 @@ class StartpointFilter(Plugin):
         """Filtered latents.
 
         Args:
-            latent: [B, C, h, w], or any tensor whose last two dimensions are spatial; or packed [B, tokens, 4C].
+            latent: [B, C, h, w], or any tensor whose last two dimensions are spatial, [C, h, w] being one picture; or
+                packed [B, tokens, 4C].
             generator: instead of the plugin's own.
             grid: (height, width) in tokens of packed latents.
         Returns:
@@ -131,8 +132,11 @@ class StartpointFilter(Plugin):
         """
         if not isinstance(latent, torch.Tensor) or not latent.is_floating_point():
             raise SettingTypeError("latents are a tensor of floating point numbers")
-        if latent.ndim < (3 if grid is None else 2):
-            raise SettingError(f"latents of shape {tuple(latent.shape)}: give [B, C, h, w], or packed ones and grid=")
+        if 0 in latent.shape or not (latent.ndim >= 3 if grid is None else _fits(latent, grid)):
+            raise SettingError(
+                f"latents of shape {tuple(latent.shape)}{'' if grid is None else f' on grid={grid}'}: give "
+                "[B, C, h, w], or [B, tokens, 4C] with grid=(height, width) in tokens"
+            )
         if not latent.isfinite().all():
             raise SettingError("the latents hold NaN or infinity: filter what a run or an inversion really gave")
         return latent if self.neutral else self._filter(latent, _checked(generator), grid, 1.0)
@@ -161,7 +165,7 @@ class StartpointFilter(Plugin):
         self, latent: torch.Tensor, generator: Generators | None, grid: tuple[int, int] | None, scale: float
     ) -> torch.Tensor:
         z = latent.to(torch.promote_types(latent.dtype, torch.float32))
-        z = z if grid is None else unpack(z, grid)
+        z = unpack(z, grid) if grid is not None else z[None] if z.ndim == 3 else z
         noise = torch.zeros_like(z) if self.refill == "none" else scale * _noise(z, generator or self._generator)
         if self.refill == "match":
             noise = noise * z.flatten(1).std(1).view(-1, *[1] * (z.ndim - 1)) / scale
@@ -169,7 +173,13 @@ class StartpointFilter(Plugin):
             moved = official(z, noise, self.alpha, self.sigma)
         else:
             moved = damp_low(z, self.alpha, self.sigma) + (1 - self.alpha) * noise
-        return torch.empty_like(latent).copy_(moved if grid is None else pack(moved))
+        return torch.empty_like(latent).copy_(moved.view_as(latent) if grid is None else pack(moved))
+
+
+def _fits(latent: torch.Tensor, grid: Any) -> bool:
+    """Whether these are packed latents of that many tokens."""
+    whole = isinstance(grid, (list, tuple)) and [type(side) for side in cast("Sequence[Any]", grid)] == [int, int]
+    return whole and latent.ndim == 3 and latent.shape[1] == grid[0] * grid[1] and latent.shape[2] % 4 == 0
 
 
 def _checked(generator: Any) -> Any:

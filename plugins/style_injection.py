@@ -14,11 +14,11 @@ import torch
 
 from ..attention.call import AttentionCall
 from ..attention.edit import Edit
-from ..attention.errors import SettingError, UnsupportedPipelineError
+from ..attention.errors import SettingError, SettingTypeError, UnsupportedPipelineError
 from ..attention.layer import AttentionLayer, Place
 from ..attention.step import Step
-from .base import Branch, Plugin, Probe, Session, finite
-from .reference import Reference, Trajectory
+from .base import Branch, Plugin, Probe, Session, finite, listed
+from .reference import Reference
 
 Method = Literal["styleid", "stylealigned", "ip_adapter"]
 Layers = Literal["decoder", "up", "all"] | Sequence[int]
@@ -155,7 +155,8 @@ class StyleInjection(Plugin):
             that will be sampled. A picture needs no inversion: its row is the picture under noise (`generator`).
         method: "styleid" (keys and values of the style), "stylealigned" (shared with it) or "ip_adapter" (what the
             pipeline's IP-Adapter adds is kept in its style block only; pass `ip_adapter_image=style` to the call).
-        content: an `Inversion` with trajectory whose queries keep the layout (styleid); None keeps the current ones.
+        content: an `Inversion` with trajectory whose queries keep the layout (styleid), or like `style` a picture or
+            latents; None keeps the current queries.
         strength: 0 ... 1 between own and styled attention; 0 is neutral.
         gamma: share of the content's query, 0 ... 1 (styleid). Larger keeps more of the content.
         temperature: factor on the logits (styleid), above 0.
@@ -165,7 +166,7 @@ class StyleInjection(Plugin):
         layers: "decoder" (without its coarsest level where there are three), "up", "all", or numbers of self-attention
             layers.
         prompt: the text of the reference row.
-        generator: draws the reference's noise; without it the noise is always the same.
+        generator: draws the noise of a style or a content that is a picture; without it that is always the same.
         start, end: fractions of the steps.
 
     Raises:
@@ -173,7 +174,7 @@ class StyleInjection(Plugin):
     """
 
     def __init__(
-        self, style: Any = None, *, method: Method = "styleid", content: Trajectory | None = None,
+        self, style: Any = None, *, method: Method = "styleid", content: Any = None,
         strength: float = 1.0, gamma: float = 0.75, temperature: float = 1.5, shift: float = math.log(2),
         scale: float = 1.0, start_adain: bool | None = None, layers: Layers = "decoder", prompt: str = "",
         generator: torch.Generator | None = None, start: float = 0.0, end: float = 1.0,
@@ -183,13 +184,16 @@ class StyleInjection(Plugin):
             raise SettingError(f"method={method!r}: choose styleid, stylealigned or ip_adapter")
         if style is None and (method != "ip_adapter" or start_adain):
             raise SettingError(f"method={method!r}{' with start_adain' * bool(start_adain)} needs a style picture")
+        if not isinstance(prompt, str):
+            raise SettingTypeError(f"prompt={prompt!r}: a text is needed")
         self.method, self.prompt = method, prompt
-        self.layers: Layers = layers
+        self.layers: Layers = layers if isinstance(layers, str) else listed(layers)
         self.strength, self.gamma = finite(strength, "strength", 0, 1), finite(gamma, "gamma", 0, 1)
         self.temperature, self.shift = finite(temperature, "temperature", 1e-3), finite(shift, "shift")
         self.scale = finite(scale, "scale")
         self.start_adain = method == "styleid" if start_adain is None else bool(start_adain)
-        self._style, self._content = None if style is None else Reference(style, generator), content
+        self._style = None if style is None else Reference(style, generator)
+        self._content = None if content is None else Reference(content, generator, "content")
         self._text: torch.Tensor | None = None
         self._block = ""
         self.chosen: set[str] = set()
@@ -208,13 +212,16 @@ class StyleInjection(Plugin):
 
     def unbind(self) -> None:
         self._text = None
-        if self._style is not None:
-            self._style.forget()
+        for reference in (self._style, self._content):
+            if reference is not None:
+                reference.forget()
 
     def begin(self, session: Session, step: Step) -> None:
         if self._style is not None:
             self._text = session.encode_text([self.prompt])
-            self._style.begin(session)
+        for reference in (self._style, self._content):
+            if reference is not None:
+                reference.begin(session)
 
     def edits(self) -> Sequence[Edit]:
         if self.method == "ip_adapter":
@@ -227,7 +234,7 @@ class StyleInjection(Plugin):
         assert self._style is not None
         own = {"style": self._style.at(step)}
         if self._content is not None and self.method == "styleid" and self.gamma > 0:
-            own["content"] = self._content.at(step.timestep)
+            own["content"] = self._content.at(step)
         return [
             Branch(name, latent=lambda _, latent=latent: latent, text=self._text, shared=len(latent) == 1)
             for name, latent in own.items()

@@ -145,7 +145,7 @@ def test_official_preset_has_the_recorded_gains():
     for channel, row in table.items():
         for low, high, wanted in zip(edges, edges[1:], row, strict=False):
             gain = 1 - 0.3 * mask[channel][(r >= low) & (r < high)].mean().item()
-            assert gain == pytest.approx(wanted, abs=0.0061)
+            assert gain == pytest.approx(wanted, abs=0.0056)  # two decimals were recorded, of bins of their own
     assert torch.equal(mask[1], mask[3])
 
 
@@ -184,6 +184,14 @@ def test_grafted_and_neutral_changes_no_bit(sd15):
         assert torch.equal(tiny.sample(sd15), plain)
 
 
+def test_one_picture_is_a_batch_of_one():
+    z = white(4, 8, 9)
+    for preset in (None, "official"):
+        start = dg.StartpointFilter(preset=preset)
+        assert torch.equal(start(z), start(z[None])[0])  # its channels are refilled with noise of their own
+    assert not torch.equal(*dg.StartpointFilter()(torch.zeros(2, 8, 8)))
+
+
 @pytest.mark.parametrize(
     ("make", "says"),
     [
@@ -195,6 +203,12 @@ def test_grafted_and_neutral_changes_no_bit(sd15):
         (lambda: dg.StartpointFilter()(torch.zeros(8, 8)), "shape"),
         (lambda: dg.StartpointFilter()(torch.zeros(1, 4, 8, 8, dtype=torch.long)), "floating"),
         (lambda: dg.StartpointFilter()(torch.full((1, 4, 8, 8), torch.nan)), "NaN"),
+        (lambda: dg.StartpointFilter()(torch.zeros(1, 4, 0, 0)), "shape"),
+        (lambda: dg.StartpointFilter()(torch.zeros(0, 4, 8, 8)), "shape"),
+        (lambda: dg.StartpointFilter()(torch.zeros(2, 15, 64), grid=(3, 4)), r"grid=\(3, 4\)"),
+        (lambda: dg.StartpointFilter()(torch.zeros(2, 15, 6), grid=(3, 5)), "4C"),
+        (lambda: dg.StartpointFilter()(torch.zeros(2, 4, 8, 8), grid=(4, 4)), "tokens"),
+        (lambda: dg.StartpointFilter()(torch.zeros(2, 15, 64), grid=15), "grid=15"),
         (lambda: dg.StartpointFilter(generator=5), "Generator"),
         (lambda: dg.StartpointFilter(generator=[torch.Generator()])(torch.zeros(2, 4, 8, 8)), "generators"),
     ],

@@ -131,6 +131,23 @@ def test_a_picture_needs_no_inversion_and_content_adds_a_row(sd15):
     assert g.report().rows == [4]
 
 
+def test_a_content_comes_in_the_forms_of_a_style(sd15):
+    style, content = normal(1, 4, 16, 16).float(), normal(1, 4, 16, 16, seed=1).float()
+    noise = torch.randn(content.shape, generator=torch.Generator().manual_seed(9))
+
+    class Noised:
+        def at(self, timestep):
+            return sd15.scheduler.add_noise(content, noise, timestep.flatten()[:1])
+
+    got = []
+    for form in (content, Noised()):
+        generator = torch.Generator().manual_seed(9)
+        with dg.graft(sd15, dg.StyleInjection(Path(style), content=form, generator=generator)) as g:
+            got.append(tiny.sample(sd15))
+        assert g.report().rows == [4]
+    torch.testing.assert_close(got[0], got[1], rtol=0, atol=1e-5)
+
+
 def test_several_pictures_each_with_its_style(sd15):
     styles, z = normal(2, 4, 16, 16, seed=3).float(), normal(2, 4, 16, 16).float()
     with dg.graft(sd15, dg.StyleInjection(styles[1:], start_adain=False)):
@@ -268,9 +285,7 @@ def test_two_pipelines_at_once():
 
 
 def test_a_controlnet_says_nothing_to_the_reference(sd15):
-    pipe = tiny.sd15(
-        cls=StableDiffusionControlNetPipeline, unet=sd15.unet, controlnet=tiny.controlnet(sd15.unet)
-    )
+    pipe = tiny.sd15(cls=StableDiffusionControlNetPipeline, unet=sd15.unet, controlnet=tiny.controlnet(sd15.unet))
     seen: list[torch.Tensor] = []
 
     class Look(dg.Edit):
@@ -339,9 +354,7 @@ def test_a_picture_is_a_negative_by_ip_adapter(sd15):
         image_size=16, patch_size=8,
     )  # fmt: skip
     processor = CLIPImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
-    sd15.register_modules(
-        image_encoder=CLIPVisionModelWithProjection(config).eval(), feature_extractor=processor
-    )
+    sd15.register_modules(image_encoder=CLIPVisionModelWithProjection(config).eval(), feature_extractor=processor)
     load_ip_adapter(sd15)
     content, style = Image.new("RGB", (32, 32), "navy"), Image.new("RGB", (32, 32), "gold")
     call = {"steps": 3, "iterations": 0}
@@ -372,6 +385,15 @@ def test_a_picture_is_a_negative_by_ip_adapter(sd15):
         ({"style": 5}, "int"),
         ({"style": "nowhere.png"}, "nowhere.png"),
         ({"style": torch.zeros(2, 4, 16, 16)}, "styles"),
+        ({"style": torch.zeros(1, 8, 16, 16)}, "4, 16, 16"),
+        ({"style": torch.full((1, 4, 16, 16), torch.nan)}, "finite"),
+        ({"style": Path(torch.zeros(1, 4, 20, 20))}, "20x20 in a call of 16x16"),
+        ({"content": Path(torch.zeros(1, 4, 20, 20))}, "content latents of 20x20"),
+        ({"content": torch.zeros(2, 4, 16, 16)}, "2 contents for 1"),
+        ({"content": 5}, "a content is"),
+        ({"prompt": 5}, "prompt=5"),
+        ({"layers": 5}, "layers=5"),
+        ({"generator": 5}, "Generator"),
     ],
 )
 def test_bad_settings_say_what_to_do(sd15, call, says):
