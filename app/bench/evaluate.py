@@ -9,16 +9,19 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import AutoencoderKL, DiffusionPipeline
 
+from .autoencoder import measure
 from .judge import Judge, Verdict, load_judge, look
 from .rows import subject
 from .statistics import Estimate, share
+from .styles import STYLES
+from .train_judge import report
 from .training import share_cores
 from .world import FRESH, Scene, caption, scene
 
@@ -97,6 +100,31 @@ def table(pipe: DiffusionPipeline, rows: Sequence[Row], count: int, steps: int, 
         sys.stdout.flush()
 
 
+def held_out(vae: AutoencoderKL, judge: Judge, renders: int, verdicts: int) -> dict[str, dict[str, float]]:
+    """How exact the measure itself is, by style: the autoencoder on `renders` a style, the judge on `verdicts` of what
+    it makes of them.
+    """
+    pictures, seen = measure(vae, renders), report(judge, vae, verdicts)
+    return {
+        "autoencoder, dB": {name: pictures[name] for name in (*STYLES, "all")},
+        "autoencoder, hue kept": {"all": pictures["hue kept"]},
+        "judge, exact": {name: seen[name] for name in STYLES},
+    }
+
+
+def cells(values: Mapping[str, float], form: str) -> str:
+    """A row of the table by style."""
+    return "| " + " | ".join(f"{values[name]:{form}}" if name in values else "" for name in (*STYLES, "all")) + " |"
+
+
+def instruments(vae: AutoencoderKL, judge: Judge, renders: int, verdicts: int) -> None:
+    """Print what `held_out` finds."""
+    sys.stdout.write(f"\nOn held-out renders: {renders} a style for the autoencoder, {verdicts} for the judge\n\n")
+    sys.stdout.write("| | " + " | ".join((*STYLES, "all")) + " |\n" + "|---" * (len(STYLES) + 2) + "|\n")
+    for name, values in held_out(vae, judge, renders, verdicts).items():
+        sys.stdout.write(f"| {name} {cells(values, '.2f' if name.endswith('dB') else '.1%')}\n")
+
+
 def run(full: bool, model: Path | None = None) -> None:
     """The tables of `python -m diffgraft.app.bench evaluate`: 500 captions a row, or 20 for a quick look."""
     count = 500 if full else 20
@@ -104,6 +132,7 @@ def run(full: bool, model: Path | None = None) -> None:
     if model is None:
         sys.stdout.write("\nThe one-step student: ")
         table(subject(one_step=True), ROWS, count, steps=1, guidance=0.0)
+    instruments(subject(model).vae, load_judge(), *((60, 750) if full else (10, 50)))
 
 
 def main() -> None:

@@ -1,0 +1,76 @@
+"""The embedded model as it ships: what it draws under the common schedulers, what it takes up, what its card prints."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import diffusers
+import pytest
+import torch
+
+import diffgraft as dg
+from diffgraft.app.bench.evaluate import ASSETS, cells, held_out
+from diffgraft.app.bench.judge import look
+from diffgraft.app.bench.styles import STYLES
+
+CAPTIONS = ["a red ball , sky", "a yellow house , snow", "a blue star , desert", "a purple fish , sea , dots style"]
+WANTED = [{"ball": "red"}, {"house": "yellow"}, {"star": "blue"}, {"fish": "purple"}]
+
+
+@pytest.fixture(scope="module")
+def judge():
+    from diffgraft.app.bench.judge import load_judge
+
+    return load_judge()
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("DDIMScheduler", {}),
+        ("EulerDiscreteScheduler", {}),
+        ("DPMSolverMultistepScheduler", {}),
+        ("UniPCMultistepScheduler", {"use_flow_sigmas": False}),
+    ],
+)
+def test_draws_what_was_asked_for_under_every_common_scheduler(judge, name, options):
+    pipe = dg.picturebook()
+    pipe.scheduler = getattr(diffusers, name).from_config(pipe.scheduler.config, **options)
+    pipe.set_progress_bar_config(disable=True)
+    generators = [torch.Generator().manual_seed(i) for i in range(len(CAPTIONS))]
+    made = pipe(CAPTIONS, num_inference_steps=25, guidance_scale=4.0, generator=generators).images
+    verdicts = look(judge, made)
+    assert sum(v.colours == wanted for v, wanted in zip(verdicts, WANTED, strict=True)) >= 3, verdicts
+    assert [v.background for v in verdicts] == ["sky", "snow", "desert", "sea"]
+
+
+def test_the_student_draws_in_one_step(judge):
+    pipe = dg.picturebook(one_step=True)
+    pipe.set_progress_bar_config(disable=True)
+    generators = [torch.Generator().manual_seed(i) for i in range(len(CAPTIONS))]
+    made = pipe(CAPTIONS, num_inference_steps=1, guidance_scale=0.0, generator=generators).images
+    assert sum(v.colours == wanted for v, wanted in zip(look(judge, made), WANTED, strict=True)) >= 3
+
+
+def test_both_models_fit_and_hold_half_precision_numbers_only():
+    weights = list((ASSETS / "picturebook").rglob("*.safetensors"))
+    assert sum(path.stat().st_size for path in ASSETS.rglob("*") if path.is_file()) < 55_000_000
+    from safetensors import safe_open
+
+    for path in weights:
+        with safe_open(path, "pt") as file:
+            assert {file.get_slice(name).get_dtype() for name in file.keys()} <= {"F16", "I64"}, path  # noqa: SIM118
+
+
+def test_plain_diffusers_loads_it_from_its_folder(tmp_path: Path):
+    pipe = diffusers.DiffusionPipeline.from_pretrained(ASSETS / "picturebook")
+    assert type(pipe) is diffusers.StableDiffusionPipeline
+    assert all(type(part).__module__.split(".")[0] != "diffgraft" for part in pipe.components.values())
+
+
+def test_the_card_prints_the_autoencoder_and_the_judge_on_held_out_renders(judge, picturebook):
+    found = held_out(picturebook.vae, judge, renders=4, verdicts=10)
+    assert found["autoencoder, dB"]["all"] > 25
+    assert 0.9 <= found["autoencoder, hue kept"]["all"] <= 1
+    assert set(found["judge, exact"]) == set(STYLES) and found["judge, exact"]["plain"] == 1
+    assert cells({"plain": 27.123, "all": 26.0}, ".1f") == "| 27.1 |  |  |  |  | 26.0 |"
