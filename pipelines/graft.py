@@ -166,7 +166,6 @@ class Graft:
         self._processors = self._present()
         for plugin in self.plugins:
             stack.callback(plugin.unbind)
-            self._refuse_packed(plugin)
             plugin.bind(self.run.session)
         self.effective = [plugin for plugin in self.plugins if not plugin.neutral]
         for plugin in self.effective:
@@ -174,13 +173,6 @@ class Graft:
                 self._place(plugin, edit)
         for placed in self.edits.values():
             placed.sort(key=lambda pair: pair[1].order)
-
-    def _refuse_packed(self, plugin: Plugin) -> None:
-        if self.adapter.packed and type(plugin).latent is not Plugin.latent:
-            raise UnsupportedPipelineError(
-                f"{type(plugin).__name__} moves latents, which {type(self.pipe).__name__} keeps packed as tokens: use "
-                "it on a UNet, PixArt, Sana or SD3 pipeline"
-            )
 
     def _place(self, plugin: Plugin, edit: Edit) -> None:
         chosen = [layer for layer in self.layers if edit.selects(layer)]

@@ -48,8 +48,16 @@ class LatentStage:
                 latent = latent if moved is None else moved.detach()
         if latent is before:
             return inputs
-        run.pending, run.updates = latent, run.updates + 1
-        return {**inputs, key: self._with_latent(sample, latent * scale)}
+        run.pending, run.updates = run.adapter.as_sample(latent), run.updates + 1
+        return {**inputs, key: run.adapter.with_latent(sample, run.pending * scale)}
+
+    def again(self, inputs: Inputs) -> Inputs:
+        """A further call of the same step, which guidance makes, with the latent as the first call's was moved."""
+        run, key = self.run, self.run.adapter.sample
+        if run.pending is None:
+            return inputs
+        scale = model_scale(run.running.pipe.scheduler, run.step.timestep, inputs[key])
+        return {**inputs, key: run.adapter.with_latent(inputs[key], run.pending * scale)}
 
     def _refuse(self, scheduler: Any) -> None:
         run = self.run
@@ -63,21 +71,15 @@ class LatentStage:
             run.adapter.check_gradient()
 
     def _latent_of(self, sample: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-        latent = sample[:, : self.run.adapter.latent_channels]
+        latent = self.run.adapter.latent_of(sample, self.run.step.size)
         return latent.to(torch.promote_types(latent.dtype, torch.float32)) / scale
-
-    def _with_latent(self, sample: torch.Tensor, scaled: torch.Tensor) -> torch.Tensor:
-        """`sample` with its latent channels replaced in every group."""
-        channels, copies = self.run.adapter.latent_channels, len(sample) // len(scaled)
-        new = scaled.to(sample.dtype).repeat(copies, *[1] * (scaled.ndim - 1))
-        return new if sample.shape[1] == channels else torch.cat([new, sample[:, channels:]], 1)
 
     def _probe(self, latent: torch.Tensor, scale: torch.Tensor) -> torch.Tensor | None:
         """The denoiser's prediction for `latent` on the conditional rows, None if an edit ended the run early."""
         run = self.run
         key, step = run.adapter.sample, run.step
-        scaled = (latent * scale).to(run.inputs[key].dtype)
-        inputs = {**run.inputs, key: self._with_latent(run.inputs[key], scaled)}
+        scaled = run.adapter.as_sample(latent * scale)
+        inputs = {**run.inputs, key: run.adapter.with_latent(run.inputs[key], scaled)}
         step.probing = True
         try:
             return run.adapter.prediction(run.adapter.denoiser(**inputs))

@@ -56,6 +56,8 @@ class Run:
         if "cond" in self.step.rows:
             for stage in (self.moving.stage, self.branching.stage, self.branching.text_stage):
                 inputs = stage(inputs)
+        else:
+            inputs = self.moving.again(inputs)
         self.inputs = inputs
         self.rows_seen.add(max(rows.stop for rows in self.step.rows.values()))
         self.calls += 1

@@ -31,7 +31,8 @@ class RunSession:
 
     @property
     def latent_size(self) -> tuple[int, int]:
-        height, width = self._run.inputs[self._run.adapter.sample].shape[-2:]
+        run = self._run
+        height, width = run.adapter.latent_of(run.inputs[run.adapter.sample], run.step.size).shape[-2:]
         return height, width
 
     @property

@@ -9,11 +9,13 @@ import warnings
 import diffusers
 import pytest
 import tiny
+import tiny_transformers
 import torch
 from plugins_for_tests import Climb, Guide, Scaled
 
 import diffgraft as dg
 from diffgraft.pipelines.link import discards
+from diffgraft.plugins.startpoint import pack
 
 
 def scheduler(name, **config):
@@ -287,3 +289,14 @@ def test_a_call_that_failed_is_forgotten(sd15):
 def fail(module, args):
     if not torch.is_grad_enabled():
         raise RuntimeError("boom")
+
+
+def test_a_packed_latent_is_moved_unpacked():
+    """FLUX.1 keeps tokens of 2x2 cells; a plugin sees [n, C, h, w], at any aspect."""
+    pipe, start = tiny_transformers.flux(), dg.StartpointFilter()
+    noise = torch.randn(1, 4, 16, 24, generator=torch.Generator().manual_seed(0))
+    call = {"num_inference_steps": 2, "width": 48, "height": 32, "output_type": "latent"}
+    with dg.graft(pipe, start):
+        grafted = pipe("a ball", latents=pack(noise), **call).images
+    assert torch.equal(pipe("a ball", latents=pack(start(noise)), **call).images, grafted)
+    assert not torch.equal(pipe("a ball", latents=pack(noise), **call).images, grafted)

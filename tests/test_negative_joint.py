@@ -10,7 +10,7 @@ import tiny
 import tiny_transformers as tt
 import torch
 import torch.nn.functional as F
-from plugins_for_tests import Climb, fingerprint
+from plugins_for_tests import fingerprint
 from test_matrix import IMAGE, MASK
 from torch.overrides import TorchFunctionMode
 
@@ -411,8 +411,9 @@ def test_what_joint_models_refuse():
     pipe = tt.flux()
     with pytest.raises(dg.SettingError, match="one NegativeAway"):
         run(pipe, dg.NegativeAway("red"), dg.NegativeAway("blue"))
-    with pytest.raises(dg.UnsupportedPipelineError, match="packed"):
-        dg.graft(pipe, Climb()).attach()
+    kontext, call = variant("flux kontext")
+    with pytest.raises(dg.UnsupportedPipelineError, match="another picture's tokens"):
+        run(kontext, dg.AttentionSegregation(["ball"], loss="attend-and-excite"), **call)
     with pytest.raises(dg.SettingError, match="width 5"):
         run(pipe, dg.NegativeAway(torch.zeros(1, 4, 5)))
     with pytest.raises(dg.UnsupportedPipelineError, match="embeddings"):

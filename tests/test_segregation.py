@@ -29,6 +29,7 @@ from diffgraft.plugins.losses import (
     soft_overlap,
 )
 from diffgraft.plugins.moves import low_pass, relative_step, shuffled, step_factor
+from diffgraft.plugins.startpoint import pack
 
 PROMPT = "a red ball and a blue star"
 WORDS = ["ball", "star"]
@@ -462,12 +463,12 @@ def test_an_automatic_layout_is_disjoint_and_stays_where_the_first_step_put_it(s
 # -- transformers --------------------------------------------------------------------------------------------------
 
 BINNING = {"use_resolution_binning": False, "clean_caption": False}
-CALLS = {"pixart": BINNING, "sana": BINNING | {"complex_human_instruction": None}, "sd3": {}}
+CALLS = {"pixart": BINNING, "sana": BINNING | {"complex_human_instruction": None}, "sd3": {}, "flux": {}}
 
 
 @pytest.mark.parametrize("name", CALLS)
 def test_transformers_move_and_come_back(name):
-    """Cross-attention in PixArt and Sana, the text columns of joint attention in SD3."""
+    """Cross-attention in PixArt and Sana, the text columns of joint attention in SD3 and FLUX.1."""
     pipe = getattr(tiny_transformers, name)()
     def run(*plugins):
         options = {"num_inference_steps": 3, "height": 32, "width": 32, "output_type": "latent"} | CALLS[name]
@@ -480,6 +481,67 @@ def test_transformers_move_and_come_back(name):
     losses = report.plugins[0][1]["loss 0"]
     assert len(losses) == 3 and all(0 <= loss <= 1 for loss in losses)
     assert fingerprint(pipe) == before and torch.equal(run()[0], plain)
+
+
+@pytest.mark.parametrize("name", ["flux", "sd3"])
+def test_gradient_through_joint_attention_against_finite_differences(name):
+    """To three digits: these models compute norms and rotations in float32."""
+    pipe, values, call = getattr(tiny_transformers, name)().to(torch.float64), [], {"width": 48, "height": 32}
+    z = torch.randn(1, 4, 16, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+    def loss(maps):
+        values.append(dg.LOSSES["jsd"](maps))
+        return values[-1]
+
+    def first(latent):
+        plugin, look = dg.AttentionSegregation(WORDS, loss=loss, **RAW), Look()
+        given = pack(latent) if name == "flux" else latent
+        with pytest.raises(Done), dg.graft(pipe, plugin, look):
+            pipe(PROMPT, latents=given, num_inference_steps=2, **call)
+        return look.seen[0]
+
+    g, h = (z - first(z)) / LARGE, 3e-3
+    assert g.abs().max() > 1e-6
+    for seed in range(2):
+        direction = torch.randn(z.shape, dtype=z.dtype, generator=torch.Generator().manual_seed(seed + 10))
+        first(z + h * direction), first(z - h * direction)
+        slope = (values[-2].item() - values[-1].item()) / (2 * h)
+        assert slope == pytest.approx(float((g * direction).sum()), abs=1e-3 * float(g.norm()))
+
+
+GUIDED_APART = {
+    "flux": {"true_cfg_scale": 3.0, "negative_prompt": "cat"},
+    "sd3": {"skip_guidance_layers": [1], "skip_layer_guidance_start": -1.0, "skip_layer_guidance_stop": 1.0},
+    "qwen": {
+        "prompt": None, "prompt_embeds": torch.eye(6, 32)[None], "negative_prompt_embeds": torch.ones(1, 5, 32),
+        "true_cfg_scale": 3.0,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", GUIDED_APART)
+def test_every_call_of_a_step_and_the_scheduler_get_the_moved_latent(name):
+    pipe, seen, stepped = getattr(tiny_transformers, name)(), [], []
+    pipe.transformer.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["hidden_states"].clone()), with_kwargs=True
+    )
+    step = pipe.scheduler.step
+
+    def noted(output, timestep, sample, *args, **kwargs):
+        stepped.append(sample.clone())
+        return step(output, timestep, sample, *args, **kwargs)
+
+    pipe.scheduler.step = noted  # what the wrapped step hands on
+    words, plain = [1, 3] if name == "qwen" else WORDS, {}
+    call = {"prompt": PROMPT, "num_inference_steps": 1, "height": 32, "width": 32, "output_type": "latent"}
+    for plugin in (dg.AttentionSegregation(words, size=0.0), dg.AttentionSegregation(words, end=1.0)):
+        seen.clear(), stepped.clear()
+        with dg.graft(pipe, plugin):
+            pipe(**(call | GUIDED_APART[name]), generator=torch.Generator().manual_seed(0))
+        *probes, first, second = seen
+        assert torch.equal(second, first[: len(second)]) and torch.equal(second, stepped[0])
+        plain.setdefault(len(probes), second)
+    assert list(plain) == [0, 1] and not torch.equal(*plain.values())
 
 
 def test_a_layout_decides_who_stands_where(book):

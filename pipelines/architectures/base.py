@@ -27,7 +27,6 @@ class Adapter:
         sample, timestep, text: names of those arguments of the denoiser's `forward`.
         positional: names of its positional arguments in order.
         batched: arguments (tensors, or nests of them) whose tensors have the batch as first dimension.
-        packed: latents arrive as a sequence of tokens, so no plugin can move them.
     """
 
     sample = "sample"
@@ -35,7 +34,6 @@ class Adapter:
     text = "encoder_hidden_states"
     positional: tuple[str, ...] = ()
     batched: tuple[str, ...] = ()
-    packed = False
 
     def __init__(self, pipe: Any, denoiser: nn.Module) -> None:
         self.pipe, self.denoiser = pipe, denoiser
@@ -75,6 +73,20 @@ class Adapter:
         """Channels of the latent: inputs may add masks, predictions may add a variance."""
         config: Any = self.denoiser.config
         return min(config.in_channels, config.out_channels)
+
+    def latent_of(self, sample: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+        """The latent [n, C, h, w] in a denoiser's sample; `size` is that of its token grid."""
+        return sample[:, : self.latent_channels]
+
+    def as_sample(self, latent: torch.Tensor) -> torch.Tensor:
+        """A latent [n, C, h, w] as the pipeline and its scheduler keep it."""
+        return latent
+
+    def with_latent(self, sample: torch.Tensor, latent: torch.Tensor) -> torch.Tensor:
+        """`sample` with its latent, as the pipeline keeps it, replaced in every group."""
+        channels, copies = self.latent_channels, len(sample) // len(latent)
+        new = latent.to(sample.dtype).repeat(copies, *[1] * (latent.ndim - 1))
+        return new if sample.shape[1] == channels else torch.cat([new, sample[:, channels:]], 1)
 
     def groups(self, inputs: Inputs, running: Running) -> Rows:
         """Row groups of the batch that the pipeline made; without "cond" in a second call of the same step."""

@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from ...attention.errors import UnsupportedPipelineError
 from ...attention.layer import AttentionLayer
 from ...attention.step import Rows
 from ...plugins.base import Text
+from ...plugins.startpoint import pack, unpack
 from ..running import Running
 from .base import Adapter, Inputs
 
@@ -20,12 +22,25 @@ class PackedAdapter(Adapter):
     """A transformer on packed latents [B, h*w/4, 4 C], its text first; "true" guidance is a second call."""
 
     sample, timestep, text = "hidden_states", "timestep", "encoder_hidden_states"
-    packed = True
 
     @property
     def latent_channels(self) -> int:
         config: Any = self.denoiser.config
         return config.out_channels or config.in_channels
+
+    def latent_of(self, sample: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+        if sample.shape[1] != size[0] * size[1]:
+            raise UnsupportedPipelineError(
+                f"{type(self.pipe).__name__} puts another picture's tokens behind the latent's, which no plugin can "
+                "move: use the text-to-image pipeline"
+            )
+        return unpack(sample[..., : self.latent_channels], size)
+
+    def as_sample(self, latent: torch.Tensor) -> torch.Tensor:
+        return pack(latent)
+
+    def with_latent(self, sample: torch.Tensor, latent: torch.Tensor) -> torch.Tensor:
+        return torch.cat([latent.to(sample.dtype), sample[..., self.latent_channels :]], -1)
 
     def groups(self, inputs: Inputs, running: Running) -> Rows:
         rows = slice(0, len(inputs[self.sample]))

@@ -27,6 +27,11 @@ class QwenAdapter(PackedAdapter):
     )  # fmt: skip
 
     @property
+    def latent_channels(self) -> int:
+        config: Any = self.denoiser.config
+        return config.in_channels  # its out_channels are those of a cell, not of a token
+
+    @property
     def family(self) -> str:
         return "qwen"
 
