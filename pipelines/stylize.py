@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from PIL import Image, ImageOps
 
-from ..attention.errors import UnsupportedPipelineError
+from ..attention.errors import SettingError, SettingTypeError, UnsupportedPipelineError
 from ..plugins.base import Plugin, finite
 from ..plugins.distillation import AttentionDistillation
 from ..plugins.startpoint import StartpointFilter
@@ -21,7 +21,7 @@ from . import latents
 from .architectures import adapter_for
 from .architectures.loop import loop_for
 from .blend import same_parts
-from .generate import check_call, guard, resolve_seed
+from .generate import as_list, check_call, guard, resolve_seed
 from .graft import graft
 from .inversion import Inversion, invert
 from .region import Region, as_picture, as_rgb, whole_region
@@ -76,7 +76,8 @@ def stylize(
     """Repaint a picture in the style of another one.
 
     The content is inverted, its startpoint filtered (StyleSSP), and sampled again beside the style (StyleID or
-    StyleAligned). A ControlNet on the pipeline is shown the content, an IP-Adapter the style.
+    StyleAligned). A ControlNet on the pipeline is shown the content. An IP-Adapter is shown the style by
+    method="ip_adapter" and adds nothing to the others: two at once over-stylise.
 
     Args:
         pipe: a text-to-image pipeline, with ControlNet or IP-Adapter or not. Its scheduler is left alone; where it has
@@ -109,8 +110,13 @@ def stylize(
         SettingError, SettingTypeError: a setting out of range, or no picture. NonFiniteError: sampling diverged.
     """
     strength, structure = finite(strength, "strength", 0, 1), finite(structure, "structure", 0, 1)
-    first, sampler = resolve_seed(seed), sampling_pipe(pipe)
-    check_call(sampler, call)
+    temperature, guidance = finite(temperature, "temperature", 1e-3), finite(guidance, "guidance")
+    if method not in ("styleid", "stylealigned", "ip_adapter", "distillation"):
+        raise SettingError(f"method={method!r}: choose styleid, stylealigned, ip_adapter or distillation")
+    if not isinstance(prompt, str):
+        raise SettingTypeError(f"prompt={prompt!r}: a text is needed")
+    first, sampler, plugins = resolve_seed(seed), sampling_pipe(pipe), as_list(plugins)
+    check_call(sampler, call, ("guidance_scale", "latents", "width", "height"))
     damped = 0.0 if adapter_for(sampler).family == "picturebook" else 0.6 * structure
     recipe = Recipe(
         prompt, strength, structure, steps, guidance, method,
@@ -118,7 +124,7 @@ def stylize(
         0.5 + structure / 2 if gamma is None else finite(gamma, "gamma", 0, 1),
         temperature, invert_style, negative, omega, iterations, tolerance, plugins, call,
     )  # fmt: skip
-    contents, styles = _several(content), [as_picture(item) for item in _several(style)]
+    contents, styles = as_list(content), [as_picture(item) for item in as_list(style)]
     every = pairs(sampler, recipe, map(as_picture, contents), styles, first)
     made = [paint(sampler, recipe, pair) for pair in every]
     rows = [made[i * len(styles) : (i + 1) * len(styles)] for i in range(len(contents))]
@@ -218,25 +224,30 @@ def paint(pipe: Any, recipe: Recipe, pair: Pair) -> Image.Image:
     settings = {
         "task": "stylize", "seed": pair.seed, "strength": recipe.strength, "structure": recipe.structure,
         "prompt": recipe.prompt, "steps": recipe.steps, "guidance": recipe.guidance, "method": recipe.method,
+        "temperature": recipe.temperature, "invert_style": recipe.invert_style, "omega": recipe.omega,
+        "iterations": recipe.iterations, "tolerance": recipe.tolerance,
         "pipeline": type(pipe).__name__, "scheduler": type(pipe.scheduler).__name__,
+        "plugins": [{"plugin": type(plugin).__name__} | plugin.settings() for plugin in recipe.plugins],
     }  # fmt: skip
     if recipe.strength == 0:
         return _noted(as_rgb(pair.subject.picture).copy(), settings)
     settings |= {"alpha": recipe.alpha, "gamma": recipe.gamma, "negative": pair.inversion.negative}
-    with graft(pipe, *_plugins(recipe, pair), *recipe.plugins):
-        picture = pipe(**(_options(pipe, recipe, pair) | recipe.call)).images[0]
+    with graft(pipe, *_plugins(pipe, recipe, pair), *recipe.plugins):
+        [picture] = latents.as_pil(pipe(**_options(pipe, recipe, pair)).images)
     return _noted(pair.subject.region.uncut(picture), settings)
 
 
-def _plugins(recipe: Recipe, pair: Pair) -> list[Plugin]:
+def _plugins(pipe: Any, recipe: Recipe, pair: Pair) -> list[Plugin]:
     noise = torch.Generator().manual_seed(pair.seed)
-    start = StartpointFilter(recipe.alpha, generator=torch.Generator().manual_seed(pair.seed))
+    start: list[Plugin] = [StartpointFilter(recipe.alpha, generator=torch.Generator().manual_seed(pair.seed))]
+    styleid, adapter = recipe.method == "styleid", recipe.method == "ip_adapter"
+    if _has_adapter(pipe) and not adapter:  # as in the inversion
+        start.append(StyleInjection(method="ip_adapter", scale=0.0))
     if recipe.method == "distillation":
         how: dict[str, Any] = {"rate": 0.05 * recipe.strength, "content_weight": recipe.structure / 2}
-        return [start, AttentionDistillation(pair.reference.style, content=pair.inversion, generator=noise, **how)]
-    styleid, adapter = recipe.method == "styleid", recipe.method == "ip_adapter"
+        return [*start, AttentionDistillation(pair.reference.style, content=pair.inversion, generator=noise, **how)]
     return [
-        start,
+        *start,
         StyleInjection(
             None if adapter else pair.reference.style, method=recipe.method,
             content=pair.inversion if styleid else None, strength=recipe.strength, gamma=recipe.gamma,
@@ -245,21 +256,31 @@ def _plugins(recipe: Recipe, pair: Pair) -> list[Plugin]:
     ]  # fmt: skip
 
 
+def _has_adapter(pipe: Any) -> bool:
+    return getattr(pipe.unet.config if hasattr(pipe, "unet") else None, "encoder_hid_dim_type", None) == "ip_image_proj"
+
+
 def _options(pipe: Any, recipe: Recipe, pair: Pair) -> dict[str, Any]:
     """What the pipeline is called with."""
     width, height = pair.subject.region.padded
     options = pair.inversion.call(pipe) | {
-        "prompt": recipe.prompt, "guidance_scale": recipe.guidance, "width": width, "height": height
+        "prompt": recipe.prompt, "guidance_scale": recipe.guidance, "width": width, "height": height,
+        "output_type": "np",
     }  # fmt: skip
     accepted = inspect.signature(pipe.__call__).parameters
     if getattr(pipe, "controlnet", None) is not None:
-        options |= {"image": pair.subject.seen, "controlnet_conditioning_scale": recipe.structure}
-    if getattr(pipe.unet.config if hasattr(pipe, "unet") else None, "encoder_hid_dim_type", None) == "ip_image_proj":
+        nets = getattr(pipe.controlnet, "nets", None)  # several, of which each wants its own
+        seen = pair.subject.seen if nets is None else [pair.subject.seen] * len(nets)
+        options |= {"image": seen, "controlnet_conditioning_scale": recipe.structure}
+    if _has_adapter(pipe) and "ip_adapter_image_embeds" not in recipe.call:
         options["ip_adapter_image"] = pair.reference.fitted
-    if "callback_on_step_end" in accepted:
-        options["callback_on_step_end"] = guard(recipe.steps)
     if "use_resolution_binning" in accepted:  # PixArt would move the size to one of its list
         options["use_resolution_binning"] = False
+    options |= recipe.call
+    if "callback_on_step_end" in accepted:
+        options["callback_on_step_end"] = guard(recipe.steps, recipe.call.get("callback_on_step_end"))
+        inputs = recipe.call.get("callback_on_step_end_tensor_inputs", [])
+        options["callback_on_step_end_tensor_inputs"] = ["latents", *(name for name in inputs if name != "latents")]
     return options
 
 
@@ -283,10 +304,6 @@ def sampling_pipe(pipe: Any) -> Any:
         warnings.simplefilter("ignore")
         made.scheduler = invertible(pipe.scheduler)
     return made
-
-
-def _several(pictures: Any) -> list[Any]:
-    return list(pictures) if isinstance(pictures, (list, tuple)) else [pictures]
 
 
 def _noted(picture: Image.Image, settings: dict[str, Any]) -> Image.Image:

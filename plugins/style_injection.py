@@ -89,6 +89,9 @@ class ImagePrompt(Edit):
     def selects(self, layer: AttentionLayer) -> bool:
         return hasattr(getattr(layer.module, "processor", None), "to_k_ip")
 
+    def active(self, layer: AttentionLayer, step: Step) -> bool:
+        return True  # where another plugin looks at attention, it is to see what the model will do
+
     def out(self, call: AttentionCall, out: torch.Tensor) -> torch.Tensor:
         if call.number == 0:
             return out

@@ -345,7 +345,8 @@ def test_inversion_with_an_ip_adapter_loaded_ignores_it(sd15):
     torch.testing.assert_close(dg.invert(sd15, z, steps=3).latents, want, rtol=0, atol=1e-5)
 
 
-def test_a_picture_is_a_negative_by_ip_adapter(sd15):
+def add_ip_adapter(pipe):
+    """With the encoder that turns a picture into its embedding."""
     from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
 
     torch.manual_seed(0)
@@ -354,8 +355,12 @@ def test_a_picture_is_a_negative_by_ip_adapter(sd15):
         image_size=16, patch_size=8,
     )  # fmt: skip
     processor = CLIPImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
-    sd15.register_modules(image_encoder=CLIPVisionModelWithProjection(config).eval(), feature_extractor=processor)
-    load_ip_adapter(sd15)
+    pipe.register_modules(image_encoder=CLIPVisionModelWithProjection(config).eval(), feature_extractor=processor)
+    load_ip_adapter(pipe)
+
+
+def test_a_picture_is_a_negative_by_ip_adapter(sd15):
+    add_ip_adapter(sd15)
     content, style = Image.new("RGB", (32, 32), "navy"), Image.new("RGB", (32, 32), "gold")
     call = {"steps": 3, "iterations": 0}
     plain, away = dg.invert(sd15, content, **call), dg.invert(sd15, content, negative=style, **call)

@@ -14,6 +14,7 @@ from diffusers import (
     StableDiffusionImg2ImgPipeline,
 )
 from PIL import Image
+from test_style import add_ip_adapter
 
 import diffgraft as dg
 from diffgraft.pipelines import stylize as module
@@ -208,6 +209,61 @@ def test_a_controlnet_is_shown_the_content(sd15):
     assert same(dg.stylize(pipe, picture(30, 22), picture(seed=1), seed=1, **FAST, **weaker), plain)
 
 
+def test_each_of_several_controlnets_is_shown_the_content(sd15):
+    nets = [tiny.controlnet(sd15.unet, seed) for seed in (5, 6)]
+    shown = []
+    for net in nets:
+        net.register_forward_pre_hook(lambda _, __, kw: shown.append(kw["controlnet_cond"]), with_kwargs=True)
+    pipe = tiny.sd15(cls=StableDiffusionControlNetPipeline, unet=sd15.unet, controlnet=nets)
+    assert dg.stylize(pipe, picture(30, 22), picture(seed=1), seed=1, **FAST).size == (30, 22)
+    assert len(shown) == 4 and all(torch.equal(shown[0], other) for other in shown)
+
+
+def test_an_ip_adapter_adds_to_its_own_method_only(sd15):
+    plain = {
+        m: dg.stylize(sd15, picture(), picture(seed=1), seed=1, method=m, **FAST) for m in ("styleid", "distillation")
+    }
+    add_ip_adapter(sd15)
+    for method, want in plain.items():
+        got = dg.stylize(sd15, picture(), picture(seed=1), seed=1, method=method, **FAST)
+        assert np.abs(np.asarray(got, int) - np.asarray(want, int)).max() <= 1
+    styles = [picture(seed=i) for i in (1, 2)]
+    one, other = dg.stylize(sd15, picture(), styles, seed=1, method="ip_adapter", alpha=1.0, **FAST)
+    assert not same(one, other)
+    weak = dg.stylize(sd15, picture(), styles[0], seed=1, method="ip_adapter", alpha=1.0, strength=1e-6, **FAST)
+    back = dg.stylize(sd15, picture(), styles[1], seed=1, method="ip_adapter", alpha=1.0, strength=1e-6, **FAST)
+    assert np.abs(np.asarray(weak, int) - np.asarray(back, int)).max() <= 1
+
+
+def test_the_settings_that_make_it_again_are_in_the_picture(sd15):
+    how = {"temperature": 1.2, "invert_style": False, "omega": 0.5, "tolerance": 0.0, "alpha": 0.6, "gamma": 0.9}
+    away = dg.NegativeAway("red", scale=0.5)
+    out = dg.stylize(sd15, picture(), picture(seed=1), plugins=away, prompt="a star", **how, **FAST)
+    settings = dict(out.info["diffgraft"])
+    assert settings["plugins"] == [{"plugin": "NegativeAway"} | away.settings()] and settings["negative"] == "none"
+    for name in ("task", "pipeline", "scheduler", "plugins", "negative", "width", "height"):
+        del settings[name]
+    assert same(dg.stylize(sd15, picture(), picture(seed=1), plugins=[away], **settings), out)
+
+
+def test_what_is_not_finite_is_an_error_and_no_black_picture(sd15):
+    steps = []
+
+    class Spoil(dg.Plugin):
+        def combine(self, step, prediction, rows):
+            return prediction[rows["cond"]] * float("nan") if step.index == 1 else None
+
+    with pytest.raises(dg.NonFiniteError, match="step 2 of 2"):
+        dg.stylize(
+            sd15, picture(), picture(seed=1), seed=1, **FAST,
+            callback_on_step_end=lambda pipe, i, t, given: steps.append(i) or given, plugins=Spoil(),
+        )  # fmt: skip
+    assert steps == [0]  # the user's callback runs behind the check
+    torch.nn.init.constant_(sd15.vae.decoder.conv_out.bias, float("nan"))
+    with pytest.raises(dg.NonFiniteError, match="decoding"):
+        dg.stylize(sd15, picture(), picture(seed=1), seed=1, **FAST)
+
+
 def test_more_plugins_run_along(sd15):
     plain = dg.stylize(sd15, picture(), picture(seed=1), seed=1, prompt="a star", **FAST)
     away = dg.NegativeAway("red", scale=0.5)
@@ -225,6 +281,13 @@ def test_more_plugins_run_along(sd15):
         ({"steps": 0}, "steps"),
         ({"seed": -3}, "seed"),
         ({"content": 7}, "picture"),
+        ({"style": 7}, "picture"),
+        ({"guidance": float("nan")}, "guidance"),
+        ({"temperature": 0.0}, "temperature"),
+        ({"prompt": ["a star"]}, "prompt"),
+        ({"negative": 7}, "negative"),
+        ({"latents": 1}, "latents="),
+        ({"output_type": "pt"}, "output_type="),
         ({"method": "ip_adapter"}, "IP-Adapter"),
     ],
 )
@@ -234,17 +297,21 @@ def test_bad_settings_say_what_to_do(sd15, call, says):
         dg.stylize(sd15, **call)
 
 
+@pytest.mark.parametrize("omega", [1.0, 1.5])
 @pytest.mark.parametrize("kind", ["flux", "sd3", "pixart"])
-def test_transformers_invert_and_come_back(kind):
-    pipe = getattr(tiny_transformers, kind)()
-    for part in pipe.components.values():
-        if isinstance(part, torch.nn.Module):
-            part.double()
+def test_transformers_invert_and_come_back(kind, omega):
+    pipe = tiny.double(getattr(tiny_transformers, kind)())
     pixels = picture(32, 32) if kind == "pixart" else picture(48, 32)
-    inversion = dg.invert(pipe, pixels, prompt="a ball", steps=4, iterations=80, tolerance=1e-9)
-    call = {"guidance_scale": 1.0, "output_type": "latent", "width": pixels.width, "height": pixels.height}
+    away = {} if omega == 1 else {"negative": "a star", "guidance": omega}
+    inversion = dg.invert(pipe, pixels, prompt="a ball", steps=4, iterations=80, tolerance=1e-9, **away)
+    assert inversion.negative == ("text" if away else "none")
+    call = {"output_type": "latent", "width": pixels.width, "height": pixels.height, "guidance_scale": omega}
+    if kind == "flux":
+        call |= {"guidance_scale": 1.0, "true_cfg_scale": omega}
     if kind == "pixart":
         call["use_resolution_binning"] = False
+    if away:
+        call["negative_prompt"] = "a star"
     back = pipe("a ball", **inversion.call(pipe), **call).images
     if kind == "flux":
         back = pipe._unpack_latents(back, 32, 48, pipe.vae_scale_factor)
