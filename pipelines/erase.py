@@ -76,8 +76,8 @@ def erase(
         batch_size: regions at once, where they are of one size. At 1, the default, a picture is the same bytes
             whichever others are made with it.
         plugins: further techniques for the same run.
-        call: passed on to the pipeline, such as `negative_prompt` or, with a ControlNet, `control_image` (a PIL picture
-            of the whole picture is cut out alike).
+        call: passed on to the pipeline, such as `negative_prompt` or, with a ControlNet, `control_image` (of the whole
+            picture, which is cut out alike; for several ControlNets a list with one for each).
     Returns:
         A PIL picture of the input's size and mode; further than `grow + feather` pixels from the mask every byte is the
         input's. Its settings are in `.info["diffgraft"]`. `n` > 1 gives a list, a list of images a list of these.

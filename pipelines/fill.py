@@ -10,16 +10,17 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 
-from ..attention.errors import UnsupportedPipelineError
+from ..attention.errors import SettingError, UnsupportedPipelineError
 from ..attention.masks import Bools, level_mask
 from ..plugins.base import Plugin
 from ..plugins.redirection import SelfAttentionRedirection
+from .architectures import adapter_for
 from .blend import Blend, Inverted, Noised, StartAt, sibling
-from .generate import guard
+from .generate import as_list, guard
 from .graft import graft
 from .inversion import invert
 from .latents import as_pil, encode_image
-from .region import Region
+from .region import Region, as_picture
 
 
 @dataclass(frozen=True)
@@ -53,15 +54,19 @@ def sample(pipe: Any, jobs: Sequence[Job], sampling: Sampling) -> list[Image.Ima
     masks = [job.region.cut_mask(job.hole) for job in jobs]
     if inpainting and sampling.method == "dip":
         raise UnsupportedPipelineError("a UNet with 9 channels cannot be inverted without a mask: use method='sip'")
-    source = _source(pipe, parts, [job.seed for job in jobs], sampling)
-    grid = (source.clean.shape[-2], source.clean.shape[-1])
+    clean = encode_image(pipe, parts).to(pipe.unet.dtype)
+    grid = (clean.shape[-2], clean.shape[-1])
+    redirection = SelfAttentionRedirection(masks, **sampling.redirection)
+    if sampling.method == "dip" and not redirection.neutral:
+        redirection.coverage(adapter_for(pipe).layers, grid)  # refuses a mask before the inversion
+    plugins = [redirection, *sampling.plugins]
+    source = _source(pipe, clean, [job.seed for job in jobs], sampling)
     tokens = torch.stack([level_mask(mask, grid, grid) for mask in masks])[:, None]
     call = _for_each(sampling.call, jobs)
     if inpainting:
         call |= _inpainting(pipe, parts, tokens)
     then = Blend(source, tokens, call.pop("callback_on_step_end", None))
     inputs = call.pop("callback_on_step_end_tensor_inputs", [])
-    plugins = [SelfAttentionRedirection(masks, **sampling.redirection), *sampling.plugins]
     if sampling.method == "dip":
         plugins.insert(0, StartAt(source, pipe.scheduler))
     with graft(pipe, *plugins):
@@ -75,9 +80,8 @@ def sample(pipe: Any, jobs: Sequence[Job], sampling: Sampling) -> list[Image.Ima
     return as_pil(out.images)
 
 
-def _source(pipe: Any, parts: Sequence[Image.Image], seeds: Sequence[int], sampling: Sampling) -> Noised | Inverted:
+def _source(pipe: Any, clean: torch.Tensor, seeds: Sequence[int], sampling: Sampling) -> Noised | Inverted:
     """The pictures' latents at every noise level. The noise is the one that the pipeline draws from these seeds."""
-    clean = encode_image(pipe, list(parts)).to(pipe.unet.dtype)
     if sampling.method == "sip":
         generators = [_generator(seed) for seed in seeds]
         return Noised(clean, randn_tensor(clean.shape, generators, clean.device, clean.dtype))
@@ -90,9 +94,14 @@ def _for_each(call: dict[str, Any], jobs: Sequence[Job]) -> dict[str, Any]:
     """Further texts once for each picture, as the prompts are; a ControlNet's picture cut out as the pictures are."""
     texts = {key: [text] * len(jobs) for key, text in call.items() if "prompt" in key and isinstance(text, str)}
     control = call.get("control_image")
-    if not isinstance(control, Image.Image):
+    if control is None:
         return call | texts
-    return call | texts | {"control_image": [job.region.cut(control.resize(job.picture.size)) for job in jobs]}
+    several = isinstance(control, (list, tuple))
+    if several and len(jobs) > 1:
+        raise SettingError("several ControlNets take one picture at once: use batch_size=1")
+    shown = [as_picture(picture) for picture in as_list(control)]
+    cut = [job.region.cut(picture.resize(job.picture.size)) for picture in shown for job in jobs]
+    return call | texts | {"control_image": cut}
 
 
 def _inpainting(pipe: Any, parts: Sequence[Image.Image], tokens: torch.Tensor) -> dict[str, Any]:

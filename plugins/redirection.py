@@ -103,9 +103,17 @@ class SelfAttentionRedirection(Plugin):
                 f"{len(self._masks)} masks for {pictures} pictures: give one mask, or one for each picture "
                 "(several masks of one picture are a list of their own, [[a, b]])"
             )
-        levels = sorted({layer.level for layer in session.layers if layer.name in self._chosen})
-        shares = [level_shares(mask, step.size, levels) for mask in self._masks]
-        self._levels = {grid: max(share[grid] for share in shares) for grid in shares[0]}
+        self._levels = self.coverage(session.layers, step.size)
+
+    def coverage(self, layers: Sequence[AttentionLayer], size: tuple[int, int]) -> dict[str, float]:
+        """The largest masked share of the tokens at each level of these layers, by grid, for latents of `size`.
+
+        Raises:
+            MaskError: no background token is left at a level.
+        """
+        levels = sorted({layer.level for layer in choose_layers(layers, self.layers)})
+        shares = [level_shares(mask, size, levels) for mask in self._masks]
+        return {grid: max(share[grid] for share in shares) for grid in shares[0]}
 
     def edits(self) -> Sequence[Edit]:
         return (_Redirect(self, BRANCH), _Redirect(self, "cond"))

@@ -189,6 +189,15 @@ def test_an_empty_mask_gives_the_input_back_and_a_warning(pipe):
 def test_a_full_mask_and_wrong_masks(pipe):
     with pytest.raises(dg.MaskError, match="covers everything"):
         quick(pipe, picture(), np.ones((32, 32), bool))
+    comb = np.zeros((32, 32), bool)
+    comb[::4] = True  # no 8x8 token is without it
+    calls = []
+    hook = pipe.unet.conv_in.register_forward_hook(lambda *_: calls.append(1))
+    for method in ("sip", "dip"):
+        with pytest.raises(dg.MaskError, match="no background is left at the level of 8x8"):
+            quick(pipe, picture(), comb, method=method, grow=0)
+    hook.remove()
+    assert not calls
     with pytest.raises(dg.MaskError, match="another aspect"):
         quick(pipe, picture(48, 32), box(32, 32))
     with pytest.raises(dg.MaskError, match="list of as many masks"):
@@ -451,6 +460,28 @@ def test_every_pipeline_of_the_family(pipe, extra, guidance):
     plain = quick(pipe, image, mask, guidance=guidance, prompt="a ball" if guidance > 1 else "", scale=0, **extra)
     assert changed(plain, out)[mask].any()
     assert fingerprint(pipe) == before
+
+
+@pytest.mark.parametrize("several", [False, True], ids=["one", "several"])
+def test_a_controlnet_is_shown_what_belongs_to_the_region(several):
+    """Of a picture far larger than the region, in every form of a picture."""
+    unet, shown = tiny.unet(), []
+    nets = [tiny.controlnet(unet, seed) for seed in ((5, 6) if several else (5,))]
+    for net in nets:
+        net.register_forward_pre_hook(lambda _, __, kw: shown.append(kw["controlnet_cond"]), with_kwargs=True)
+    kind = diffusers.StableDiffusionControlNetPipeline
+    pipe = tiny.sd15(cls=kind, unet=unet, controlnet=nets if several else nets[0])
+    image, controls = picture(120, 90), [picture(120, 90, seed=i) for i in (7, 8)][: len(nets)]
+    forms = [controls, [np.asarray(control) for control in controls]]
+    outs = [quick(pipe, image, box(120, 90), control_image=form if several else form[0]) for form in forms]
+    assert not changed(*outs).any()
+    [corners] = outs[0].info["diffgraft"]["boxes"]
+    for number, control in enumerate(controls):
+        part = torch.from_numpy(np.array(control.crop(corners))).movedim(-1, 0) / 255
+        assert torch.allclose(shown[number][0], part, atol=1e-6)
+    if several:
+        with pytest.raises(dg.SettingError, match="batch_size=1"):
+            quick(pipe, image, box(120, 90), control_image=controls, n=2, batch_size=2)
 
 
 def test_the_mask_and_the_grey_hole_reach_a_denoiser_with_nine_channels():
