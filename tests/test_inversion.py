@@ -17,6 +17,7 @@ from diffusers import (
 from PIL import Image
 
 import diffgraft as dg
+from diffgraft.app.bench.startpoint_cost import counting
 from diffgraft.pipelines.inversion import fixed_point
 from diffgraft.pipelines.latents import encode_image
 from diffgraft.pipelines.schedule import grid_of, predicted_noise, reverse_step
@@ -199,6 +200,9 @@ def test_passes_are_counted(sd15, k):
         call = {"steps": 4, "iterations": k, "tolerance": 0, **options}
         inversion, count = counted(sd15, lambda call=call: dg.invert(sd15, z, **call))
         assert count == inversion.evaluations == rows * 4 * (k + 1)
+    with counting(sd15.unet) as counter:
+        dg.invert(sd15, z, negative="a star", steps=4, iterations=k, tolerance=0)
+    assert (counter.calls, counter.rows, counter.twice) == (4 * (k + 1), 8 * (k + 1), 0)  # no row is another's twin
 
 
 def test_without_weight_the_negative_is_not_evaluated_and_no_bit_differs(sd15):
