@@ -15,14 +15,15 @@ from ..attention.errors import SettingError, SettingTypeError
 from ..attention.layer import AttentionLayer
 from ..attention.step import Step
 from .base import Plugin, Probe, Session, finite, listed
-from .moves import gradient_of
+from .moves import LOSS_SCALE, gradient_of
 from .reference import Reference
 from .style_injection import Layers, choose_layers
 
 
 def difference(x: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """Mean of |x - target| of each picture [n]: the L1 distance of equations 3 and 4, for x of [n, H, N, D]."""
-    return (x - target).abs().flatten(1).mean(1)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return (x.to(wide) - target.to(wide)).abs().flatten(1).mean(1)
 
 
 class AttentionDistillation(Plugin):
@@ -110,7 +111,7 @@ class AttentionDistillation(Plugin):
         for _ in range(self.updates):
             self._look.at(probe, z, "loss")
             losses = self._look.style + self.content_weight * self._look.content
-            z.grad = gradient_of(losses.sum(), z, 1.0)
+            z.grad = gradient_of(losses.sum(), z, LOSS_SCALE if self._look.dtype == torch.float16 else 1.0)
             if not (z.grad.isfinite().all() and losses.isfinite().all()):
                 self._session.skip("the gradient is not finite")
                 return None
@@ -137,6 +138,7 @@ class _Look(Edit):
         self.role = ""
         self.keys: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         self.queries: dict[str, torch.Tensor] = {}
+        self.dtype = torch.float32
         self.style = self.content = torch.zeros(())
 
     def at(self, probe: Probe, latent: torch.Tensor, role: str) -> None:
@@ -155,7 +157,7 @@ class _Look(Edit):
         return step.phase == "latent" and bool(self.role)
 
     def out(self, call: AttentionCall, out: torch.Tensor) -> torch.Tensor:
-        name = call.layer.name
+        name, self.dtype = call.layer.name, call.q.dtype
         if self.role == "style":
             self.keys[name] = call.k, call.v
         elif self.role == "content":

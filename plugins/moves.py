@@ -7,6 +7,9 @@ import torch.nn.functional as F
 
 from ..attention.errors import UnsupportedPipelineError
 
+LOSS_SCALE = 2.0**12
+"""Factor on a loss whose gradient goes through float16, where a mean over a layer's values would underflow."""
+
 
 def step_factor(index: int, total: int, decay: float) -> float:
     """sqrt of the line from 1 at the first step to `decay` at the last: Attend-and-Excite's schedule for decay 0.5."""

@@ -15,12 +15,11 @@ from ..attention.step import Step
 from .base import Plugin, Probe, Session, finite
 from .concepts import Concepts, Picture, attributes_by_prompt, check_concepts, find_picture, for_pictures
 from .losses import Loss, Maps, binding_loss, find_loss
-from .moves import gradient_of, gradient_step, low_pass, relative_step, shuffled, step_factor
+from .moves import LOSS_SCALE, gradient_of, gradient_step, low_pass, relative_step, shuffled, step_factor
 from .presets import Route, Units, check_choices, check_refine, preset_named
 from .retention import Regions, Rule, read_layout
 
 _MAX_REFINEMENTS = 20
-_LOSS_SCALE = 2.0**12
 
 
 class AttentionSegregation(Plugin):
@@ -273,7 +272,7 @@ class AttentionSegregation(Plugin):
 
     def _scale_for(self, dtype: torch.dtype) -> float:
         if not self._scale:
-            self._scale = _LOSS_SCALE if dtype == torch.float16 else 1.0
+            self._scale = LOSS_SCALE if dtype == torch.float16 else 1.0
         return self._scale
 
     def _split(

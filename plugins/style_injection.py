@@ -32,9 +32,10 @@ Operands = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]
 
 def adain(x: torch.Tensor, reference: torch.Tensor, dims: tuple[int, ...] = (-2, -1)) -> torch.Tensor:
     """(x - mean) / std * std_ref + mean_ref over `dims`: latents by channel (StyleID, eq. 8), tokens by feature."""
-    mean, mean_ref = x.mean(dims, keepdim=True), reference.mean(dims, keepdim=True)
-    std, std_ref = (t.std(dims, keepdim=True, correction=0) for t in (x, reference))
-    return (x - mean) * (std_ref / std.clamp(min=1e-12)) + mean_ref
+    z, ref = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (x, reference))
+    mean, mean_ref = z.mean(dims, keepdim=True), ref.mean(dims, keepdim=True)
+    std, std_ref = (t.std(dims, keepdim=True, correction=0) for t in (z, ref))
+    return ((z - mean) * (std_ref / std.clamp(min=1e-12)) + mean_ref).to(x.dtype)
 
 
 def preserved_query(q: torch.Tensor, content: torch.Tensor, gamma: float) -> torch.Tensor:

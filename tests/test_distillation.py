@@ -9,7 +9,9 @@ from plugins_for_tests import fingerprint
 from test_style import Path, double, normal
 
 import diffgraft as dg
+from diffgraft.plugins import distillation
 from diffgraft.plugins.distillation import difference
+from diffgraft.plugins.moves import gradient_of
 
 ONE = {"num_inference_steps": 1, "guidance_scale": 1.0, "height": 16, "width": 16}
 
@@ -69,6 +71,24 @@ def test_difference_is_a_mean_by_picture():
     x, y = normal(3, 2, 5, 4), normal(3, 2, 5, 4, seed=1)
     want = torch.stack([(x[i] - y[i]).abs().sum() / 40 for i in range(3)])
     torch.testing.assert_close(difference(x, y), want)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_small_gradients_do_not_underflow_in_half_precision(dtype, monkeypatch):
+    """The content's term alone, as small as layers of real models make it."""
+    z, content, gradients = normal(1, 4, 16, 16), normal(1, 4, 16, 16, seed=2), []
+
+    def keep(loss, latent, scale):
+        gradients.append(gradient_of(loss, latent, scale).double().flatten())
+        return gradients[-1].view_as(latent).to(latent)
+
+    monkeypatch.setattr(distillation, "gradient_of", keep)
+    for kind in (torch.float32, dtype):
+        pipe = tiny.sd15().to(dtype=kind)
+        plugin = dg.AttentionDistillation(Path(z), content=Path(content), content_weight=1e-3)
+        with dg.graft(pipe, plugin):
+            tiny.sample(pipe, latents=z.to(kind), **ONE | {"height": 32, "width": 32})
+    assert torch.nn.functional.cosine_similarity(*gradients, 0) > 0.99
 
 
 def test_updates_bring_the_loss_down(family):

@@ -44,6 +44,11 @@ def test_adain_takes_mean_and_deviation():
     torch.testing.assert_close(got.std((-2, -1)), style.std((-2, -1)), rtol=0, atol=1e-5)
     torch.testing.assert_close(adain(x, x), x, rtol=0, atol=1e-14)
     assert adain(torch.ones(1, 1, 2, 2), style[:1, :1]).isfinite().all()
+    for dtype in (torch.float16, torch.bfloat16):  # rounded once, at the end
+        half, reference = (100 + normal(1, 4, 64, 64, seed=i).to(dtype) for i in (0, 1))
+        assert adain(torch.ones(1, 1, 2, 2, dtype=dtype), reference[:, :1]).isfinite().all()
+        exact = adain(half.double(), reference.double())
+        assert (adain(half, reference) - exact).abs().max() <= torch.finfo(dtype).eps / 2 * 128
 
 
 def test_shared_attention_is_the_papers():
