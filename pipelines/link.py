@@ -59,9 +59,14 @@ def check_moves(scheduler: Any) -> None:
     """Refuse schedulers on which no moved latent can be exact; warn where it only partly arrives.
 
     Raises:
-        UnsupportedSchedulerError: PNDM with its Runge-Kutta start.
+        UnsupportedSchedulerError: PNDM with its Runge-Kutta start; SCM, Sana-Sprint's.
     """
     name = type(scheduler).__name__
+    if name == "SCMScheduler":
+        raise UnsupportedSchedulerError(
+            "with SCMScheduler the pipeline itself rescales its latents and mixes them into the prediction, where a "
+            "moved one does not arrive: use a Sana pipeline with its flow-matching scheduler"
+        )
     if name == "PNDMScheduler" and not scheduler.config.skip_prk_steps:
         raise UnsupportedSchedulerError(
             "PNDMScheduler with skip_prk_steps=False ignores the latent in its Runge-Kutta stages: use "

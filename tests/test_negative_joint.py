@@ -407,6 +407,17 @@ def test_other_pipelines_of_the_families(name):
     assert torch.equal(run(pipe, prompt="a ball", **call), plain)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_half_precision_stays_finite(dtype):
+    for name in ("flux", "sd3", "qwen", "pixart", "sana"):
+        pipe = getattr(tt, name)().to(dtype)
+        call = call_of(pipe, guided=False)
+        call |= {"prompt_embeds": normal(1, 6, 32).to(dtype)} if name == "qwen" else {}
+        for rule in ("nasa", "nag", "vsf"):
+            for scale in (None, 100.0):
+                assert run(pipe, dg.NegativeAway(negative_for(pipe), rule=rule, scale=scale), **call).isfinite().all()
+
+
 def test_what_joint_models_refuse():
     pipe = tt.flux()
     with pytest.raises(dg.SettingError, match="one NegativeAway"):
@@ -418,6 +429,9 @@ def test_what_joint_models_refuse():
         run(pipe, dg.NegativeAway(torch.zeros(1, 4, 5)))
     with pytest.raises(dg.UnsupportedPipelineError, match="embeddings"):
         run(tt.qwen(), dg.NegativeAway("red"))
+    sprint, call = variant("sana sprint")
+    with pytest.raises(dg.UnsupportedSchedulerError, match="SCMScheduler"):
+        run(sprint, dg.AttentionSegregation(["ball"], loss="attend-and-excite"), **call)
     for masked in (pipe, tt.sd3()):
         embeds = torch.ones(1, 4, masked.transformer.config.joint_attention_dim)
         with pytest.raises(dg.SettingError, match="cut the padding off"):
