@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
@@ -78,6 +78,11 @@ def _expand(tree: Any, index: torch.Tensor, base: int) -> Any:
         batched = isinstance(value, torch.Tensor) and value.ndim and len(value) == base
         return value[index] if batched else value
 
-    if isinstance(tree, dict):  # what cross_attention_kwargs holds is not batched by rows
-        return {k: v if k == "cross_attention_kwargs" else tree_map(pick, v) for k, v in tree.items()}
+    def named(name: str, value: Any) -> Any:
+        if name == "cross_attention_kwargs" and value:  # of what it holds only GLIGEN's grounding is batched by rows
+            return {k: tree_map(pick, v) if k == "gligen" else v for k, v in value.items()}
+        return tree_map(pick, value)
+
+    if isinstance(tree, dict):
+        return {name: named(name, value) for name, value in cast("dict[str, Any]", tree).items()}
     return tree_map(pick, tree)

@@ -451,6 +451,35 @@ def test_layer_numbers_hold_for_any_depth(depth):
     assert [x.index for x in layers] == list(range(len(layers)))
 
 
+@pytest.mark.parametrize("guidance", [1.0, 4.0])
+def test_the_grounding_of_gligen_counts_no_layer_and_goes_to_every_row(guidance):
+    """Its fusers are attention too, and boxes and phrases come by rows: unused, and used beside the branch."""
+    plain = tiny.sd15()
+    pipe = tiny.sd15(unet=tiny.unet(attention_type="gated"))
+    names = [(layer.index, layer.name) for layer in dg.find_layers(pipe.unet) if layer.kind == "self"]
+    assert names == SELF and pipe.unet.load_state_dict(plain.unet.state_dict(), strict=False)
+    for block in pipe.unet.modules():
+        if hasattr(block, "alpha_attn"):
+            torch.nn.init.constant_(block.alpha_attn, 0.5)
+    call = {"guidance_scale": guidance}
+    assert torch.equal(erased(pipe, call=call)[0], erased(plain, call=call)[0])
+    rows, g = 1 if guidance == 1 else 2, torch.Generator().manual_seed(0)
+    boxes, phrases = torch.rand(1, 3, 4, generator=g), torch.randn(1, 3, 32, generator=g)
+    grounding = {"boxes": boxes.repeat(rows, 1, 1), "positive_embeddings": phrases.repeat(rows, 1, 1)}
+    grounding["masks"] = torch.tensor([[0.0] * 3, [1.0] * 3])[-rows:]  # a negative prompt has no boxes
+    call["cross_attention_kwargs"] = {"gligen": grounding}
+    late, report = erased(pipe, call=call)
+    plain = tiny.sample(pipe, **call)
+    assert report.rows == [rows + 1] and not torch.allclose(late, plain, atol=1e-3)
+    with dg.graft(pipe, dg.SelfAttentionRedirection(BOX), OwnText()):  # joins at the input
+        assert torch.allclose(tiny.sample(pipe, **call), late, atol=1e-3)
+
+
+class OwnText(dg.Plugin):
+    def branches(self, step):
+        return [dg.Branch("own", text=torch.zeros(1, 77, 32))]
+
+
 @pytest.mark.parametrize("layers", ["all", "mid", "down"])
 def test_redirection_may_begin_before_the_decoder(family, layers):
     out, report = erased(family, layers=layers)

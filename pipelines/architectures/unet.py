@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import nn
 from torch.utils._pytree import tree_map
 
@@ -36,6 +37,13 @@ class UNetAdapter(Adapter):
     def grid(self, inputs: Inputs, running: Running) -> tuple[int, int]:
         height, width = inputs["sample"].shape[-2:]
         return height, width
+
+    def take(self, inputs: Inputs, rows: slice | torch.Tensor) -> Inputs:
+        taken, given = super().take(inputs, rows), inputs.get("cross_attention_kwargs") or {}
+        if "gligen" in given:  # boxes and phrases of each row
+            grounding = {name: value[rows] for name, value in given["gligen"].items()}
+            taken["cross_attention_kwargs"] = given | {"gligen": grounding}
+        return taken
 
     def late_blocks(self) -> Sequence[tuple[str, nn.Module]]:
         unet: Any = self.denoiser
