@@ -272,7 +272,7 @@ class Descend(Plugin):
 
     def __init__(self, retention):
         super().__init__()
-        self.retention, self.path, self.peaks = retention, [], []
+        self.retention, self.path, self.peaks, self.masses = retention, [], [], []
 
     def bind(self, session):
         self.capture = MapCapture(session.layers, "latent")
@@ -290,6 +290,7 @@ class Descend(Plugin):
             loss = segregation_loss(maps)
             self.path.append(loss.item())
             self.peaks.append(maps.detach().amax((1, 2)))
+            self.masses.append(maps.detach().mean((1, 2)))
             if self.retention and regions is not None:
                 loss = loss + retention_loss(maps, regions)
             regions = binarise(maps)
@@ -312,6 +313,7 @@ def test_retention_keeps_what_segregation_alone_deletes(double):
     assert both.path[-1] <= 0.1 * both.path[0]
     assert (both.peaks[-1] >= both.peaks[0]).all()
     assert alone.peaks[-1].amin() < 1e-3 < alone.peaks[0].amin()
+    assert both.masses[-1].amin() > 100 * alone.masses[-1].amin()  # maps grow narrower, but none vanishes
     with pytest.warns(UserWarning, match="vanish"):
         dg.AttentionSegregation(WORDS, retention=0)
 
