@@ -18,7 +18,7 @@ from .blend import sibling
 from .fill import Job, Sampling, sample
 from .generate import as_list, check_call, resolve_seed
 from .latents import native_side, side_multiple
-from .region import Region, as_picture, paste, plan_regions
+from .region import Region, as_picture, hold, paste, plan_regions
 
 REACH = 24
 """Pixels around the mask that `erase` changes at most unless told otherwise."""
@@ -153,7 +153,10 @@ def _candidates(
     regions: list[Region] = []
     hole, opacity, used = edges.apply(marked)
     if marked.any():
-        regions = plan_regions(hole, native_side(pipe), side_multiple(pipe), crop)
+        size = native_side(pipe), side_multiple(pipe), crop
+        regions = plan_regions(hole, *size)
+        if not hold(regions, opacity > 0):  # a wide feather would end at a region's border
+            regions = plan_regions(opacity > 0, *size)
     else:
         warnings.warn("the mask is empty: the picture comes back unchanged", stacklevel=3)
     return [_Candidate(picture.copy(), hole, opacity, regions, prompt, seed, used) for seed in seeds]

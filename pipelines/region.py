@@ -113,6 +113,15 @@ def plan_regions(mask: Bools, native: int, multiple: int, crop: bool = True) -> 
     return planned
 
 
+def hold(regions: Sequence[Region], mask: Bools) -> bool:
+    """Whether all that is masked lies in one region or another."""
+    outside = mask.copy()
+    for region in regions:
+        left, top, right, bottom = region.box
+        outside[top:bottom, left:right] = False
+    return not outside.any()
+
+
 def _touching(groups: Sequence[Bools], planned: Sequence[Region]) -> tuple[int, int] | None:
     """Two groups, the earlier first, of which one lies in the other's region."""
     for i, region in enumerate(planned):

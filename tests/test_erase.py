@@ -107,6 +107,13 @@ def test_the_hole_holds_the_generated_pixels_and_the_feather_ends_where_it_says(
     assert changed(image, soft)[band].mean() > 0.5 and not changed(image, hard)[band].any()
 
 
+def test_a_wide_feather_is_not_cut_off_where_a_region_ends(pipe):
+    image, mask = picture(200, 120), box(200, 120, 50, 90, 20)
+    out = quick(pipe, image, mask, grow=0, feather=40)
+    away = distance(mask, 50)
+    assert changed(image, out)[(away > 20) & (away < 30)].mean() > 0.9 and not changed(image, out)[away > 40].any()
+
+
 def test_by_default_the_reach_is_small_and_never_above_24_pixels(pipe):
     image, mask = picture(40, 40), box(40, 40, 12, 12, 8)
     assert not changed(image, quick(pipe, image, mask))[~grow(mask, 4)].any()
