@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ..attention.errors import SettingError
-from ..pipelines.load import load
+from ..pipelines.load import check, load
 from ..pipelines.picturebook import picturebook
 
 PICTUREBOOK = "picturebook"
@@ -35,12 +35,27 @@ def open_model(
         ModelLoadError: the model cannot be loaded. SettingError: no such device or dtype.
     """
     place = find_device(device)
-    if dtype != "auto" and dtype not in DTYPES:
-        raise SettingError(f"dtype {dtype!r}: must be auto, {', '.join(DTYPES)}")
-    kind = DTYPES[dtype] if dtype != "auto" else torch.float32 if place.type == "cpu" else torch.float16
+    kind = find_dtype(dtype) or (torch.float32 if place.type == "cpu" else torch.float16)
     if name in (PICTUREBOOK, ONE_STEP):
         return picturebook(one_step=name == ONE_STEP, dtype=kind, device=place)
     return load(name, dtype=kind, device=place, revision=revision)
+
+
+def check_model(name: str) -> None:
+    """Raise what can be said about a model without opening it.
+
+    Raises:
+        ModelLoadError: no such file or folder, a pickle, or no checkpoint.
+    """
+    if name not in (PICTUREBOOK, ONE_STEP):
+        check(name)
+
+
+def find_dtype(name: str) -> torch.dtype | None:
+    """The dtype of that name; "auto" is None."""
+    if name != "auto" and name not in DTYPES:
+        raise SettingError(f"dtype {name!r}: must be auto, {', '.join(DTYPES)}")
+    return DTYPES.get(name)
 
 
 def find_device(name: str) -> torch.device:

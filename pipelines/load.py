@@ -69,10 +69,10 @@ def load(
     path = Path(model)
     options |= {"dtype": dtype} if dtype is not None else {}
     try:
-        if path.is_file() or path.suffix in (*PICKLES, ".safetensors"):
+        check(model)
+        if _is_file(path):
             pipe = _from_file(path, wanted, options)
         else:
-            _check_folder(path, str(model))
             pipe = DiffusionPipeline.from_pretrained(
                 str(model), use_safetensors=True, revision=revision, trust_remote_code=trust_remote_code, **options
             )
@@ -85,7 +85,27 @@ def load(
     return pipe if device is None else pipe.to(device)
 
 
-def _from_file(path: Path, pipeline: type[DiffusionPipeline], options: dict[str, Any]) -> Any:
+def check(model: str | os.PathLike[str]) -> None:
+    """Raise what can be said about a file or folder before diffusers opens it; of a Hub id, nothing.
+
+    Raises:
+        ModelLoadError: missing, pickled, or no checkpoint.
+    """
+    path = Path(model)
+    try:
+        if _is_file(path):
+            _check_file(path)
+        else:
+            _check_folder(path, str(model))
+    except OSError as error:
+        raise ModelLoadError(f"{str(model)[:200]!r} cannot be opened: {error.strerror}") from None
+
+
+def _is_file(path: Path) -> bool:
+    return path.is_file() or path.suffix in (*PICKLES, ".safetensors")
+
+
+def _check_file(path: Path) -> None:
     if path.suffix in PICKLES:
         raise ModelLoadError(
             f"{path.name} is a pickle, which can run code when it is opened; convert it to .safetensors, "
@@ -95,6 +115,9 @@ def _from_file(path: Path, pipeline: type[DiffusionPipeline], options: dict[str,
         raise ModelLoadError(f"{path.name} is not a checkpoint; expected a folder, a .safetensors file or a Hub id")
     if not path.exists():
         raise ModelLoadError(f"{str(path)!r} does not exist")
+
+
+def _from_file(path: Path, pipeline: type[DiffusionPipeline], options: dict[str, Any]) -> Any:
     single = getattr(pipeline, "from_single_file", None)
     if single is None:
         raise ModelLoadError(
@@ -104,7 +127,6 @@ def _from_file(path: Path, pipeline: type[DiffusionPipeline], options: dict[str,
 
 
 def _check_folder(path: Path, name: str) -> None:
-    """What can be said about a local folder before diffusers opens it."""
     if not path.is_dir():
         if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
             raise ModelLoadError(f"{name!r} does not exist")

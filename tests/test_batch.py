@@ -25,9 +25,11 @@ from diffgraft.app.batch.plan import Setup, make_job
 from diffgraft.app.batch.run import Options, dry_run, parse_shard, run_batch
 from diffgraft.app.batch.schema import make_row
 from diffgraft.app.batch.sheet import write_sheets
-from diffgraft.app.batch.worker import Worker
+from diffgraft.app.batch.store import Store
+from diffgraft.app.batch.worker import Worker, failed
 from diffgraft.app.errors import ManifestError, OutputError
 from diffgraft.app.metadata import read_settings
+from diffgraft.attention.errors import ModelLoadError, SettingError
 
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.timeout(900)  # processes that import torch start slowly on a busy machine
@@ -180,6 +182,33 @@ def test_a_changed_row_is_made_again_and_its_old_pictures_go(folder):
     assert folder.run(overwrite=True)[1]["done"] == 3
 
 
+def test_old_pictures_stay_until_the_new_ones_are_there(folder):
+    """A mistake in the command, or a folder of inputs that is not mounted, costs nothing that was made."""
+    Image.new("RGB", (32, 32), "red").save(folder.root / "style.png")
+    drawn = {"id": "s", "prompt": "a", "plugins": [{"plugin": "StyleInjection", "style": "style.png"}]}
+    folder.write([*rows(2, n=2), drawn]).run()
+    before = folder.bytes()
+    assert folder.run(setup={"model": "/no/such/model"})[0] == 3 and folder.bytes() == before
+    for wrong in ({"device": "abacus"}, {"dtype": "int3"}):
+        with pytest.raises(SettingError):
+            folder.run(setup=wrong)
+    code, summary = folder.run(defaults={"steps": 0, "guidance": 1.0})
+    assert (code, summary["failed"], summary["folder"]["failed"]) == (1, 3, 0) and folder.bytes() == before
+    (folder.root / "style.png").rename(folder.root / "away.png")
+    code, summary = folder.run()
+    assert (code, summary["failed"], summary["already_done"]) == (1, 1, 2) and folder.bytes() == before
+    (folder.root / "away.png").rename(folder.root / "style.png")
+    assert folder.run()[1]["already_done"] == 3 and folder.run()[0] == 0
+
+
+def test_an_old_picture_that_is_now_another_rows_stays(folder):
+    folder.write([{"id": "a", "prompt": "a", "n": 3}]).run()
+    given = [{"id": "a-1", "prompt": "b"}, {"id": "a", "prompt": "a"}]
+    assert folder.write(given).run()[0] == 0
+    assert {path.name for path in folder.out.glob("*.png")} == {"a.png", "a-1.png"}
+    assert folder.run()[1]["already_done"] == 2
+
+
 def test_failed_rows_are_tried_again_only_when_asked_and_speak_for_the_folder(folder, model):
     other = folder.root / "later"
     folder.write([*rows(2), {"id": "x", "prompt": "a", "model": "../later-model"}])
@@ -196,6 +225,9 @@ def test_failed_rows_are_tried_again_only_when_asked_and_speak_for_the_folder(fo
 def test_a_mended_line_takes_its_failure_along(folder):
     assert folder.write([*rows(1), '{"prompt": ']).run()[0] == 1
     assert folder.write([*rows(1), {"id": "mended", "prompt": "a"}]).run()[0] == 0
+    broken = [*rows(1), '{"prompt": ', {"id": "mended", "prompt": "a"}]
+    assert sorted(folder.write(broken).run(shard=(i, 2))[0] for i in (0, 1))[1] == 1
+    assert folder.write([*rows(1), {"id": "mended", "prompt": "a"}]).run()[0] == 0  # another run of shards had noted it
 
 
 @pytest.mark.parametrize(("options", "done"), [({"max_failures": 1}, 2), ({"max_failures": 2}, 3)])
@@ -215,6 +247,21 @@ def test_shards_and_a_whole_run_are_the_same_files(folder, model, tmp_path):
     assert sum(done) == 10 and all(done)
     assert parts.bytes() == folder.bytes()
     assert len(parts.lines("results-0of2.jsonl")) == done[0]
+
+
+def test_a_shard_that_ends_while_another_one_sums_up_is_not_forgotten(folder, monkeypatch):
+    folder.write(rows(6))
+    write, ran = Store.write_metadata, []
+
+    def meanwhile(store, records):
+        if not ran:
+            ran.append(store.part)
+            assert folder.run(shard=(1, 2))[0] == 0
+        write(store, records)
+
+    monkeypatch.setattr(Store, "write_metadata", meanwhile)
+    assert folder.run(shard=(0, 2))[0] == 0
+    assert [line["id"] for line in folder.lines("metadata.jsonl")] == [f"row-{i}" for i in range(6)]
 
 
 @pytest.mark.parametrize("text", ["2", "3/2", "a/b", "-1/2", "1/0", "1/2/3"])
@@ -335,6 +382,40 @@ def test_a_row_that_kills_its_worker_fails_and_the_rest_is_made(folder, monkeypa
     assert records["row-1"]["error_type"] == "WorkerDied" and len(list(folder.out.glob("*.png"))) == 3
 
 
+def test_what_was_written_of_a_row_that_killed_its_worker_goes(folder, monkeypatch):
+    def dying(setup, batches, workers):
+        for [job] in batches:
+            (setup.out / job.files[0]).write_bytes(b"whole picture")
+            yield failed(job, "WorkerDied", "the worker process died at this row, twice")
+
+    monkeypatch.setitem(ENGINES, "processes", dying)
+    code, summary = folder.write(rows(1, n=3)).run(engine="processes")
+    assert (code, summary["failed"]) == (1, 1) and not list(folder.out.glob("*.png"))
+
+
+def test_workers_are_deaf_to_ctrl_c_from_their_first_moment(folder):
+    """At a terminal it reaches them too, while they still import."""
+    folder.write(rows(2))
+    process = start(folder.command("--engine", "processes"))
+    workers = []
+    while len(workers) < 2:
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.01)
+        workers = [c for c in psutil.Process(process.pid).children() if "spawn_main" in " ".join(c.cmdline())]
+    for _ in range(5):
+        time.sleep(0.2)
+        for worker in workers:
+            worker.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=300)
+    assert process.returncode == 0 and "Traceback" not in said and len(folder.lines("metadata.jsonl")) == 2
+
+
+def test_a_ray_cluster_that_is_not_there_is_exit_3(folder, monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    code, summary = folder.write(rows(1)).run(engine="ray")
+    assert code == 3 and "RAY_ADDRESS=127.0.0.1:1 cannot be reached" in summary["stopped"]
+
+
 def test_out_of_memory_halves_the_batch_and_goes_on(folder):
     folder.out.mkdir()
     setup = folder.setup(batch_size=8)
@@ -393,9 +474,15 @@ def test_dry_run_lists_everything_and_writes_nothing(folder):
     folder.write([*rows(2), "{", {"prompt": 3}, erase, {"prompt": "a", "negative": "b", "seed": 1}])
     options = Options(defaults={"steps": 1}, quiet=True)
     code, errors, counts = dry_run(folder.manifest, folder.setup(), options)
-    assert code == 2 and [line.split(": ")[0] for line in errors] == [f"jobs.jsonl:{i}" for i in (3, 4, 5)]
-    assert "not a supported image" in errors[2]
-    assert (counts["rows"], counts["to_do"], counts["errors"]) == (6, 4, 3) and not folder.out.exists()
+    assert code == 2 and [line.split(": ")[0] for line in errors] == [f"jobs.jsonl:{i}" for i in (3, 4, 5, 5)]
+    assert "not a supported image" in errors[2] and "mask is empty" in errors[3]
+    assert (counts["rows"], counts["to_do"], counts["errors"]) == (6, 4, 4) and not folder.out.exists()
+    lost = [rows(1)[0] | {"model": "/no/such"}, {"task": "erase", "image": "no.png", "mask": "none.png"}]
+    code, errors, _ = dry_run(folder.write(lost).manifest, folder.setup(), options)
+    assert code == 2 and len(errors) == 2 and "'/no/such' does not exist" in errors[0]
+    assert "no.png" in errors[1] and "none.png" in errors[1]
+    with pytest.raises(ModelLoadError, match="does not exist"):
+        dry_run(folder.write(rows(2)).manifest, folder.setup(model="/no/such"), options)
     assert dry_run(folder.write(rows(2)).manifest, folder.setup(), options)[:2] == (0, [])
 
 
@@ -418,6 +505,8 @@ def test_sheets(tmp_path):
     assert [path.name for path in write_sheets(tmp_path, records)] == ["contact-sheet.png", "contact-sheet-2.png"]
     assert Image.open(tmp_path / "contact-sheet.png").size == (1352, 1988)
     assert Image.open(tmp_path / "contact-sheet-2.png").size == (344, 206)
+    (tmp_path / "a.png").write_bytes((tmp_path / "a.png").read_bytes()[:40] + b"damaged")
+    assert len(write_sheets(tmp_path, records)) == 2
     assert write_sheets(tmp_path, records[1:]) == [tmp_path / "contact-sheet.png"]
     assert len(list(tmp_path.glob("*.png"))) == 2
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import socket
 import threading
 from collections import deque
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from multiprocessing.connection import Connection, wait
 from typing import Any, Protocol
@@ -47,6 +49,7 @@ def ray(setup: Setup, batches: Sequence[list[Job]], workers: int) -> Records:
     if not batches:  # a cluster is not started for nothing
         return
     need("ray", "ray")
+    _reach(os.environ.get("RAY_ADDRESS", ""))
     yield from _drive(_Ray(setup, min(workers, len(batches))), batches)
 
 
@@ -159,9 +162,23 @@ class _Processes:
     def _start(self, index: int) -> tuple[int, Any, Connection]:
         ours, theirs = self._context.Pipe()
         process = self._context.Process(target=_serve, args=(theirs, _of_worker(self._setup, index)), daemon=True)
-        process.start()
+        with _deaf():
+            process.start()
         theirs.close()
         return index, process, ours
+
+
+@contextmanager
+def _deaf() -> Iterator[None]:
+    """Ctrl-C at a terminal reaches every process: a child is started deaf to it, and imports for some seconds."""
+    if threading.current_thread() is not threading.main_thread():  # who alone may say what a signal does
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _serve(connection: Connection, setup: Setup) -> None:
@@ -181,6 +198,17 @@ def _serve(connection: Connection, setup: Setup) -> None:
         return
 
 
+def _reach(address: str) -> None:
+    """Raise unless somebody listens at host:port; Ray itself would wait for many minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not (host and port.isdecimal()):  # "auto", "local"
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+    except (OSError, OverflowError) as error:
+        raise WorkerError(f"the Ray cluster at RAY_ADDRESS={address} cannot be reached: {error}") from None
+
+
 class _Ray:
     def __init__(self, setup: Setup, workers: int) -> None:
         import ray
@@ -189,7 +217,10 @@ class _Ray:
         self._own = not ray.is_initialized()
         if self._own:
             at = {} if os.environ.get("RAY_ADDRESS") else {"num_cpus": workers, "include_dashboard": False}
-            ray.init(log_to_driver=False, configure_logging=False, **at)
+            try:
+                ray.init(log_to_driver=False, configure_logging=False, **at)
+            except Exception as error:
+                raise WorkerError(f"Ray cannot be started or joined: {one_line(error)}") from None
         gpus = 1 if ray.cluster_resources().get("GPU") else 0
         self._actor = ray.remote(num_cpus=1, num_gpus=gpus)(Worker)
         self._starting: dict[Any, Any] = {}

@@ -80,7 +80,7 @@ def make_job(row: Row, line: int, setup: Setup, run_seed: int) -> Job:
     """Resolve a row.
 
     Raises:
-        ImageError: one of its files does not exist.
+        ImageError: some of its files cannot be read; the message names all.
     """
     model = row.model or setup.model
     given = row.model_dump(exclude=_NOT_SETTINGS, exclude_none=True)
@@ -97,7 +97,7 @@ def make_job(row: Row, line: int, setup: Setup, run_seed: int) -> Job:
     identity = {
         "row": [row.id, row.task, seed, files, settings, inputs, specs],
         "model": [model, setup.revision, setup.dtype, setup.metadata],
-        "files": [_digest(setup.base / path) for path in read],
+        "files": _digests([setup.base / path for path in read]),
     }
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
     return Job(row.id, line, row.task, model, seed, files, settings, inputs, specs, digest)
@@ -132,6 +132,18 @@ def batches(jobs: Iterable[Job], size: int) -> list[list[Job]]:
 def shown(spec: Mapping[str, Any]) -> dict[str, Any]:
     """A plugin spec without the folders of its files."""
     return with_files(spec, lambda _, path: PurePath(path).name)
+
+
+def _digests(paths: Iterable[Path]) -> list[str]:
+    found, wrong = [], []
+    for path in paths:
+        try:
+            found.append(_digest(path))
+        except ImageError as error:
+            wrong.append(str(error))
+    if wrong:
+        raise ImageError("; ".join(wrong))
+    return found
 
 
 def _digest(path: Path) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,14 +11,15 @@ from typing import Any
 from ...attention.errors import GraftError, ModelLoadError
 from ..console import FAILED, INTERRUPTED, NOT_STARTED, OK, USAGE, one_line, say
 from ..errors import ManifestError, OutputError, WorkerError
+from ..models import check_model, find_device, find_dtype
 from ..outputs import output_folder
-from .engines import Records, engine
-from .manifest import BadRow, Manifest, read_manifest
+from .engines import Engine, Records, engine
+from .manifest import BadRow, Manifest, file_names, read_manifest
 from .plan import Job, Setup, batches, in_shard, make_job
 from .progress import Progress
 from .sheet import write_sheets
 from .store import Record, Store
-from .worker import check_files
+from .worker import problems
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ def run_batch(manifest_path: Path, setup: Setup, options: Options) -> tuple[int,
     Raises:
         GraftError: nothing was started: the manifest, a setting, or the output folder.
     """
-    run = engine(options.engine)
+    run = _checked(setup, options)
     manifest = read_manifest(manifest_path, options.defaults)
     store = Store(output_folder(setup.out), options.shard)
     with store.locked():
@@ -73,12 +74,21 @@ def run_batch(manifest_path: Path, setup: Setup, options: Options) -> tuple[int,
         store.keep_last(drop=gone)
         for name in gone:
             del records[name]
-        _clear(store, plan, records, setup)
-        outcome = _Outcome(store, records, plan, options)
+        if setup.metadata:
+            _refuse_foreign(store, plan, records)
+        outcome = _Outcome(store, records, manifest, plan, options)
         for bad in plan.bad:
             outcome.add(_bad_record(manifest, bad))
         outcome.follow(run(setup, batches(plan.jobs, setup.batch_size), options.workers))
         return _finish(manifest, store, plan, outcome, options)
+
+
+def _checked(setup: Setup, options: Options) -> Engine:
+    """The engine; what every row would fail at is told before a row is touched."""
+    find_dtype(setup.dtype)
+    if options.engine != "ray":  # whose devices are elsewhere
+        find_device(setup.device)
+    return engine(options.engine)
 
 
 def dry_run(manifest_path: Path, setup: Setup, options: Options) -> tuple[int, list[str], dict[str, Any]]:
@@ -87,17 +97,16 @@ def dry_run(manifest_path: Path, setup: Setup, options: Options) -> tuple[int, l
     Returns:
         The exit code (2 if anything is wrong), one line for each error, and counts.
     """
-    engine(options.engine)
+    _checked(setup, options)
     manifest = read_manifest(manifest_path, options.defaults)
     store = Store(setup.out, options.shard)
     records = store.records() if setup.out.is_dir() else {}
     plan = make_plan(manifest, setup, options, store, records)
+    if any(job.model == setup.model for job in plan.jobs):
+        check_model(setup.model)
     wrong = [(bad.line, bad.message) for bad in plan.bad]
     for job in plan.jobs:
-        try:
-            check_files(job, setup.base)
-        except GraftError as error:
-            wrong.append((job.line, one_line(error)))
+        wrong += [(job.line, one_line(error)) for error in problems(job, setup)]
     seconds = [record["seconds"] for record in records.values() if record.get("seconds")]
     counts: dict[str, Any] = {
         "rows": plan.rows, "to_do": len(plan.jobs), "pictures": sum(len(job.files) for job in plan.jobs),
@@ -138,15 +147,13 @@ def _mine(row_id: str, options: Options) -> bool:
     return options.shard is None or in_shard(row_id, *options.shard)
 
 
-def _clear(store: Store, plan: Plan, records: Mapping[str, Record], setup: Setup) -> None:
-    """Delete old pictures of rows that are made anew; refuse to overwrite pictures of somebody else."""
-    known = {picture["file_name"] for record in records.values() for picture in record.get("pictures", ())}
+def _refuse_foreign(store: Store, plan: Plan, records: Mapping[str, Record]) -> None:
+    """Refuse to overwrite pictures of somebody else."""
+    known = {name for record in records.values() for name in _pictures(record)}
     wanted = [name for job in plan.jobs for name in job.files]
-    foreign = store.foreign(wanted, known) if setup.metadata else None
+    foreign = store.foreign(wanted, known)
     if foreign:
         raise OutputError(f"{foreign} in {str(store.folder)!r} was not made by diffgraft; choose another folder")
-    for row_id in [*(job.id for job in plan.jobs), *(bad.id for bad in plan.bad)]:
-        store.discard(picture["file_name"] for picture in records.get(row_id, {}).get("pictures", ()))
 
 
 def _of_vanished_rows(manifest: Manifest, records: Mapping[str, Record]) -> list[str]:
@@ -163,8 +170,13 @@ def _bad_record(manifest: Manifest, bad: BadRow) -> Record:
 class _Outcome:
     """Takes the records of a run as they come."""
 
-    def __init__(self, store: Store, records: dict[str, Record], plan: Plan, options: Options) -> None:
+    def __init__(
+        self, store: Store, records: dict[str, Record], manifest: Manifest, plan: Plan, options: Options
+    ) -> None:
         self.store, self.records, self.options = store, records, options
+        self.files = {job.id: job.files for job in plan.jobs}
+        self.owners = {name: row_id for row_id, record in records.items() for name in _pictures(record)}
+        self.owners |= {name: row.id for _, row in manifest.rows for name in file_names(row.id, row.n)}
         self.total, self.ok, self.failures = len(plan.jobs) + len(plan.bad), 0, []
         self.pictures = 0
         self.stopped: str | None = None
@@ -173,10 +185,16 @@ class _Outcome:
         self.progress = Progress(self.total, options.quiet)
 
     def add(self, record: Record) -> None:
-        """Write a record down."""
-        record["attempt"] = self.records.get(record["id"], {}).get("attempt", 0) + 1
-        self.store.append(record)
-        self.records[record["id"]] = record
+        """Write a record down, and delete what the row had made before.
+
+        A row that cannot be read keeps what it has: it may be the only thing that is left of an input, or of a night.
+        """
+        before = self.records.get(record["id"], {})
+        record["attempt"] = before.get("attempt", 0) + 1
+        if record.get("error_type") != "BadRow" or before.get("status") != "ok" or not self.store.holds(before):
+            self.store.discard(self._left_over(record, before))
+            self.store.append(record)
+            self.records[record["id"]] = record
         if record["status"] == "ok":
             self.ok += 1
             self.pictures += len(record["pictures"])
@@ -184,6 +202,11 @@ class _Outcome:
             self.failures.append({name: record.get(name) for name in ("id", "line", "error_type", "message")})
             self.progress.say(f"row {record['id'][:60]!r} failed: {record['message']}")
         self.progress.advance(len(self.failures))
+
+    def _left_over(self, record: Record, before: Record) -> set[str]:
+        """Files of the row that its new record does not have; never another row's."""
+        names = {*_pictures(before), *self.files.get(record["id"], ())} - {*_pictures(record)}
+        return {name for name in names if self.owners[name] == record["id"]}
 
     def follow(self, results: Records) -> None:
         """Take everything an engine gives, until it ends, fails as a whole, is interrupted, or too much failed."""
@@ -211,15 +234,17 @@ class _Outcome:
         return True
 
 
+def _pictures(record: Record) -> Iterator[str]:
+    return (picture["file_name"] for picture in record.get("pictures", ()))
+
+
 def _finish(
     manifest: Manifest, store: Store, plan: Plan, outcome: _Outcome, options: Options
 ) -> tuple[int, dict[str, Any]]:
     """Bring the folder's overview up to date: results, metadata, sheets, summary."""
-    order = {row.id: line for line, row in manifest.rows} | {bad.id: bad.line for bad in manifest.bad}
-    records = store.records().values()  # read again: other shards may have gone on meanwhile
-    ordered = sorted(records, key=lambda r: (r["id"] not in order, order.get(r["id"], 0), r["id"]))
+    ordered = _in_order(manifest, store)
     failed = [record for record in ordered if record["status"] != "ok"]
-    code = outcome.code or (FAILED if failed else OK)
+    code = outcome.code or (FAILED if failed or outcome.failures else OK)
     summary: dict[str, Any] = {
         "exit_code": code,
         "rows": plan.rows,
@@ -236,6 +261,11 @@ def _finish(
     try:
         store.keep_last()
         store.write_metadata(ordered)
+        for _ in range(10):  # a shard that ended just now wrote its rows into the file that this one has replaced
+            now = _in_order(manifest, store)
+            if now == ordered:
+                break
+            store.write_metadata(ordered := now)
         store.write_json(f"summary{store.part}.json", summary)
         if options.sheet:
             write_sheets(store.folder, ordered)
@@ -243,6 +273,15 @@ def _finish(
         say(one_line(error))
         summary["exit_code"] = code = code or FAILED
     return code, summary
+
+
+def _in_order(manifest: Manifest, store: Store) -> list[Record]:
+    """All records of the folder, other shards' too, as the manifest has them."""
+    order = {row.id: line for line, row in manifest.rows} | {bad.id: bad.line for bad in manifest.bad}
+    records = store.records()
+    for gone in _of_vanished_rows(manifest, records):
+        del records[gone]
+    return sorted(records.values(), key=lambda r: (r["id"] not in order, order.get(r["id"], 0), r["id"]))
 
 
 def parse_shard(text: str) -> tuple[int, int]:

@@ -10,6 +10,7 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
+from ..images import DECODER_ERRORS
 from ..outputs import write_whole
 
 TILE, CAPTION, GAP, COLUMNS, ROWS = 160, 30, 8, 8, 10
@@ -71,7 +72,7 @@ def _small(path: Path) -> Image.Image | None:
     try:
         with Image.open(path, formats=("PNG",)) as image:
             return ImageOps.contain(image.convert("RGB"), (TILE, TILE))
-    except OSError:  # deleted since
+    except DECODER_ERRORS:  # deleted or damaged since
         return None
 
 

@@ -41,12 +41,7 @@ class Store:
             OutputError: another run is writing here.
         """
         lock = self.folder / f"{LOCK}{self.part}"
-        others = [path for path in self.folder.glob(f"{LOCK}*") if not _stale(path)]
-        for other in others:
-            if other == lock or not self.part or other.name == LOCK:
-                raise OutputError(
-                    f"{_owner(other)} is writing in {str(self.folder)!r}; wait, or delete {other.name} there"
-                )
+        self._others(lock, mine=False)
         lock.unlink(missing_ok=True)
         me = psutil.Process()
         try:
@@ -55,12 +50,22 @@ class Store:
         except FileExistsError:
             raise OutputError(f"another run has just started in {str(self.folder)!r}; wait for it") from None
         try:
-            if not others:
+            if not self._others(lock, mine=True):  # asked again: another one may have started at the same time
                 for left in self.folder.glob(f"{TEMPORARY}*.tmp"):
                     left.unlink(missing_ok=True)
             yield
         finally:
             lock.unlink(missing_ok=True)
+
+    def _others(self, lock: Path, *, mine: bool) -> bool:
+        """Whether other runs, of other shards, are writing here; one that excludes this run is an error."""
+        others = [path for path in self.folder.glob(f"{LOCK}*") if not (mine and path == lock) and not _stale(path)]
+        for other in others:
+            if other == lock or not self.part or other.name == LOCK:
+                raise OutputError(
+                    f"{_owner(other)} is writing in {str(self.folder)!r}; wait, or delete {other.name} there"
+                )
+        return bool(others)
 
     def records(self) -> dict[str, Record]:
         """The last record of every id, of all shards."""

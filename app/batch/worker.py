@@ -7,6 +7,7 @@ import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from ..console import one_line
 from ..errors import OutputError
 from ..images import load_image, load_mask
 from ..metadata import encode_png
-from ..models import open_model
+from ..models import check_model, open_model
 from ..outputs import write_whole
 from ..techniques import build
 from .plan import Job, Setup, shown
@@ -177,17 +178,21 @@ def free_memory() -> None:
         torch.accelerator.empty_cache()
 
 
-def check_files(job: Job, base: Path) -> None:
-    """Open every picture of a job and make its plugins, as a run would.
+def problems(job: Job, setup: Setup) -> Iterator[GraftError]:
+    """Everything that a run would trip over before it computes: the model's name, pictures, plugins."""
+    size: list[tuple[int, int]] = []
 
-    Raises:
-        GraftError: the first thing that is wrong.
-    """
-    size = None
-    for name, path in job.inputs.items():
+    def opened(name: str, path: Path) -> None:
         if name == "mask":
-            load_mask(base / path, size)
+            load_mask(path, *size)
         else:
-            size = load_image(base / path).size
-    for spec in job.specs:
-        build(spec, base)
+            size[:] = [load_image(path).size]
+
+    checks = [partial(opened, name, setup.base / path) for name, path in job.inputs.items()]
+    checks += [partial(build, spec, setup.base) for spec in job.specs]
+    checks += [partial(check_model, job.model)] if job.model != setup.model else []
+    for check in checks:
+        try:
+            check()
+        except GraftError as error:
+            yield error
