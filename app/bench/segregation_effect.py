@@ -104,8 +104,8 @@ ROWS: dict[str, Row] = {
     'preset="paper"': partial(guided, preset="paper"),
 }
 CONTROLLED = list(ROWS)[:4]
-PARTS = list(ROWS)[:6]
-OTHERS = [name for name in ROWS if name not in PARTS[1:]]
+PARTS = [*CONTROLLED[:2], *list(ROWS)[4:6]]
+OTHERS = [name for name in ROWS if name not in CONTROLLED[2:]]
 
 
 def two_objects(count: int, first: int = FIRST) -> list[Scene]:
@@ -200,11 +200,11 @@ def run(full: bool, model: Path | None = None) -> None:
     for line in predictors(pipe, judge, three_objects(24 if full else 3, FIRST + 900_000), 32 if full else 8):
         _say(line)
     pairs, triples = two_objects(200 if full else 20), three_objects(100 if full else 20)
-    names, seeds = (PARTS, 4) if full else (CONTROLLED, 1)
-    _effect(pipe, judge, "Two objects", pairs, seeds, names)
-    _effect(pipe, judge, "Three objects", triples, seeds, names)
+    for title, scenes in (("Two objects", pairs), ("Three objects", triples)):
+        _effect(pipe, judge, title, scenes, 4 if full else 1, CONTROLLED)
     if full:
-        _effect(pipe, judge, "Three objects, other forms", triples, 1, OTHERS)
+        _effect(pipe, judge, "Two objects, the parts", pairs, 1, PARTS)
+        _effect(pipe, judge, "Three objects, the parts and other forms", triples, 1, OTHERS)
     count = 160 if full else 16
     _say(f"\nLayouts: {count} captions of two objects\n")
     for line in layouts(pipe, count):
