@@ -2,7 +2,7 @@
 
     python -m diffgraft.app.bench.train --minutes 120                            # from .train/denoiser.pt, if there
     python -m diffgraft.app.bench.train --minutes 120 --from assets/picturebook  # from weights, fresh optimizer
-    python -m diffgraft.app.bench.train --minutes 40 --from assets/picturebook --keep-text --singles 0.3
+    python -m diffgraft.app.bench.train --minutes 60 --from assets/picturebook --keep-text --singles 0.3 --peak 1e-3
 
 The last trains the denoiser alone, so that the one-step student, which shares the text encoder, stays as it is.
 Each run of a time box ends with the learning rate near zero and leaves `.train/picturebook` (averaged weights,
@@ -63,7 +63,9 @@ SHOWN = [
 class Trainer:
     """Networks, averaged weights, optimizer and encoded scenes of one run."""
 
-    def __init__(self, work: Path, device: str, source: Path | None, keep_text: bool = False) -> None:
+    def __init__(
+        self, work: Path, device: str, source: Path | None, keep_text: bool = False, peak: float = PEAK
+    ) -> None:
         self.work, self.device = work, device
         self.checkpoint = work / "denoiser.pt"
         self.unet, self.text = build_unet(), build_text_encoder()
@@ -73,7 +75,7 @@ class Trainer:
         self.unet.to(device, memory_format=torch.channels_last).train()
         self.text.to(device).train()
         self.watched = watch_decoder(self.unet)
-        self.optimizer = Pair([self.unet] if keep_text else [self.unet, self.text], PEAK)
+        self.optimizer = Pair([self.unet] if keep_text else [self.unet, self.text], peak)
         self.text.requires_grad_(not keep_text)
         self.ema = Ema(self.optimizer.parameters)
         self.alphas = build_scheduler().alphas_cumprod.to(device)
@@ -224,13 +226,14 @@ if __name__ == "__main__":
     parser.add_argument("--from", dest="source", type=Path, help="a pipeline to go on from, instead of the checkpoint")
     parser.add_argument("--batch", type=int, default=BATCH, help="scenes a step; 512 on a GPU")
     parser.add_argument("--keep-text", action="store_true", help="train the denoiser alone")
+    parser.add_argument("--peak", type=float, default=PEAK, help="learning rate; half of it for weights that are good")
     parser.add_argument("--singles", type=float, default=0.0, help="further share of each batch with one thing only")
     parser.add_argument("--export", type=Path, help="write the averaged weights in float16 to this folder and end")
     args = parser.parse_args()
     if args.export:
         export(args.work, args.export)
     else:
-        trainer = Trainer(args.work, args.device, args.source, args.keep_text)
+        trainer = Trainer(args.work, args.device, args.source, args.keep_text, args.peak)
         trainer.singles = args.singles
         if not args.source:
             trainer.resume(args.fresh_box)
