@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated, cast
 
@@ -9,7 +10,7 @@ import typer
 
 from ..attention.errors import SettingError
 from .batch.command import batch
-from .console import reported, say
+from .console import encodable, reported, say
 from .options import Device, Model, Shared, Verbose, sharing
 
 app = typer.Typer(
@@ -117,12 +118,13 @@ def show(picture: Annotated[Path, typer.Argument(help="A PNG that diffgraft wrot
 
         from .metadata import read_settings
 
-        typer.echo(json.dumps(read_settings(picture), indent=2, ensure_ascii=False))
+        wide = sys.stdout.encoding.lower().startswith("utf")
+        typer.echo(json.dumps(read_settings(picture), indent=2, ensure_ascii=not wide))
 
 
 @app.command()
 def demo(
-    port: Annotated[int, typer.Option(help="Where to listen.")] = 7860,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Where to listen.")] = 7860,
     host: Annotated[str, typer.Option(help="127.0.0.1 is this machine only.")] = "127.0.0.1",
     share: Annotated[bool, typer.Option("--share", help="A public link through Gradio's servers.")] = False,
     mcp: Annotated[bool, typer.Option("--mcp", help="Also serve the functions as MCP tools.")] = False,
@@ -145,6 +147,7 @@ app.command()(batch)
 
 def main() -> None:
     """The console script."""
+    encodable()
     try:
         app()
     except KeyboardInterrupt:

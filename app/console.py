@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import sys
 import traceback
@@ -48,6 +49,13 @@ def one_line(error: BaseException) -> str:
     """An error as one short line."""
     text = " ".join(str(error).split())[:500]
     return text if isinstance(error, GraftError) and text else f"{type(error).__name__}: {text}"
+
+
+def encodable() -> None:
+    """Let results be printed whatever they hold: a file name that is no text, or letters that a console lacks."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="surrogateescape" if "utf" in stream.encoding.lower() else "backslashreplace")
 
 
 def say(text: str) -> None:

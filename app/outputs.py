@@ -25,11 +25,21 @@ def safe_name(text: str) -> str:
         and name[-1] not in " ."
         and not _RESERVED.fullmatch(name)
         and len(name.encode("utf-8", "surrogatepass")) <= LONGEST_NAME
+        and _can_be_named(name)
     ):
         return name
     digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:10]
     slug = re.sub(r"[^\w.-]+", "-", name, flags=re.ASCII).strip("-.")[:60]
     return f"{slug or 'row'}-{digest}"
+
+
+def _can_be_named(name: str) -> bool:
+    """Whether this machine's file names can hold it: in the C locale, without Python's UTF-8 mode, ASCII alone."""
+    try:
+        os.fsencode(name)
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def same_file_key(name: str) -> str:

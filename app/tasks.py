@@ -56,8 +56,8 @@ def generate(
     _png(out)
     first = resolve_seed(seed)
     output_folder(out.parent)
-    pipe = wish.pipe()
     plugins = [build(spec) for spec in specs]
+    pipe = wish.pipe()
     chosen = suits(wish.model) | _given(settings)
     paths = _numbered(out, n)
     for i, path in enumerate(paths):  # one by one, so that an interruption leaves what was made

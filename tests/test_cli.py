@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
+import sys
 
 import pytest
 import tiny
@@ -184,6 +187,39 @@ def test_batch(model):
     ]:
         result = call(*words)
         assert result.exit_code in (2, 3) and message in result.stderr and result.stderr.count("\n") == 1
+
+
+STRICT = {"LC_ALL": "C.UTF-8", "PYTHONIOENCODING": "utf-8:strict"}
+ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+LATIN = {"LC_ALL": "C.UTF-8", "PYTHONIOENCODING": "cp1252"}
+
+
+@pytest.mark.skipif(os.name == "nt", reason="file names are bytes on Unix only")
+@pytest.mark.parametrize("locale", [STRICT, ASCII, LATIN], ids=["utf-8", "C", "cp1252"])
+def test_any_console_and_any_file_name(model, tmp_path, locale):
+    """The manifest is read as UTF-8 whatever the locale is, and nothing that is printed stops a command."""
+    row = {"prompt": "a ball", "id": "\u732b", "negative_prompt": "\u732b \U0001f388"}
+    (tmp_path / "jobs.jsonl").write_text(json.dumps(row, ensure_ascii=False) + '\n{"stepz": "\u732b"}\n', "utf-8")
+    pictures(tmp_path)
+    (tmp_path / "in" / "b.jpg").unlink()
+    os.rename(os.fsencode(tmp_path / "in" / "a.png"), os.fsencode(tmp_path / "in") + b"/\xff-\xe7\x8c\xab.png")
+    ours = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("LC_", "LANG", "PYTHON"))} | ours | locale
+
+    def run(*words):
+        command = [sys.executable, "-m", "diffgraft.app.cli", *words]
+        done = subprocess.run(command, capture_output=True, env=env, timeout=250)
+        assert b"Unicode" not in done.stderr and b"Traceback" not in done.stderr, done.stderr
+        return done
+
+    quick = ["--model", model, "--device", "cpu", "--steps", "2", "-q"]
+    assert run("batch", "jobs.jsonl", "--out", "made", "--guidance", "1", *quick).returncode == 1
+    [made] = [path for path in (tmp_path / "made").glob("*.png") if "contact" not in path.name]
+    shown = run("show", str(made))
+    assert json.loads(shown.stdout.decode("utf-8"))["negative_prompt"] == row["negative_prompt"]
+    erased = run("erase", "in", "masks/a.png", "--out", "erased", *quick)
+    assert erased.returncode == 0 and erased.stdout.startswith(b"erased/")
+    assert os.listdir(os.fsencode(tmp_path / "erased")) == [b"\xff-\xe7\x8c\xab.png"]
 
 
 def test_every_line_of_a_manifest_that_cannot_be_used():

@@ -13,6 +13,7 @@ import time
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import gradio as gr
@@ -24,6 +25,7 @@ import tiny
 import torch
 from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
+from gradio_client.utils import QueueError
 from PIL import Image
 
 import diffgraft as dg
@@ -158,6 +160,9 @@ def test_erase_leaves_everything_far_from_the_paint_as_it_was(studio, picture, m
 def test_choosing_a_candidate_shows_it_against_the_same_before():
     event = type("Event", (), {"index": 1})()
     assert chosen(event, ("before", "a"), [("a", "seed 8"), ("b", "seed 9")]) == (("before", "b"), "9")
+    for slider, candidates in ((None, None), (("before", "a"), [("a", "seed 8")]), (("before", "a"), [])):
+        with pytest.raises(gr.Error, match="no such candidate"):
+            told(chosen)(event, slider, candidates)
 
 
 def test_stylize_repaints_at_the_contents_size(studio, picture, mask):
@@ -178,6 +183,22 @@ def test_compose_runs_any_plugins_and_shows_their_order_and_report(studio, mask)
     assert [spec["plugin"] for spec in json.loads(settings)["plugins"]] == [s["plugin"] for s in json.loads(specs)]
 
 
+def test_a_mask_for_compose_is_read_as_a_mask(studio, mask, tmp_path):
+    """Alpha decides where it varies; a picture would lay it over white, and everything would be masked."""
+    hole = Image.open(mask)
+    cut_out = Image.new("RGBA", hole.size)
+    cut_out.paste((0, 0, 0, 255), mask=hole)
+    cut_out.save(tmp_path / "cut-out.png")
+    specs = '[{"plugin": "SelfAttentionRedirection", "mask": "upload"}]'
+    made = [
+        ComposeTab(studio).compose(PROMPT, specs, file, steps=2, seed=4)[0][0][0]
+        for file in (mask, str(tmp_path / "cut-out.png"))
+    ]
+    assert np.array_equal(pixels(made[0]), pixels(made[1]))
+    with pytest.raises(dg.GraftError, match="mask is missing"):
+        ComposeTab(studio).compose(PROMPT, specs, None, steps=2)
+
+
 def test_choosing_techniques_keeps_what_was_written_for_the_others():
     written = '[{"plugin": "NegativeAway", "negative": "mine", "scale": 2}]'
     specs = read_specs(rewritten(["StartpointFilter", "NegativeAway"], written))
@@ -193,6 +214,7 @@ BAD = [
     ("seed", 2**63), ("seed", 3.7), ("seed", "abc"), ("width", 8), ("width", 1032), ("width", 100), ("width", "wide"),
     ("prompt", ""), ("prompt", "  "), ("prompt", None), ("prompt", "x" * 1001), ("prompt", ["a"]),
     ("concepts", "porcupine"), ("concepts", 3), ("negative", "x" * 1001), ("model", "nowhere/else"),
+    ("model", 3), ("model", ["picturebook"]), ("model", "x" * 1001),
 ]  # fmt: skip
 
 
@@ -427,6 +449,71 @@ def test_files_of_this_machine_stay_here(page, tmp_path):
         with pytest.raises(urllib.error.HTTPError) as caught:
             urllib.request.urlopen(f"{page.local_url}gradio_api/file={path}", timeout=10)
         assert caught.value.code in (403, 404)
+
+
+def post(page, endpoint, data):
+    """A call without the client: what it is answered, or the status that refuses it."""
+    asked = urllib.request.Request(
+        f"{page.local_url}gradio_api/call/{endpoint}", json.dumps({"data": data}).encode(),
+        {"Content-Type": "application/json"},
+    )  # fmt: skip
+    try:
+        with urllib.request.urlopen(asked, timeout=30) as answer:
+            event = json.loads(answer.read())["event_id"]
+    except urllib.error.HTTPError as error:
+        return error.code, error.read().decode()
+    return 200, event
+
+
+@pytest.mark.parametrize(
+    "forged",
+    [
+        {"path": "/etc/passwd"}, {"path": "/etc/passwd", "url": "file:///etc/passwd"},
+        {"path": "x", "url": "http://127.0.0.1:1/x.png"}, {"path": "../../etc/passwd"},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_path_of_this_machine_or_a_private_address_is_not_read(page, forged):
+    file = {**forged, "meta": {"_type": "gradio.FileData"}}
+    status, event = post(page, "erase", [file, file, "", 2, 2, 9, 2, 1, 1, None, "", False])
+    assert status == 200
+    with urllib.request.urlopen(f"{page.local_url}gradio_api/call/erase/{event}", timeout=30) as answer:
+        said = answer.read().decode()
+    assert "event: error" in said and "root:" not in said
+
+
+def test_the_queue_has_an_end_and_a_caller_without_a_session_stops_nobody(page, studio):
+    mine, last = client(page), {}
+    job = mine.submit(PROMPT, steps=100, count=6, width=64, height=64, api_name="/generate")
+    while not studio._stops:
+        time.sleep(0.02)
+    waiting = [mine.submit(PROMPT, seed=1, api_name="/generate", **QUICK) for _ in range(server.WAITING)]
+    deadline = time.monotonic() + 30
+    while last.get("status") != 503 and time.monotonic() < deadline:
+        last["status"], last["said"] = post(page, "generate", [PROMPT, "", "", False, 2, 1, 1, 1, 64, 64, ""])
+        time.sleep(0.1)
+    assert last["status"] == 503 and f"Max size is {server.WAITING}" in last["said"]
+    for caller, said in (({}, "nothing of yours"), ({"session_hash": mine.session_hash}, "stopped")):
+        assert not job.done()
+        asked = urllib.request.Request(
+            f"{page.local_url}gradio_api/run/stop", json.dumps({"data": []} | caller).encode(),
+            {"Content-Type": "application/json"},
+        )  # fmt: skip
+        with urllib.request.urlopen(asked, timeout=30) as answer:
+            assert said in answer.read().decode()
+    with pytest.raises(AppError, match="Stopped"):
+        job.result(60)
+    for other in waiting:
+        with suppress(QueueError):  # the last one's, that came when the other caller had taken the place
+            assert other.result(60)[2] == "1"
+    assert mine.predict(PROMPT, seed=1, api_name="/generate", **QUICK)[2] == "1"
+
+
+def test_a_model_or_device_that_is_not_there_is_told_before_the_page_opens():
+    with pytest.raises(dg.ModelLoadError, match="does not exist"):
+        server.launch(model="/no/such/model")
+    with pytest.raises(dg.SettingError, match="device 'abacus'"):
+        server.launch(device="abacus")
 
 
 def test_a_taken_port_is_said(page):

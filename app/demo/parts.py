@@ -122,7 +122,11 @@ def runs(
         told(handler), inputs, outputs, api_name=label, api_visibility=visibility, concurrency_id=MODEL,
         concurrency_limit=1, scroll_to_output=True, show_progress_on=list(outputs[:1]),
     )  # fmt: skip
-    halt.click(stopper(studio), None, None, concurrency_limit=None, api_visibility="private", cancels=[event])
+    found = gr.State(False)
+    halted = halt.click(  # past the queue, which may be full
+        stopper(studio), None, found, queue=False, api_visibility="private", cancels=[event]
+    )
+    halted.then(tell_stopped, found, None, concurrency_limit=None, api_visibility="private")
     return event
 
 
@@ -134,14 +138,19 @@ def buttons(label: str) -> tuple[gr.Button, gr.Button]:
     return run, halt
 
 
-def stopper(studio: Studio) -> Callable[..., None]:
+def stopper(studio: Studio) -> Callable[..., bool]:
     """The handler of a Stop button."""
 
-    def press_stop(request: gr.Request) -> None:
+    def press_stop(request: gr.Request) -> bool:
         """Stop what you are running here; a running step is finished first."""
-        gr.Info("Stopped." if studio.stop(visitor(request)) else "Nothing of yours is running.", duration=3)
+        return studio.stop(visitor(request))
 
     return press_stop
+
+
+def tell_stopped(found: bool) -> None:
+    """Say whether there was something to stop; only what goes through the queue can say something."""
+    gr.Info("Stopped." if found else "Nothing of yours is running.", duration=3)
 
 
 def visitor(request: gr.Request | None) -> str:

@@ -82,11 +82,13 @@ def launch(
         share: a public link through Gradio's servers.
         mcp: also offer the functions as MCP tools.
     Raises:
-        MissingExtraError: MCP without its package. SettingError: the port is taken.
+        MissingExtraError: MCP without its package. ModelLoadError: the model cannot be loaded.
+        SettingError: the port is taken, or there is no such device.
     """
     if mcp:
         need("mcp", "mcp")
     studio = Studio(model, device, fixed=share or host not in LOCAL)
+    studio.open()
     try:
         blocks = serve(studio, host=host, port=port, share=share, mcp_server=mcp, prevent_thread_lock=True)
     except OSError:

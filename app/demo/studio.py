@@ -14,6 +14,7 @@ import torch
 
 from ...attention.errors import GraftError, SettingError
 from ..models import ONE_STEP, PICTUREBOOK, open_model
+from .checks import text
 
 Tell = Callable[[tuple[int, int] | None, str], object]
 """tell((steps done, steps in all) or None, what is going on)"""
@@ -80,9 +81,9 @@ class Studio:
         """The name of the model that a request gets.
 
         Raises:
-            SettingError: another one than this page offers.
+            SettingError: another one than this page offers. SettingTypeError: no name.
         """
-        name = (model or "").strip() or self.model
+        name = text(model, "the model") or self.model
         if self.fixed and name not in (self.model, PICTUREBOOK, ONE_STEP):
             raise SettingError(f"this page runs {self.model!r} only: start your own with `diffgraft demo` for others")
         return name
@@ -109,6 +110,15 @@ class Studio:
                     yield job
             finally:
                 hook.remove()
+
+    def open(self) -> None:
+        """Load the page's own model, so that the first visitor need not wait for it.
+
+        Raises:
+            ModelLoadError, SettingError: it cannot be loaded, or not there.
+        """
+        with self._turn:
+            self._get(self.model)
 
     def stop(self, visitor: str) -> bool:
         """Stop what this visitor runs, within one call of the denoiser; False if that is nothing."""

@@ -18,7 +18,7 @@ from .parts import Shown, keep
 from .studio import Studio
 from .tab_generate import paint
 from .told import told
-from .uploads import picture
+from .uploads import mask, picture
 
 MOST = 6
 UPLOAD = "upload"
@@ -172,7 +172,8 @@ def with_uploads(spec: Mapping[str, Any], uploads: Mapping[str, Any]) -> dict[st
         if argument in spec:
             if spec[argument] != UPLOAD:
                 raise SettingError(f'{spec["plugin"]}: write "{argument}": "{UPLOAD}" and drop the picture below')
-            filled[argument] = picture(uploads[argument], f"the {argument}")
+            given = uploads[argument]
+            filled[argument] = mask(given) if argument == "mask" else picture(given, f"the {argument}")
     return filled
 
 

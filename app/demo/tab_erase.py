@@ -10,6 +10,7 @@ from PIL import Image
 
 import diffgraft
 
+from ...attention.errors import SettingError
 from ...pipelines.region import as_picture
 from ..images import coverage
 from . import checks, parts
@@ -62,7 +63,7 @@ class EraseTab:
         parts.runs(
             "erase_drawn", self.studio, self.erase, [editor, mask, *rest], outputs, buttons, "undocumented"
         )
-        candidates.select(chosen, [slider, candidates], [slider, seed], api_visibility="private", queue=False)
+        candidates.select(told(chosen), [slider, candidates], [slider, seed], api_visibility="private", queue=False)
         # the same for programs, which have no editor
         files = [unread(gr.Image(type="filepath", visible=False)) for _ in range(2)]
         gr.Button(visible=False).click(
@@ -129,5 +130,7 @@ class EraseTab:
 
 def chosen(event: gr.SelectData, slider: Any, candidates: Any) -> tuple[Any, str]:
     """Show the chosen candidate against the picture before."""
+    if not (slider and candidates and event.index in range(len(candidates))):
+        raise SettingError("there is no such candidate: erase something first")
     file, caption = candidates[event.index]
     return (slider[0], file), caption.removeprefix("seed ")

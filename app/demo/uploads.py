@@ -75,12 +75,12 @@ def drawn(value: Any, uploaded: Any = None, *, invert: bool = False) -> tuple[Im
     return image, mask(uploaded, image, invert=invert)
 
 
-def mask(value: Any, image: Image.Image, *, invert: bool = False) -> Image.Image:
-    """An uploaded mask for a picture.
+def mask(value: Any, image: Image.Image | None = None, *, invert: bool = False) -> Image.Image:
+    """An uploaded mask, of the size of a picture if there is one.
 
     Raises:
         ImageError: none, or one that cannot be used. MaskError: it is empty, full or of another aspect.
     """
     if not isinstance(value, (str, bytes)):
         raise ImageError("the mask is missing: choose or drop one there")
-    return load_mask(value, image.size, invert=invert, limits=UPLOADS)
+    return load_mask(value, image and image.size, invert=invert, limits=UPLOADS)
