@@ -16,7 +16,7 @@ PICTUREBOOK = "picturebook"
 ONE_STEP = "picturebook-one-step"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _SUITS: Mapping[str, Mapping[str, Any]] = {
-    PICTUREBOOK: {"guidance": 4.0},
+    PICTUREBOOK: {"guidance": 2.5},
     ONE_STEP: {"guidance": 0.0, "steps": 1},
 }
 

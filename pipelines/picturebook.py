@@ -25,7 +25,7 @@ def picturebook(
     """Load the picture book: 128x128 pictures from captions like "a red ball and a blue star , night".
 
     It is a plain `StableDiffusionPipeline`; nothing is downloaded. Words it was never trained on give a warning that
-    lists the words it knows. About 25 steps at guidance 4 suit it; the student takes num_inference_steps=1 and
+    lists the words it knows. About 25 steps at guidance 2.5 suit it; the student takes num_inference_steps=1 and
     guidance_scale=0.
 
     Args:

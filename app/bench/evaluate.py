@@ -27,6 +27,7 @@ from .world import FRESH, Scene, caption, scene
 
 ASSETS = Path(__file__).parents[2] / "assets"
 FIRST = FRESH + 1_000_000
+GUIDANCE = 2.5
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ def score(verdicts: Sequence[Verdict], scenes: Sequence[Scene]) -> dict[str, Est
 
 
 def evaluate(
-    pipe: DiffusionPipeline, judge: Judge, row: Row, *, count: int = 500, steps: int = 25, guidance: float = 4.0
+    pipe: DiffusionPipeline, judge: Judge, row: Row, *, count: int = 500, steps: int = 25, guidance: float = GUIDANCE
 ) -> dict[str, Estimate]:
     """One row of the table; captions say everything, nothing is selected."""
     scenes = row.scenes(count)
@@ -128,7 +129,7 @@ def instruments(vae: AutoencoderKL, judge: Judge, renders: int, verdicts: int) -
 def run(full: bool, model: Path | None = None) -> None:
     """The tables of `python -m diffgraft.app.bench evaluate`: 500 captions a row, or 20 for a quick look."""
     count = 500 if full else 20
-    table(subject(model), ROWS, count, steps=25, guidance=4.0)
+    table(subject(model), ROWS, count, steps=25, guidance=GUIDANCE)
     if model is None:
         sys.stdout.write("\nThe one-step student: ")
         table(subject(one_step=True), ROWS, count, steps=1, guidance=0.0)
@@ -141,7 +142,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help="a pipeline's folder; the embedded one without")
     parser.add_argument("--count", type=int, default=500, help="captions a row")
     parser.add_argument("--steps", type=int, default=25)
-    parser.add_argument("--guidance", type=float, default=4.0)
+    parser.add_argument("--guidance", type=float, default=GUIDANCE)
     parser.add_argument("--rows", type=int, nargs="*", default=range(len(ROWS)), help="only these, counted from 0")
     parser.add_argument("--one-step", action="store_true", help="the student: one step, no guidance")
     args = parser.parse_args()

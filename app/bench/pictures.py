@@ -14,7 +14,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from ... import AttentionSegregation, NegativeAway, erase, generate, stylize
-from .evaluate import ASSETS
+from .evaluate import ASSETS, GUIDANCE
 from .judge import load_judge, look
 from .rows import subject
 from .training import contact_sheet
@@ -40,7 +40,7 @@ def titled(rows: dict[str, Sequence[Image.Image]]) -> Image.Image:
 def sheet_of_captions(pipe: Any) -> Image.Image:
     """24 pictures of the first 24 captions."""
     texts = [caption(scene(SHEET + i, split="any", count=1 + i % 3)) for i in range(24)]
-    return contact_sheet([generate(pipe, text, seed=SEED, guidance=4.0)[0] for text in texts], 6)
+    return contact_sheet([generate(pipe, text, seed=SEED, guidance=GUIDANCE)[0] for text in texts], 6)
 
 
 def drawn(pipe: Any, texts: Sequence[str], plugins: Sequence[Any] = (), **call: Any) -> list[Image.Image]:
@@ -56,7 +56,7 @@ def segregation(pipe: Any) -> Image.Image:
     """Six captions of three things."""
     scenes = [scene(SHEET + 100 + i, split="unseen", count=3, style="plain") for i in range(6)]
     texts, plugins = [caption(s) for s in scenes], [AttentionSegregation([t.kind for t in s.things]) for s in scenes]
-    plain, grafted = drawn(pipe, texts, guidance=4.0), drawn(pipe, texts, plugins, guidance=4.0)
+    plain, grafted = drawn(pipe, texts, guidance=GUIDANCE), drawn(pipe, texts, plugins, guidance=GUIDANCE)
     return titled({"plain pipeline": plain, "AttentionSegregation": grafted})
 
 

@@ -26,6 +26,7 @@ from ...attention.step import Step
 from ...pipelines.overlay import overlay, sheet, strip
 from ...plugins.base import Probe
 from ...plugins.moves import low_pass, relative_step, step_factor
+from .evaluate import GUIDANCE
 from .judge import Judge, Verdict, load_judge, look
 from .rows import KEPT, Rows, fingerprint, scale_of, subject
 from .segregation_layout import layouts
@@ -35,7 +36,7 @@ from .training import share_cores
 from .world import FRESH, Scene, caption, scene
 
 FIRST = FRESH + 3_000_000  # captions of the reported tables; settings are chosen on others
-STEPS, GUIDANCE, BATCH = 20, 4.0, 20
+STEPS, BATCH = 20, 20
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,7 @@ ROWS: dict[str, Row] = {
     'preset="paper"': partial(guided, preset="paper"),
 }
 CONTROLLED = list(ROWS)[:4]
-PARTS = [*CONTROLLED[:2], *list(ROWS)[4:6]]
+PARTS = list(ROWS)[:6]
 OTHERS = [name for name in ROWS if name not in CONTROLLED[2:]]
 
 
@@ -196,15 +197,15 @@ def run(full: bool, model: Path | None = None) -> None:
     """Print the tables; quick mode draws a few hundred pictures, full mode ten thousand."""
     pipe, judge = subject(model), load_judge()
     _say(f"{scale_of(full)}: maps of each layer and step: {map_sheet(pipe, two_objects(1)[0])}\n")
-    _say("Area under the curve of the loss against failure, among seeds of one caption of three things\n")
+    pairs, triples = two_objects(200 if full else 20), three_objects(100 if full else 20)
+    _effect(pipe, judge, "Three objects", triples, 4 if full else 1, CONTROLLED)
+    _effect(pipe, judge, "Two objects", pairs, 4 if full else 1, CONTROLLED[:2])
+    if full:
+        _effect(pipe, judge, "Two objects, controls and parts", pairs, 1, PARTS)
+        _effect(pipe, judge, "Three objects, parts and other forms", triples, 1, OTHERS)
+    _say("\nArea under the curve of the loss against failure, among seeds of one caption of three things\n")
     for line in predictors(pipe, judge, three_objects(24 if full else 3, FIRST + 900_000), 32 if full else 8):
         _say(line)
-    pairs, triples = two_objects(200 if full else 20), three_objects(100 if full else 20)
-    for title, scenes in (("Two objects", pairs), ("Three objects", triples)):
-        _effect(pipe, judge, title, scenes, 4 if full else 1, CONTROLLED)
-    if full:
-        _effect(pipe, judge, "Two objects, the parts", pairs, 1, PARTS)
-        _effect(pipe, judge, "Three objects, the parts and other forms", triples, 1, OTHERS)
     count = 160 if full else 16
     _say(f"\nLayouts: {count} captions of two objects\n")
     for line in layouts(pipe, count):

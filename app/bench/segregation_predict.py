@@ -15,6 +15,7 @@ from ...attention.step import Rows, Step
 from ...plugins.base import Session
 from ...plugins.concepts import find_concept
 from ...plugins.losses import binding_loss, segregation_loss
+from .evaluate import GUIDANCE
 from .judge import Judge, look
 from .training import share_cores
 from .world import Scene, caption
@@ -82,7 +83,7 @@ def predictors(pipe: Any, judge: Judge, scenes: Sequence[Scene], seeds: int) -> 
         generators = [torch.Generator().manual_seed(50_000 + i) for i in range(seeds)]
         with graft(pipe, watch):
             pictures = pipe(
-                [caption(scene)] * seeds, num_inference_steps=20, guidance_scale=4.0, output_type="pt",
+                [caption(scene)] * seeds, num_inference_steps=20, guidance_scale=GUIDANCE, output_type="pt",
                 generator=generators,
             ).images  # fmt: skip
         verdicts = look(judge, pictures.cpu() * 2 - 1)

@@ -204,7 +204,7 @@ class Trainer:
         pipe.save_pretrained(self.work / "picturebook")
         pipe.set_progress_bar_config(disable=True)
         generator = torch.Generator().manual_seed(3)
-        pictures = pipe(SHOWN, num_inference_steps=25, guidance_scale=4.0, generator=generator).images
+        pictures = pipe(SHOWN, num_inference_steps=25, guidance_scale=2.5, generator=generator).images
         contact_sheet(pictures, 6).save(self.work / f"sheet-{self.step:06d}.png")
         self.ema.swap()
         log.info("contact sheet at step %d", self.step)

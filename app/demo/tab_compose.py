@@ -59,7 +59,7 @@ class ComposeTab:
                 with gr.Accordion('Pictures for "upload"', open=False), gr.Row():
                     mask, style = parts.upload("ball-mask", "Mask"), parts.upload("mosaic", "Style")
                 buttons = parts.buttons("Paint")
-                knobs = parts.knobs(self.studio, steps=25, guidance=4.0)
+                knobs = parts.knobs(self.studio, steps=25, guidance=2.5)
             with gr.Column(scale=5, min_width=300):
                 pictures = parts.gallery("Pictures")
                 order = gr.Dataframe(
@@ -79,7 +79,7 @@ class ComposeTab:
         mask: str | None = None,
         style: str | None = None,
         steps: int = 25,
-        guidance: float = 4.0,
+        guidance: float = 2.5,
         count: int = 1,
         seed: int | None = None,
         model: str = "",

@@ -48,7 +48,7 @@ class GenerateTab:
                 )
                 compare = gr.Checkbox(True, label="Also paint it plain, with the same seed")
                 buttons = parts.buttons("Paint")
-                knobs = parts.knobs(self.studio, steps=25, guidance=4.0)
+                knobs = parts.knobs(self.studio, steps=25, guidance=2.5)
                 with gr.Accordion("Size", open=False):
                     width, height = parts.size_row()
                 gr.Examples(EXAMPLES, [prompt, concepts, negative], label="Try", example_labels=LABELS)
@@ -69,7 +69,7 @@ class GenerateTab:
         negative: str = "",
         compare: bool = False,
         steps: int = 25,
-        guidance: float = 4.0,
+        guidance: float = 2.5,
         count: int = 1,
         seed: int | None = None,
         width: int | None = None,
