@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from ... import NegativeAway, graft
+from .evaluate import GUIDANCE
 from .judge import Judge, Verdict, load_judge, look
 from .rows import KEPT, Rows, fingerprint, subject
 from .statistics import Estimate, share
@@ -102,20 +103,28 @@ class Bench:
 
 
 def table(name: str, bench: Bench, seeds: int, rows: Sequence[Sampling]) -> None:
-    """Print one model's rows: each sampling alone, and with the three rules at their defaults."""
+    """Print one model's rows: each sampling alone, and with the three rules at their defaults; rules beside guidance
+    with fewer seeds.
+    """
     out = sys.stdout.write
-    out(f"\n| {name}, {seeds} pictures a pair | shows the negative | kind right |\n|---|---|---|\n")
+    out(f"\n| {name} | pictures | shows the negative | kind right |\n|---|---|---|---|\n")
     for how in rows:
-        alone = f"guidance {how.guidance:g}" if how.guidance > 1 else "no guidance"
-        out(bench.measure(seeds, how).row(alone + (", its own negative" if how.own_negative else "")))
+        alone, some = (f"guidance {how.guidance:g}", _fewer(seeds)) if how.guidance > 1 else ("no guidance", seeds)
+        every = len(PAIRS) * seeds
+        out(bench.measure(seeds, how).row(f"{alone}{', its own negative' * how.own_negative} | {every}"))
         for rule in () if how.own_negative else SCALES:
-            out(bench.measure(seeds, how, rule=rule).row(f"{alone}, {rule}"))
+            out(bench.measure(some, how, rule=rule).row(f"{alone}, {rule} | {len(PAIRS) * some}"))
             sys.stdout.flush()
+
+
+def _fewer(seeds: int) -> int:
+    return max(seeds // 4, min(seeds, 12))
 
 
 def curve(bench: Bench, seeds: int, how: Sampling, path: Path = PLOT) -> None:
     """Print and plot the outcome over the scale of every rule."""
     base, found = bench.measure(seeds, how), dict[str, list[Outcome]]()
+    sys.stdout.write(f"\n{len(PAIRS) * seeds} pictures a row\n")
     sys.stdout.write("\n| rule | scale | shows the negative | kind right |\n|---|---|---|---|\n")
     for rule, scales in SCALES.items():
         found[rule] = []
@@ -154,11 +163,11 @@ def run(full: bool, model: Path | None = None) -> None:
     if model is None:
         _student(judge, seeds)
     seeds, steps = (seeds // 4, 20) if full else (2, 10)
-    rows = [Sampling(steps), Sampling(steps, 4.0), Sampling(steps, 4.0, True)]
+    rows = [Sampling(steps), Sampling(steps, GUIDANCE), Sampling(steps, GUIDANCE, True)]
     table(f"{steps} steps", Bench(subject(model), judge), seeds, rows)
 
 
 def _student(judge: Judge, seeds: int) -> None:
     bench = Bench(subject(one_step=True), judge)
     table("one step", bench, seeds, [Sampling(1), Sampling(1, 2.0), Sampling(1, 2.0, True)])
-    curve(bench, max(12, seeds // 4), Sampling(1))
+    curve(bench, _fewer(seeds), Sampling(1))
