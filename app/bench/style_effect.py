@@ -267,10 +267,10 @@ def line(name: str, scores: Scores) -> str:
 def run(full: bool, model: Path | None = None) -> None:
     """Print the table, the differences that the paper claims, and draw the Pareto plot.
 
-    100 pairs, 40 of them for the leak and the sweep of strengths; a quick look takes 8 pairs and no sweep.
+    100 pairs, 24 of them for the leak and the sweep of strengths; a quick look takes 8 pairs and no sweep.
     """
     _write(f"{scale_of(full)}: ")
-    tables(Studio(subject(model)), pairs(25 if full else 2), 40 if full else 8, 40 if full else 0)
+    tables(Studio(subject(model)), pairs(25 if full else 2), 24 if full else 8, 24 if full else 0)
 
 
 def tables(studio: Studio, chosen: Sequence[Pair], canaries: int, swept: int, ways: Sequence[Way] = WAYS) -> None:
