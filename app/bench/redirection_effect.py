@@ -26,12 +26,13 @@ from .rows import KEPT, Rows, fingerprint, scale_of, subject
 from .statistics import mean, paired_difference, share
 from .training import share_cores
 
-PLAIN, NAMED, BACKGROUND = "blended diffusion", "redirection, background named", "<background>"
+PLAIN, NAMED, INVERTED = "blended diffusion", "redirection, background named", "redirection, inverted start"
+BACKGROUND = "<background>"
 DIFFUSION: dict[str, dict[str, Any]] = {
     PLAIN: {"scale": 0.0},
     "redirection": {},
     NAMED: {"prompt": BACKGROUND, "guidance": 3.0},
-    "redirection, inverted start": {"method": "dip"},
+    INVERTED: {"method": "dip"},
     "redirection without suppression": {"suppression": 1.0},
 }
 BATCH = 20
@@ -56,9 +57,9 @@ class Bench:
     def measure(self, name: str, kind: str, scenes: int, seeds: int) -> Found:
         """Scores of a fill by its name; what knows no seed is measured once."""
         chosen, found = list(cases(scenes, kind)), [list[Score]() for _ in range(scenes)]
-        fixed = name in FILLS
-        what = {"judge": self.key["judge"]} if fixed else self.key | {"settings": DIFFUSION[name] | self.more}
-        for seed in range(1 if fixed else seeds):
+        bare = {"judge": self.key["judge"]}
+        what = bare if name in FILLS else self.key | {"settings": DIFFUSION[name] | self.more}
+        for seed in range(1 if name in (INVERTED, *FILLS) else seeds):
             for start in range(0, scenes, BATCH):
                 part = chosen[start : start + BATCH]
                 key = {**what, "fill": name, "kind": kind, "scenes": [start, start + len(part)], "seed": seed}
