@@ -26,13 +26,13 @@ from .rows import KEPT, Rows, fingerprint, scale_of, subject
 from .statistics import mean, paired_difference, share
 from .training import share_cores
 
-PLAIN, NAMED, INVERTED = "blended diffusion", "redirection, background named", "redirection, inverted start"
+PLAIN, NAMED = "blended diffusion", "redirection, background named"
 BACKGROUND = "<background>"
 DIFFUSION: dict[str, dict[str, Any]] = {
     PLAIN: {"scale": 0.0},
     "redirection": {},
     NAMED: {"prompt": BACKGROUND, "guidance": 3.0},
-    INVERTED: {"method": "dip"},
+    "redirection, inverted start": {"method": "dip"},
     "redirection without suppression": {"suppression": 1.0},
 }
 BATCH = 20
@@ -55,11 +55,11 @@ class Bench:
         self.judge = load_judge() if WEIGHTS.exists() else None
 
     def measure(self, name: str, kind: str, scenes: int, seeds: int) -> Found:
-        """Scores of a fill by its name; what knows no seed is measured once."""
+        """Scores of a fill by its name; but for the two that are compared, one seed a scene."""
         chosen, found = list(cases(scenes, kind)), [list[Score]() for _ in range(scenes)]
         bare = {"judge": self.key["judge"]}
         what = bare if name in FILLS else self.key | {"settings": DIFFUSION[name] | self.more}
-        for seed in range(1 if name in (INVERTED, *FILLS) else seeds):
+        for seed in range(seeds if name in (PLAIN, "redirection") else 1):
             for start in range(0, scenes, BATCH):
                 part = chosen[start : start + BATCH]
                 key = {**what, "fill": name, "kind": kind, "scenes": [start, start + len(part)], "seed": seed}

@@ -67,7 +67,6 @@ WAYS = (
     Way("StyleID + negative 1.5", omega=1.5),
     Way("StyleID + both (StyleSSP)", filtered=True, omega=1.5),
     Way("StyleID + negative 0.5", omega=0.5),
-    Way("StyleID + filter + negative 0.5", filtered=True, omega=0.5),
 )
 SWEEP = tuple(
     replace(way, name=f"{way.name}, strength {strength}", strength=strength)
