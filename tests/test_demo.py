@@ -100,7 +100,7 @@ def pixels(file):
 
 
 def plain(seed, **plugins):
-    [made] = dg.generate(tiny.sd15(), PROMPT, seed=seed, guidance=4.0, **QUICK, **plugins)
+    [made] = dg.generate(tiny.sd15(), PROMPT, seed=seed, guidance=2.5, **QUICK, **plugins)
     return np.asarray(made)
 
 

@@ -329,7 +329,7 @@ def test_half_precision(sd15):
 
 def test_style_arrives_and_layout_stays(picturebook):
     """Three contents in four styles each: style distance under half of doing nothing; the layout as far as the true
-    re-rendering shows it (0.90 of it when this was written; `style_effect` has the table).
+    re-rendering shows it, to nine tenths (`style_effect` has the table).
     """
     from diffgraft.app.bench import world
     from diffgraft.app.bench.style_effect import pairs
@@ -346,4 +346,4 @@ def test_style_arrives_and_layout_stays(picturebook):
         ideal = [layout_accuracy(pair.truth, pair.content) for pair in chosen]
         layout += [layout_accuracy(o, chosen[0].content) / best for o, best in zip(outs, ideal, strict=True)]
     assert np.mean(distance) < 0.5, distance
-    assert np.mean(layout) > 0.85, layout
+    assert np.mean(layout) >= 0.9, layout

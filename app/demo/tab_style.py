@@ -32,7 +32,7 @@ class StyleTab:
             with gr.Column(scale=4, min_width=300):
                 with gr.Row():
                     content, style = (upload(*shown) for shown in zip(EXAMPLES[0], ("Content", "Style"), strict=True))
-                strength = gr.Slider(0, 1, 1.0, step=0.05, label="Style", info="How much of its colours and texture")
+                strength = gr.Slider(0, 1, 0.6, step=0.05, label="Style", info="How much of its colours and texture")
                 structure = gr.Slider(0, 1, 0.5, step=0.05, label="Structure", info="How firmly the layout is held")
                 prompt = gr.Textbox("", label="What the content shows", info="May be empty")
                 buttons = parts.buttons("Repaint")
@@ -52,7 +52,7 @@ class StyleTab:
         self,
         content: str,
         style: str,
-        strength: float = 1.0,
+        strength: float = 0.6,
         structure: float = 0.5,
         prompt: str = "",
         steps: int = 20,
