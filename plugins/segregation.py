@@ -57,7 +57,8 @@ class AttentionSegregation(Plugin):
         previous: "post": the map that the previous step really used. "pre": the one before its update.
         every: update at every n-th step only.
         route: what the gradient passes through: "exact", everything; "values", not through where layers other than the
-            captured ones look. Cheaper, and steady where the exact one turns with the last digits of the latent.
+            captured ones look. Cheaper, and steady where deep layers look at single tokens and the exact one turns
+            with the last digits of the latent (a half-trained picture book did, this version's does not).
         refine: step number -> loss to reach before going on, by at most 20 updates, as in Attend-and-Excite.
         candidates: starts compared by the loss before the first step, forward only: the run's own noise, and shuffles
             of it, which are noise as good (1: its own alone). Runs that do not start from noise keep their start.

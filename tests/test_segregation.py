@@ -672,18 +672,22 @@ def test_half_precision_gives_the_same_gradient_and_no_nan(book, dtype):
 
 
 def test_the_route_of_values_is_steady_and_in_half_precision_too(book):
-    look = Look(start=0.1)
-    with pytest.raises(Done), dg.graft(book, look):
-        tiny.sample(book, CAPTION, num_inference_steps=10, guidance_scale=1.0, height=128, width=128)
-    z = look.seen[0].bfloat16().float()
-    near = z + 0.03 * noise(book, 5)
+    """At the second to fourth of ten steps: beside a point 3% away, and in bfloat16."""
     pipe = dg.picturebook(dtype=torch.bfloat16)
     pipe.set_progress_bar_config(disable=True)
-    found = {route: gradient_at(book, z, 1, 10, route=route).flatten() for route in ("exact", "values")}
-    half, beside = (gradient_at(*of, 1, 10, route="values").flatten() for of in ((pipe, z), (book, near)))
-    assert torch.cosine_similarity(found["values"], beside, 0) >= 0.98
-    assert torch.cosine_similarity(found["values"], half, 0) >= 0.98
-    assert 0 < torch.cosine_similarity(found["values"], found["exact"], 0) < 0.999
+    steady = []
+    for step in (1, 2, 3):
+        look = Look(start=step / 10)
+        with pytest.raises(Done), dg.graft(book, look):
+            tiny.sample(book, CAPTION, num_inference_steps=10, guidance_scale=1.0, height=128, width=128)
+        z = look.seen[0].bfloat16().float()
+        found = {route: gradient_at(book, z, step, 10, route=route).flatten() for route in ("exact", "values")}
+        of = ((pipe, z), (book, z + 0.03 * noise(book, 5)))
+        half, beside = (gradient_at(*each, step, 10, route="values").flatten() for each in of)
+        assert torch.cosine_similarity(found["values"], half, 0) >= 0.99
+        assert 0 < torch.cosine_similarity(found["values"], found["exact"], 0) < 0.999
+        steady.append(torch.cosine_similarity(found["values"], beside, 0))
+    assert torch.stack(steady).mean() >= 0.98 and min(steady) >= 0.95
 
 
 def test_loss_scale_is_exact_in_float32(book):
