@@ -382,7 +382,6 @@ def test_windows_of_layers_and_steps(pipe):
     assert not torch.equal(stock[0], steered[0]) and torch.equal(stock[2], steered[2])
 
 
-
 # -- company --------------------------------------------------------------------------------------------------------
 
 

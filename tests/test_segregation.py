@@ -472,6 +472,7 @@ CALLS = {"pixart": BINNING, "sana": BINNING | {"complex_human_instruction": None
 def test_transformers_move_and_come_back(name):
     """Cross-attention in PixArt and Sana, the text columns of joint attention in SD3 and FLUX.1."""
     pipe = getattr(tiny_transformers, name)()
+
     def run(*plugins):
         options = {"num_inference_steps": 3, "height": 32, "width": 32, "output_type": "latent"} | CALLS[name]
         with dg.graft(pipe, *plugins) as g:

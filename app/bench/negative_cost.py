@@ -159,7 +159,6 @@ def _to_meta(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     return args, {name: x.to("meta") if isinstance(x, torch.Tensor) else x for name, x in kwargs.items()}
 
 
-
 def _note_text_projections(denoiser: nn.Module, calls: list[str]) -> list[Any]:
     return [
         module.register_forward_hook(lambda m, args, out, name=name: calls.append(name))

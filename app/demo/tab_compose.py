@@ -165,9 +165,7 @@ def with_uploads(spec: Mapping[str, Any], uploads: Mapping[str, Any]) -> dict[st
     filled = dict(spec)
     for argument in NEVER:
         if argument in spec:
-            raise SettingError(
-                f"{spec['plugin']}: {argument!r} cannot be given on this page, but in Python"
-            )
+            raise SettingError(f"{spec['plugin']}: {argument!r} cannot be given on this page, but in Python")
     for argument in PICTURES:
         if argument in spec:
             if spec[argument] != UPLOAD:

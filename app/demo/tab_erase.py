@@ -60,9 +60,7 @@ class EraseTab:
                 seed, settings = parts.facts()
         rest = [prompt, grow, feather, scale, knobs.steps, knobs.guidance, knobs.count, knobs.seed, knobs.model, invert]
         outputs = [candidates, slider, seed, settings]
-        parts.runs(
-            "erase_drawn", self.studio, self.erase, [editor, mask, *rest], outputs, buttons, "undocumented"
-        )
+        parts.runs("erase_drawn", self.studio, self.erase, [editor, mask, *rest], outputs, buttons, "undocumented")
         candidates.select(told(chosen), [slider, candidates], [slider, seed], api_visibility="private", queue=False)
         # the same for programs, which have no editor
         files = [unread(gr.Image(type="filepath", visible=False)) for _ in range(2)]
