@@ -28,7 +28,7 @@ $(BENCH): $(INSTALLED)
 	@touch $@
 
 picture: $(INSTALLED)  ## generate a picture on the embedded model, a negative grafted on
-	@$(BIN)/diffgraft generate "a heart , snow" --negative "red" --steps 25 --seed 7 \
+	@$(BIN)/diffgraft generate "a heart , snow" --negative "red" --steps 25 --seed 13 \
 	  --out $(PICTURE) >/dev/null
 	@echo "the picture is $(CURDIR)/$(PICTURE)"
 

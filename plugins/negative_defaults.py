@@ -25,7 +25,7 @@ _BOOK, _UNGUIDED = "measured on the picture book", "measured on the picture book
 
 DEFAULTS: Mapping[str, Mapping[str, Default]] = {
     "nasa": {
-        "picturebook": Default(0.6, 0.6, source=_BOOK),
+        "picturebook": Default(0.6, 0.3, source=_BOOK),
         "sd15": Default(0.1, 0.1, source=_NASA),
         "sd2": Default(0.2, 0.2, source=_NASA),
         "pixart": Default(0.5, 0.5, source=_NASA),

@@ -86,8 +86,9 @@ def styled(pipe: Any) -> Image.Image:
     models = [render(scene(SHEET + 400 + i, count=1, style=manner)) for i, manner in enumerate(manners)]
     rows: dict[str, Sequence[Image.Image]] = {"style": [Image.new("RGB", (SIDE, SIDE), "white"), *models]}
     for content in contents:
-        [made] = stylize(pipe, [render(content)], models, seed=SEED)
-        rows[f"stylize: {caption(content)}"] = [render(content), *made]
+        shown = f"a {content.things[0].kind}"
+        [made] = stylize(pipe, [render(content)], models, seed=SEED, prompt=shown)
+        rows[f'stylize(content, styles, prompt="{shown}")'] = [render(content), *made]
     return titled(rows)
 
 
