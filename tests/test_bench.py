@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import tiny
 
@@ -9,6 +11,7 @@ from diffgraft import UnsupportedPipelineError
 from diffgraft.app.bench import negative_effect, redirection_effect, segregation_effect, style_effect
 from diffgraft.app.bench.judge import load_judge
 from diffgraft.app.bench.rows import Rows, fingerprint, subject
+from diffgraft.app.bench.segregation_rows import guided, two_objects
 
 
 @pytest.fixture(scope="module")
@@ -97,8 +100,18 @@ def test_negative_effect(pipe, tmp_path, monkeypatch):
 
 def test_segregation_effect(pipe, tmp_path, monkeypatch):
     monkeypatch.setattr(segregation_effect, "STEPS", 2)
-    rows, scenes = Rows(tmp_path / "rows.jsonl"), segregation_effect.two_objects(2)
-    call = ("default", scenes, 1, rows, fingerprint(pipe))
-    found = segregation_effect.outcomes(pipe, load_judge(), *call)
+    rows, scenes = Rows(tmp_path / "rows.jsonl"), two_objects(2)
+    call = (scenes, 1, rows, fingerprint(pipe))
+    found = segregation_effect.outcomes(pipe, load_judge(), guided, *call)
     assert len(found) == 2
-    assert segregation_effect.outcomes(None, None, *call) == found
+    assert segregation_effect.outcomes(None, None, guided, *call) == found
+    with pytest.raises(UnsupportedPipelineError):  # another size is drawn
+        segregation_effect.outcomes(None, None, partial(guided, size=0.1), *call)
+
+
+def test_seeds_of_one_caption_are_not_counted_as_pairs_of_their_own():
+    right, wrong = (segregation_effect.Outcome(x, x, True, True) for x in (True, False))
+    before, after = [wrong, wrong, right, right] * 4, [right, wrong, right, right] * 4  # four captions, four repeats
+    found = segregation_effect.change(after, before, 4)
+    assert found.value == 0.25
+    assert (found.low, found.high) == (0, 0.75)  # as of four pairs: one caption mended, three unchanged
