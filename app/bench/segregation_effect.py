@@ -144,11 +144,13 @@ def run(full: bool, model: Path | None = None) -> None:
         effect(pipe, judge, "Two objects, parts", pairs, 1, PARTS)
         effect(pipe, judge, "Three objects, parts and other forms", triples, 1, FORMS)
     say("\nArea under the curve of the loss against failure, among seeds of one caption of three things\n")
-    for line in predictors(pipe, judge, three_objects(24 if full else 3, FIRST + 900_000), 32 if full else 8):
+    kept, key = Rows(KEPT / "segregation.jsonl"), fingerprint(pipe)
+    telling = three_objects(24 if full else 3, FIRST + 900_000)
+    for line in predictors(pipe, judge, telling, 32 if full else 8, kept, key):
         say(line)
     count = 160 if full else 16
     say(f"\nLayouts: {count} captions of two objects\n")
-    for line in layouts(pipe, count):
+    for line in layouts(pipe, count, kept, key):
         say(line)
 
 

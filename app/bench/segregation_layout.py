@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 
 from ... import AttentionSegregation, Plugin, graft
+from .evaluate import GUIDANCE
+from .rows import Rows
 from .shapes import COLOURS
 from .statistics import share
 from .training import share_cores
@@ -17,7 +20,7 @@ KINDS = ("ball", "box", "star", "heart", "moon", "fish", "house")
 PAINTS = ("red", "yellow", "green", "purple", "pink")
 PLACES = ("sky", "night", "snow")  # none of these has a colour of PAINTS in it
 NEAR, LEAST = 70.0, 0.01
-BATCH = 16
+STEPS, BATCH = 20, 16
 
 
 def wish(seed: int) -> tuple[list[tuple[str, str]], str]:
@@ -49,7 +52,21 @@ def followed(picture: torch.Tensor, things: list[tuple[str, str]]) -> bool:
     return first is not None and second is not None and first < 0.5 < second
 
 
-def layouts(pipe: Any, count: int) -> Iterator[str]:
+def drawn(pipe: Any, settings: Mapping[str, Any] | None, first: int, count: int) -> list[bool]:
+    """Whether the layout is followed in each picture of the wishes `first` to `first + count`; None: without any."""
+    share_cores()
+    wishes = [wish(first + i) for i in range(count)]
+    kinds = [[kind for kind, _ in things] for things, _ in wishes]
+    plugins: list[Plugin] = [] if settings is None else [AttentionSegregation(kinds, **settings)]
+    prompts = [" and ".join(f"a {c} {k}" for k, c in things) + f" , {place}" for things, place in wishes]
+    generators = [torch.Generator().manual_seed(900 + first + i) for i in range(count)]
+    how = {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE, "output_type": "pt", "generator": generators}
+    with graft(pipe, *plugins):
+        pictures = pipe(prompts, **how).images.cpu()
+    return [followed(picture, things) for picture, (things, _) in zip(pictures, wishes, strict=True)]
+
+
+def layouts(pipe: Any, count: int, kept: Rows, key: Mapping[str, str]) -> Iterator[str]:
     """Lines of the table."""
     masks = halves()
     rows: dict[str, dict[str, Any] | None] = {
@@ -62,16 +79,9 @@ def layouts(pipe: Any, count: int) -> Iterator[str]:
     yield "|---|---|"
     for name, settings in rows.items():
         found: list[bool] = []
+        plugin = None if settings is None else AttentionSegregation(KINDS[:2], **settings).settings()
         for i in range(0, count, BATCH):
-            share_cores()
-            wishes = [wish(i + j) for j in range(min(BATCH, count - i))]
-            kinds = [[kind for kind, _ in things] for things, _ in wishes]
-            plugins: list[Plugin] = [] if settings is None else [AttentionSegregation(kinds, **settings)]
-            prompts = [" and ".join(f"a {c} {k}" for k, c in things) + f" , {place}" for things, place in wishes]
-            generators = [torch.Generator().manual_seed(900 + i + j) for j in range(len(wishes))]
-            with graft(pipe, *plugins):
-                drawn = pipe(
-                    prompts, num_inference_steps=20, guidance_scale=4.0, generator=generators, output_type="pt"
-                ).images.cpu()
-            found += [followed(picture, things) for picture, (things, _) in zip(drawn, wishes, strict=True)]
+            n = min(BATCH, count - i)
+            label = {**key, "layout": plugin, "first": i, "count": n, "steps": STEPS, "guidance": GUIDANCE}
+            found += kept.remember(label, partial(drawn, pipe, settings, i, n))
         yield f"| {name} | {share(found).percent()} |"

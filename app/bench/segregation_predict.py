@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,9 +18,12 @@ from ...plugins.concepts import find_concept
 from ...plugins.losses import binding_loss, segregation_loss
 from .evaluate import GUIDANCE
 from .judge import Judge, look
+from .rows import Rows as Kept
 from .training import share_cores
 from .world import Scene, caption
 
+STEPS = 20
+Key = Mapping[str, str]
 AT = (0, 2, 4, 8, 12)
 LOOKS: dict[str, tuple[Normalisation, Any]] = {
     "attend-and-excite, sharpened maps": ("ae", LOSSES["attend-and-excite"]),
@@ -73,30 +77,33 @@ def wins(losses: Sequence[float], failed: Sequence[bool]) -> tuple[float, int]:
     return sum((b > g) + 0.5 * (b == g) for b in bad for g in good), len(bad) * len(good)
 
 
-def predictors(pipe: Any, judge: Judge, scenes: Sequence[Scene], seeds: int) -> Iterator[str]:
+def watched(pipe: Any, judge: Judge, scene: Scene, seeds: int) -> dict[str, Any]:
+    """Which seeds of a scene's caption fail, and every loss of each: {"failed": [...], "name at step": [...]}."""
+    share_cores()
+    watch = Watch(scene)
+    generators = [torch.Generator().manual_seed(50_000 + i) for i in range(seeds)]
+    settings = {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE, "output_type": "pt", "generator": generators}
+    with graft(pipe, watch):
+        pictures = pipe([caption(scene)] * seeds, **settings).images
+    verdicts = look(judge, pictures.cpu() * 2 - 1)
+    failed = [any(v.colours.get(t.kind) != t.colour for t in scene.things) for v in verdicts]
+    return {"failed": failed} | {f"{name} at {step}": losses for (name, step), losses in watch.seen.items()}
+
+
+def predictors(pipe: Any, judge: Judge, scenes: Sequence[Scene], seeds: int, kept: Kept, key: Key) -> Iterator[str]:
     """Lines of the table; captions that always or never fail say nothing and are counted out."""
-    tally: dict[tuple[str, int], list[float]] = {(name, at): [0.0, 0.0] for name in LOOKS for at in AT}
-    telling = 0
+    seen: list[dict[str, Any]] = []
     for scene in scenes:
-        share_cores()
-        watch = Watch(scene)
-        generators = [torch.Generator().manual_seed(50_000 + i) for i in range(seeds)]
-        with graft(pipe, watch):
-            pictures = pipe(
-                [caption(scene)] * seeds, num_inference_steps=20, guidance_scale=GUIDANCE, output_type="pt",
-                generator=generators,
-            ).images  # fmt: skip
-        verdicts = look(judge, pictures.cpu() * 2 - 1)
-        failed = [any(v.colours.get(t.kind) != t.colour for t in scene.things) for v in verdicts]
-        telling += 0 < sum(failed) < seeds
-        for key, losses in watch.seen.items():
-            won, pairs = wins(losses, failed)
-            tally[key][0] += won
-            tally[key][1] += pairs
+        label = {**key, "predict": caption(scene), "seeds": seeds, "steps": STEPS, "guidance": GUIDANCE}
+        seen.append(kept.remember(label, partial(watched, pipe, judge, scene, seeds)))
+    telling = sum(0 < sum(one["failed"]) < seeds for one in seen)
     yield f"{telling} of {len(scenes)} captions fail for some of {seeds} seeds only"
     yield ""
     yield "| loss | " + " | ".join(f"step {at}" for at in AT) + " |"
     yield "|---" * (len(AT) + 1) + "|"
     for name in LOOKS:
-        cells = [f"{won / pairs:.2f}" if pairs else "-" for won, pairs in (tally[name, at] for at in AT)]
-        yield f"| {name} | " + " | ".join(cells) + " |"
+        cells: list[str] = []
+        for at in AT:
+            won, pairs = map(sum, zip(*(wins(one[f"{name} at {at}"], one["failed"]) for one in seen), strict=True))
+            cells.append(f"{won / pairs:.2f}" if pairs else "-")
+        yield f"| {name} | {' | '.join(cells)} |"
