@@ -205,10 +205,10 @@ def probabilities(call: AttentionCall) -> torch.Tensor:
     """
     dtype = torch.promote_types(call.q.dtype, torch.float32)
     if call.text is not None:
-        text = list(range(call.q.shape[-2]))[call.text]
         image = [i for i in range(call.q.shape[-2]) if not call.text.start <= i < call.text.stop]
-        q, k = call.q[..., image, :].to(dtype), call.k[..., text, :].to(dtype)
-        return (q @ k.transpose(-1, -2) * call.scale).softmax(-1)
+        call.q, call.k = call.q[..., image, :], call.k[..., call.text, :]
+        if call.mask is not None:  # padding of a shorter prompt
+            call.mask = (call.mask if call.mask.shape[-2] == 1 else call.mask[..., image, :])[..., call.text]
     call.q, call.k = call.q.to(dtype), call.k.to(dtype)
     return masked_scores(call).softmax(-1)
 
@@ -284,7 +284,9 @@ def concept_maps(
     if wrong:
         raise ConceptError(f"token column {wrong[0]} does not exist: the text has {len(maps)} tokens")
     if normalisation in ("ae", "eot"):
-        tokens = tokens if tokens is not None else range(1, len(maps) - 1)
-        maps = sharpen(maps, tokens.start, tokens.stop if normalisation == "eot" else len(maps) - 1)
+        shown = maps.detach().flatten(1).any(1).tolist()  # a model that masks padding looks nowhere there
+        seen = len(shown) - [*reversed(shown), True].index(True)
+        tokens = tokens if tokens is not None else range(1, seen - 1)
+        maps = sharpen(maps, tokens.start, tokens.stop if normalisation == "eot" else max(tokens.stop, seen - 1))
     chosen = torch.stack([maps[list(group)].mean(0) for group in columns])
     return rescale(smooth(chosen, smoothing), normalisation)

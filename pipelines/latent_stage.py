@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 from torch.utils._pytree import tree_map
 
 from ..attention.errors import UnsupportedSchedulerError
@@ -90,21 +91,37 @@ class LatentStage:
 
     @contextmanager
     def _probing_state(self) -> Generator[None]:
-        """The step as a probe sees it, and parameters without gradients; both put back at the end."""
+        """The step as a probe sees it, and parameters without gradients; all put back at the end."""
         run = self.run
         step, rows = run.step, run.step.rows
-        trained = [p for p in run.adapter.denoiser.parameters() if p.requires_grad]
-        for parameter in trained:
+        trained = {name: p for name, p in run.adapter.denoiser.named_parameters() if p.requires_grad}
+        for parameter in trained.values():
             parameter.requires_grad_(False)
         step.phase, step.rows = "latent", {"cond": slice(0, rows["cond"].stop - rows["cond"].start)}
         run.graft.latent_run = run
         try:
-            yield
+            with _without_pag(run.adapter.denoiser, run.running.arguments.get("original_attn_proc")):
+                yield
         finally:
             run.graft.latent_run = None
             step.phase, step.rows, run.inputs = "predict", rows, {}
-            for parameter in trained:
-                parameter.requires_grad_(True)
+            for name, parameter in run.adapter.denoiser.named_parameters():  # offload makes new ones meanwhile
+                if name in trained:
+                    parameter.requires_grad_(True)
+
+
+@contextmanager
+def _without_pag(denoiser: nn.Module, originals: Mapping[str, Any] | None) -> Generator[None]:
+    """PAG's processors split their batch in two or three, and a probe has the conditional rows alone."""
+    ours = {name: denoiser.get_submodule(name.removesuffix(".processor")) for name in originals or {}}
+    split = {name: module.processor for name, module in ours.items()}
+    for name, module in ours.items():
+        module.processor = (originals or {})[name]
+    try:
+        yield
+    finally:
+        for name, module in ours.items():
+            module.processor = split[name]
 
 
 def _ordinary(value: Any) -> Any:

@@ -11,14 +11,14 @@ from diffusers import AutoPipelineForImage2Image
 from PIL import Image
 
 from ..attention.edit import Edit
-from ..attention.errors import SettingError, UnsupportedPipelineError
+from ..attention.errors import SettingError, SettingTypeError, UnsupportedPipelineError
 from ..attention.maps import SELF_TOKENS, LayerChoice, MapCapture, concept_maps
 from ..attention.regions import assign, propagate
 from ..attention.step import Rows, Step
 from ..plugins.base import Plugin, Session, finite
 from ..plugins.concepts import Concept, Found, find_concept
 from .architectures import adapter_for
-from .generate import resolve_seed, sample
+from .generate import check_call, resolve_seed, sample
 from .graft import graft
 from .overlay import overlay, sheet, strip
 from .region import as_picture, as_rgb
@@ -145,7 +145,7 @@ def attention_maps(
     Args:
         pipe: a text-to-image pipeline with cross-attention.
         prompt: one prompt.
-        words: words or phrases of it, or token columns.
+        words: words or phrases of it, or token columns, whose maps are named by their list: `maps["[3]"]`.
         plugins: techniques to watch at work.
         layers: whose maps are averaged, see `diffgraft.attention.maps.choose_layers`.
         seed, steps, guidance, call: as for `generate`.
@@ -191,7 +191,7 @@ def attention_masks(
         words: words or phrases of the prompt, or token columns.
         image: the picture (PIL, path, array or tensor); None draws it from the prompt first (`seed`, `steps`,
             `guidance`, `call` as for `generate`).
-        noise: share of the schedule to look at, above 0, at most 1. AttenCraft draws a step below 0.3.
+        noise: share of the schedule to look at, 0.05 ... 1. AttenCraft draws a step below 0.3.
         margin: 0 ... 1; larger ones leave more cells to nobody.
         power: of the self-attention, 1 or more: how far a word spreads within its thing. None is 4, as in AttenCraft,
             and 1 on the picture book, whose self-attention reaches far: 4 finds no cell for 5 of 24 things there.
@@ -202,12 +202,17 @@ def attention_masks(
     noise, margin = finite(noise, "noise", 1 / _IMG2IMG_STEPS, 1), finite(margin, "margin", 0, 1)
     if power is None:
         power = 1 if adapter_for(pipe).family == "picturebook" else 4
-    if not isinstance(power, int) or power < 1:
+    if isinstance(power, bool) or not isinstance(power, int) or power < 1:
         raise SettingError(f"power={power!r}: a whole number, 1 or more, is needed")
     watch, number = _Watch(_words(words), layers, affinity=True), resolve_seed(seed)
+    check_call(pipe, call)
+    if not isinstance(prompt, str):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise SettingTypeError(f"a prompt is a text, not {type(prompt).__name__}")
     if image is None:
         (image,) = sample(pipe, [prompt], [number], steps=steps, guidance=guidance, **call)
     image = as_rgb(as_picture(image))
+    if min(image.size) < pipe.vae_scale_factor:
+        raise SettingError(f"a picture of {image.width}x{image.height}: at least {pipe.vae_scale_factor} pixels a side")
     _look_again(pipe, watch, prompt, image, noise, number)
     cross = torch.stack(watch.maps).mean(0)
     concepts = concept_maps(cross, watch.columns(background=True), normalisation="none", smoothing="none")
@@ -222,8 +227,19 @@ def attention_masks(
 
 def _look_again(pipe: Any, watch: _Watch, prompt: str, image: Image.Image, noise: float, seed: int) -> None:
     """Denoise a slightly noised picture without guidance, watched."""
-    try:
-        again: Any = AutoPipelineForImage2Image.from_pipe(pipe)
+    adapter = adapter_for(pipe)
+    config: Any = adapter.denoiser.config
+    if getattr(config, "encoder_hid_dim_type", None) == "ip_image_proj":
+        raise UnsupportedPipelineError(
+            "the loaded IP-Adapter wants a picture of its own, which is not given here: call pipe.unload_ip_adapter() "
+            "first, and give the picture that was drawn as image="
+        )
+    if config.in_channels > adapter.latent_channels:
+        raise UnsupportedPipelineError(
+            f"{type(pipe).__name__} holds an inpainting model, which wants more than the picture: use a plain one"
+        )
+    try:  # what a ControlNet would add is not in the picture
+        again: Any = AutoPipelineForImage2Image.from_pipe(pipe, controlnet=None)
     except (ValueError, TypeError) as error:
         raise UnsupportedPipelineError(
             f"diffusers has no image-to-image form of {type(pipe).__name__}: use attention_maps"

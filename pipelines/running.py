@@ -16,7 +16,7 @@ from torch import nn
 _ASKED = (
     "prompt", "negative_prompt", "negative_prompt_embeds", "batch_size", "clip_skip", "height", "width",
     "max_sequence_length", "clean_caption", "cross_attention_kwargs", "joint_attention_kwargs",
-    "do_classifier_free_guidance", "do_true_cfg", "strength",
+    "do_classifier_free_guidance", "do_true_cfg", "strength", "prompt_2", "original_attn_proc",
 )  # fmt: skip
 """What adapters and plugins read of a call; a frame holds more, and keeping its latents would keep their memory."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -85,6 +86,8 @@ def rank_seeds(
     for name, value, low in (("at", at, 0), ("batch_size", batch_size, 1)):
         if isinstance(value, bool) or not isinstance(value, int) or value < low:  # pyright: ignore[reportUnnecessaryIsInstance]
             raise SettingError(f"{name}={value!r}: a whole number, {low} or more, is needed")
+    if len(check_concepts(concepts)) > 1:
+        raise SettingError(f"concepts={concepts!r}: one list of words, since there is one prompt")
     if not any(check_concepts(concepts)):
         raise SettingError("concepts= is empty: seeds are ranked by the maps of words, such as ['ball', 'star']")
     taken = {"start", "end", "loss"} & {*(settings or {})}
@@ -102,4 +105,4 @@ def rank_seeds(
             ranked += map(RankedSeed, part, plugin.found)
         else:
             raise SettingError(f"at={at}: {type(pipe.scheduler).__name__} repeats that step; take another")
-    return sorted(ranked, key=lambda one: one.loss)
+    return sorted(ranked, key=lambda one: (math.isnan(one.loss), one.loss))

@@ -38,7 +38,7 @@ class RunSession:
     @property
     def prompt(self) -> Prompt:
         run, asked = self._run, self._run.running.arguments
-        texts, prompts = asked.get("prompt"), asked.get("batch_size")
+        texts, prompts = run.adapter.prompt(run.running), asked.get("batch_size")
         rows = run.step.rows.get("cond", slice(0, 1))
         pictures = rows.stop - rows.start
         texts = [texts] if isinstance(texts, str) else list(texts) if texts else None

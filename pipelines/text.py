@@ -72,12 +72,27 @@ class Texts:
         return found
 
     def _find(self, ids: list[int], phrase: str) -> list[list[int]]:
-        own = self.ids(phrase)
-        wanted = [own[i] for i in self._inner(own)]
-        if self._tokenizer().unk_token_id in wanted:  # every unknown word is the same token
-            return []
-        n = len(wanted)
-        return [list(range(i, i + n)) for i in range(len(ids) - n + 1) if n and ids[i : i + n] == wanted]
+        found: dict[int, list[int]] = {}  # by their ends: one token for the space makes no other place
+        for text in (phrase, f" {phrase}"):  # Gemma's and Qwen's words are other tokens behind a space
+            own = self.ids(text)
+            wanted = [own[i] for i in self._inner(own)]
+            if not wanted or self._tokenizer().unk_token_id in wanted:  # every unknown word is the same token
+                continue
+            n = len(wanted)
+            starts = [i for i in range(len(ids) - n + 1) if ids[i : i + n] == wanted]
+            found |= {i + n: list(range(i, i + n)) for i in starts if self._whole(ids, i, i + n)}
+        return [found[end] for end in sorted(found)]
+
+    def _whole(self, ids: list[int], start: int, stop: int) -> bool:
+        """Whether the word goes on neither before nor behind; scripts without capitals set no spaces."""
+        decode, added = self._tokenizer().decode, self._tokenizer().get_added_vocab().values()
+        for i in (start, stop):
+            pair = ids[max(0, i - 1) : i + 1]
+            first, second = decode(pair[:1]).strip(), decode(pair[1:]).strip()
+            glued = decode(pair).strip() == first + second and not {*pair} & {*added}
+            if glued and _lettered(first[-1:]) and _lettered(second[:1]):
+                return False
+        return True
 
     def _inner(self, ids: list[int]) -> range:
         tokenizer = self._tokenizer()
@@ -97,6 +112,10 @@ class Texts:
                 f"{type(self.adapter.pipe).__name__} has no tokenizer: give token indices or embeddings, not words"
             )
         return tokenizer
+
+
+def _lettered(char: str) -> bool:
+    return char.isdigit() or char.lower() != char.upper()
 
 
 def _row(text: Text, i: int) -> Text:

@@ -57,7 +57,7 @@ def check_concepts(concepts: Concepts | Sequence[Concepts]) -> list[list[Concept
         raise SettingTypeError(f"concepts={concepts!r}: a list of words is needed, such as ['ball', 'star']")
     inner = [c for c in concepts if isinstance(c, (list, tuple)) and any(isinstance(x, (str, list, tuple)) for x in c)]
     empty = [c for c in concepts if isinstance(c, (list, tuple)) and not c]
-    nested = inner and len(inner) + len(empty) == len(concepts)
+    nested = (inner or empty) and len(inner) + len(empty) == len(concepts)
     lists = cast("list[Sequence[Concept]]", list(concepts) if nested else [concepts])
     return [[_checked(concept) for concept in group] for group in lists]
 
@@ -106,17 +106,18 @@ def find_picture(
     """The concepts of one picture and the attributes that are given for them."""
     found = [find_concept(session, text, concept) for concept in group]
     words = {i: attributes[str(concept)] for i, concept in enumerate(group) if str(concept) in attributes}
-    bound = {i: find_concept(session, text, word) for i, word in words.items()}
+    bound = {i: find_concept(session, text, word, found[i].columns[0]) for i, word in words.items()}
     return Picture(found, bound, None if text is None else session.token_range(text))
 
 
-def find_concept(session: Session, text: str | None, concept: Concept) -> Found:
+def find_concept(session: Session, text: str | None, concept: Concept, near: int = 0) -> Found:
     """Columns of a concept in a prompt; a repeated phrase is its first occurrence, with a note.
 
     Args:
         session: of the running call.
         text: the prompt, None where the call was given embeddings.
         concept: see `Concept`.
+        near: the occurrence nearest to this column is meant; the first one for 0.
     Raises:
         ConceptError: not in the prompt, cut off, a column outside of it, or words without a prompt.
     """
@@ -129,8 +130,8 @@ def find_concept(session: Session, text: str | None, concept: Concept) -> Found:
         tokens = session.tokens(text)
         words = ", ".join(f"{i} {tokens[i]}" for i in session.token_range(text))
         raise ConceptError(f"{concept!r} is not in the prompt {text!r}; its tokens are: {words}")
-    note = f"occurs {len(spans)} times, the first is meant" if len(spans) > 1 else ""
-    return Found(concept, spans[0], note)
+    note = f"occurs {len(spans)} times, the {'nearest' if near else 'first'} is meant" if len(spans) > 1 else ""
+    return Found(concept, min(spans, key=lambda span: abs(span[0] - near)), note)
 
 
 def _columns(session: Session, text: str | None, columns: list[int]) -> Found:

@@ -17,6 +17,7 @@ from .base import finite
 from .concepts import Picture, Split
 
 Rule = Threshold | Literal["attencraft"]
+Layout = list[list[torch.Tensor]]
 LEVELS: dict[str, float] = {"max": 0.5, "std": 1.0, "quantile": 0.75, "otsu": 0.5, "attencraft": 0.1}
 """The level of each rule where none is given: share of the maximum, deviations, quantile, unused, margin."""
 
@@ -28,12 +29,12 @@ class Regions:
         threshold, level: see `diffgraft.attention.regions.binarise`; "attencraft" spreads the maps along the
             self-attention and gives a cell to the concept that leads all others by `level`, so regions are disjoint.
         previous: "post", the maps of the step's own call; "pre", those that its update was computed from.
-        layout: masks [H, W] in the order of the concepts, in the place of all that; "auto": disjoint places found in
-            the first maps.
+        layout: masks [H, W] in the order of the concepts, of all prompts or a list for each, in the place of all that;
+            "auto": disjoint places found in the first maps.
     """
 
     def __init__(
-        self, threshold: Rule, level: float | None, previous: str, layout: list[torch.Tensor] | Literal["auto"] | None
+        self, threshold: Rule, level: float | None, previous: str, layout: Layout | Literal["auto"] | None
     ) -> None:
         if threshold not in LEVELS:
             raise SettingError(f"threshold={threshold!r}: choose one of {', '.join(LEVELS)}")
@@ -44,6 +45,7 @@ class Regions:
         self.level = finite(given, "level") if threshold == "std" else finite(given, "level", 0, 1)
         self.follows = None if layout is not None else previous
         self.layout = layout
+        self.given: Layout = []
         self.found: list[torch.Tensor | None] = []
         self.cross: MapCapture | None = None
         self.own: MapCapture | None = None
@@ -59,8 +61,9 @@ class Regions:
         """What watches them."""
         return [capture for capture in (self.cross, self.own) if capture is not None]
 
-    def begin(self, pictures: int) -> None:
-        """A new call: nothing is known of the step before."""
+    def begin(self, pictures: int, given: Layout) -> None:
+        """A new call: nothing is known of the step before; `given`: the layout of each picture, if there is one."""
+        self.given = given
         self.found = [None] * pictures
         for capture in (self.cross, self.own):
             if capture is not None:
@@ -89,8 +92,8 @@ class Regions:
 
     def of(self, number: int, maps: torch.Tensor) -> torch.Tensor | None:
         """Regions of a picture's concepts, 0 or 1, like their present `maps` [C, h, w]; None where nothing is known."""
-        if isinstance(self.layout, list):
-            return torch.stack([to_grid(mask, maps) for mask in self.layout])
+        if self.given:
+            return torch.stack([to_grid(mask, maps) for mask in self.given[number]])
         found = self.found[number]
         if found is None and self.layout == "auto":
             found = places(maps)
@@ -111,8 +114,8 @@ class Regions:
         return torch.stack([to_grid(mask, cross) * bool(mask.any()) for mask in masks])
 
 
-def read_layout(layout: Any, concepts: Sequence[Sequence[Any]]) -> list[torch.Tensor] | Literal["auto"] | None:
-    """A layout as masks [H, W], one for each of the concepts of every prompt; None and "auto" as they are.
+def read_layout(layout: Any, concepts: Sequence[Sequence[Any]]) -> Layout | Literal["auto"] | None:
+    """A layout as masks [H, W], one for each of the concepts: of all prompts, or of each; None and "auto" as they are.
 
     Raises:
         MaskError: not a mask, or an empty one. SettingError: not one for each concept.
@@ -120,15 +123,17 @@ def read_layout(layout: Any, concepts: Sequence[Sequence[Any]]) -> list[torch.Te
     if layout is None or (isinstance(layout, str) and layout == "auto"):
         return layout
     if isinstance(layout, Mapping):
-        names, given = [str(concept) for concept in concepts[0]], cast("Mapping[Any, Any]", layout)
-        if {str(name) for name in given} != set(names):
-            raise SettingError(f"layout= names {', '.join(map(str, given))}; the concepts are {', '.join(names)}")
-        layout = [{str(name): mask for name, mask in given.items()}[name] for name in names]
-    members = [as_mask(one) for one in layout] if isinstance(layout, (list, tuple)) else as_masks(layout)
-    for group in concepts:
-        if len(group) != len(members):
-            raise SettingError(f"layout= has {len(members)} masks for {len(group)} concepts: give one for each")
-    empty = [i for i, mask in enumerate(members) if not mask.any()]
+        named = {str(name): as_mask(mask) for name, mask in cast("Mapping[Any, Any]", layout).items()}
+        names = list(dict.fromkeys(str(concept) for group in concepts for concept in group))
+        if set(named) != set(names):
+            raise SettingError(f"layout= names {', '.join(named)}; the concepts are {', '.join(names)}")
+        groups = [[named[str(concept)] for concept in group] for group in concepts]
+    else:
+        groups = [[as_mask(one) for one in layout] if isinstance(layout, (list, tuple)) else as_masks(layout)]
+        for group in concepts:
+            if group and len(group) != len(groups[0]):
+                raise SettingError(f"layout= has {len(groups[0])} masks for {len(group)} concepts: give one for each")
+    empty = [i for members in groups for i, mask in enumerate(members) if not mask.any()]
     if empty:
         raise MaskError(f"layout= leaves concept {empty[0]}, counted from 0, no place: its mask is empty")
-    return [torch.from_numpy(mask) for mask in members]
+    return [[torch.from_numpy(mask) for mask in members] for members in groups]

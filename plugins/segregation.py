@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -14,7 +15,7 @@ from ..attention.maps import LayerChoice, MapCapture, Normalisation, Smoothing, 
 from ..attention.step import Step
 from .base import Plugin, Probe, Session, finite
 from .concepts import Concepts, Picture, attributes_by_prompt, check_concepts, find_picture, for_pictures
-from .losses import Loss, Maps, binding_loss, find_loss
+from .losses import Loss, Maps, attend_and_excite, binding_loss, find_loss
 from .moves import LOSS_SCALE, gradient_of, gradient_step, low_pass, relative_step, shuffled, step_factor
 from .presets import Route, Units, check_choices, check_refine, preset_named
 from .retention import Regions, Rule, read_layout
@@ -41,6 +42,7 @@ class AttentionSegregation(Plugin):
         loss: "a-star", "attend-and-excite", "jsd" (`diffgraft.LOSSES`), or a function of `diffgraft.Maps`.
         binding: weight of a further term that keeps each word of `attributes` with its concept.
         attributes: attribute of a concept by the concept as given: {"ball": "blue"}; for several prompts one for each.
+            Of a word that occurs several times, the nearest is meant.
         normalisation: of the maps. "max": each by its maximum; "minmax"; "sum1"; "none"; "ae": softmax of 100 A over
             all tokens but the start mark, "eot" over those before the end mark. Default "max"; "ae" in "paper" and for
             Attend-and-Excite.
@@ -116,7 +118,8 @@ class AttentionSegregation(Plugin):
         self.retention = finite(retention, "retention", 0)
         self.binding = finite(binding, "binding", 0)
         self.preset, self.loss = preset, loss
-        sharp = loss == "attend-and-excite"  # a map divided by its maximum has no maximum left to raise
+        self._loss = find_loss(loss)
+        sharp = self._loss is attend_and_excite  # a map divided by its maximum has no maximum left to raise
         self.normalisation: Normalisation = normalisation or ("ae" if sharp else chosen["normalisation"])
         self.smoothing: Smoothing = default("smoothing", smoothing)
         self.rule: Units = default("rule", rule)
@@ -128,8 +131,9 @@ class AttentionSegregation(Plugin):
         self.threshold, self.level, self.previous, self.layout = threshold, level, previous, layout
         self.every, self.refine, self.candidates = every, check_refine(refine), candidates
         self.loss_scale = None if loss_scale is None else finite(loss_scale, "loss_scale", 1)
-        self._loss = find_loss(loss)
         check_choices(self)
+        if candidates > 1 and start > 0:
+            raise SettingError("candidates= are compared before the first step: leave start=0, or candidates=1")
         self._check_attributes()
         masks = read_layout(layout, self.concepts)
         self._regions = Regions(threshold, level, previous, masks)
@@ -167,7 +171,7 @@ class AttentionSegregation(Plugin):
     def unbind(self) -> None:
         kept = self._pictures
         self._forget()
-        self._regions.begin(0)
+        self._regions.begin(0, [])
         self._pictures = kept  # plain numbers for the report
 
     def edits(self) -> Sequence[Edit]:
@@ -183,7 +187,13 @@ class AttentionSegregation(Plugin):
         attributes = for_pictures(self.attributes, session, "attributes")
         self._pictures = [find_picture(session, *of) for of in zip(texts, groups, attributes, strict=True)]
         self._scale = self.loss_scale or 0.0
-        self._regions.begin(len(self._pictures))
+        moved = [i for i in range(0, step.total, self.every) if replace(step, index=i).within(self.start, self.end)]
+        left = sorted({*self.refine} - {*moved})
+        if left:
+            warnings.warn(f"refine= names steps {left}, at which this run of {step.total} moves nothing", stacklevel=2)
+        layout = self._regions.layout
+        given = for_pictures(layout, session, "layout") if isinstance(layout, list) else []
+        self._regions.begin(len(self._pictures), given)
 
     def moves(self, step: Step) -> bool:
         return step.index % self.every == 0

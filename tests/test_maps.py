@@ -10,7 +10,13 @@ import tiny
 import tiny_transformers
 import torch
 import torch.nn.functional as F
-from diffusers import PNDMScheduler, UNet2DConditionModel
+from diffusers import (
+    PNDMScheduler,
+    StableDiffusionControlNetPipeline,
+    StableDiffusionInpaintPipeline,
+    UNet2DConditionModel,
+)
+from test_matrix import load_ip_adapter
 
 import diffgraft as dg
 from diffgraft.attention.layer import find_layers
@@ -165,6 +171,16 @@ def test_eot_mode_leaves_end_mark_and_padding_out():
     assert torch.allclose(found[1:7], torch.softmax(100 * maps[1:7], 0)) and found[7:].sum() == found[0].sum() == 0
     eot = concept_maps(maps, [[2]], normalisation="eot", smoothing="none", tokens=range(1, 7))
     assert torch.equal(eot[0], found[2])
+
+
+def test_padding_that_the_model_masks_is_no_token():
+    maps = torch.rand(9, 4, 4, dtype=torch.float64)
+    padded = torch.cat([maps, torch.zeros(5, 4, 4, dtype=torch.float64)])
+    for how in ("ae", "eot"):
+        for tokens in (None, range(7), range(9)):
+            pair = [concept_maps(x, [[2], [6]], normalisation=how, tokens=tokens) for x in (maps, padded)]
+            assert torch.equal(*pair) and pair[0].flatten(1).any(1).all()
+    assert not concept_maps(torch.zeros(9, 4, 4), [[0]], normalisation="ae").any()
 
 
 def test_a_phrase_is_the_mean_of_its_tokens_and_columns_must_exist():
@@ -326,10 +342,14 @@ def test_masks_are_disjoint_and_find_the_things(book):
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"noise": 0}, {"margin": 2}, {"power": 0}, {"words": []}, {"image": "no such file.png"}], ids=str
-)
+    "wrong",
+    [{"noise": 0}, {"margin": 2}, {"power": 0}, {"power": True}, {"words": []}, {"image": "no such file.png"},
+     {"image": np.zeros((1, 1, 3), np.uint8)}, {"image": np.zeros((64, 64, 3), np.uint8), "widht": 64},
+     {"image": np.zeros((64, 64, 3), np.uint8), "prompt": None}],
+    ids=["noise", "margin", "power", "bool", "words", "file", "tiny", "unknown", "prompt"],
+)  # fmt: skip
 def test_wrong_arguments_of_masks(book, wrong):
-    with pytest.raises(dg.SettingError):
+    with pytest.raises((dg.SettingError, dg.SettingTypeError)):
         dg.attention_masks(**({"pipe": book, "prompt": CAPTION, "words": ["ball"]} | wrong))
 
 
@@ -342,6 +362,20 @@ def test_masks_need_a_picture_and_self_attention(sd15):
     for pipe in (tiny_transformers.flux(), tiny_transformers.sd3(dual_attention_layers=())):
         with pytest.raises(dg.UnsupportedPipelineError, match="self-attention"):
             dg.attention_masks(pipe, **ask)
+
+
+def test_masks_beside_a_controlnet_and_of_inpainting_models():
+    ask = {"prompt": "a ball and a star", "words": ["ball"], "image": np.zeros((32, 48, 3), np.uint8)}
+    model = tiny.unet()
+    pipe = tiny.sd15(cls=StableDiffusionControlNetPipeline, unet=model, controlnet=tiny.controlnet(model))
+    scores = [dg.attention_masks(each, **ask).scores["ball"] for each in (pipe, tiny.sd15())]
+    assert torch.equal(*scores)
+    with pytest.raises(dg.UnsupportedPipelineError, match="inpainting model"):
+        dg.attention_masks(tiny.sd15(cls=StableDiffusionInpaintPipeline, in_channels=9), **ask)
+    pipe = tiny.sd15()
+    load_ip_adapter(pipe)
+    with pytest.raises(dg.UnsupportedPipelineError, match="unload_ip_adapter"):
+        dg.attention_masks(pipe, **ask)
 
 
 def test_ranked_seeds_agree_with_the_losses_of_a_run_and_cost_half_a_call(sd15):
@@ -365,13 +399,19 @@ def test_ranked_seeds_agree_with_the_losses_of_a_run_and_cost_half_a_call(sd15):
 @pytest.mark.parametrize(
     "wrong",
     [{"seeds": []}, {"seeds": 3}, {"at": 3, "steps": 3}, {"at": -1}, {"at": "x"}, {"batch_size": 0}, {"concepts": []},
-     {"settings": {"end": 0.5}}],
+     {"concepts": [["ball"], ["a"]], "seeds": [1, 2]}, {"settings": {"end": 0.5}}],
     ids=str,
 )  # fmt: skip
 def test_seeds_that_cannot_be_ranked(sd15, wrong):
     right = {"prompt": "a ball", "concepts": ["ball"], "seeds": [1], "width": 32, "height": 32}
     with pytest.raises(dg.SettingError):
         dg.rank_seeds(sd15, **(right | wrong))
+
+
+def test_a_seed_without_a_loss_is_the_last(sd15):
+    losses = iter([2.0, math.nan, 1.0])
+    ask = {"loss": lambda maps: torch.tensor(next(losses)), "width": 32, "height": 32}
+    assert [one.seed for one in dg.rank_seeds(sd15, "a ball", ["ball"], range(3), **ask)] == [2, 0, 1]
 
 
 def test_a_step_that_the_scheduler_repeats_ranks_nothing(sd15):

@@ -335,10 +335,12 @@ def test_offload_in_both_orders(sd15, order, how):
     else:
         g.attach()
         offload()
+    trained = [parameter.requires_grad for parameter in sd15.unet.parameters()]
     for _ in range(2):  # model offload takes its hooks off and on again after every call
         assert torch.equal(tiny.sample(sd15), expected)
     g.detach()
     assert torch.equal(tiny.sample(sd15), plain)
+    assert [parameter.requires_grad for parameter in sd15.unet.parameters()] == trained  # sequential: new objects
 
 
 def test_xformers_falls_back_once_with_the_reason(sd15):

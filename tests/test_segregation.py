@@ -8,17 +8,23 @@ import pytest
 import tiny
 import tiny_transformers
 import torch
+import torch.nn.functional as F
 from diffusers import (
     EulerDiscreteScheduler,
     PNDMScheduler,
     StableDiffusionControlNetPipeline,
     StableDiffusionImg2ImgPipeline,
+    StableDiffusionPAGPipeline,
 )
 from plugins_for_tests import fingerprint
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 import diffgraft as dg
 from diffgraft.attention.maps import MapCapture, concept_maps
 from diffgraft.attention.regions import binarise
+from diffgraft.pipelines.architectures import adapter_for
+from diffgraft.pipelines.text import Texts
 from diffgraft.plugins.base import Plugin
 from diffgraft.plugins.losses import (
     binding_loss,
@@ -453,6 +459,19 @@ def test_a_layout_stands_in_for_regions_and_is_brought_to_the_grid(sd15):
         dg.AttentionSegregation(WORDS, layout={"zebra": half[0]})
 
 
+def test_a_named_layout_goes_with_the_names_of_every_prompt(sd15):
+    spy, left = Spy(), torch.zeros(8, 8, dtype=torch.bool)
+    left[:, :4] = True
+    lists, layout = [["ball", "star"], ["cat", "ball"], []], {"ball": left, "star": ~left, "cat": ~left}
+    with dg.graft(sd15, dg.AttentionSegregation(lists, loss=spy, layout=layout)):
+        tiny.sample(sd15, [PROMPT, "a cat and a ball", "a ball"], num_inference_steps=1)
+    first, second = [seen.regions for seen in spy.maps]
+    assert first[0, 0, 0] == second[1, 0, 0] == 1 and torch.equal(first, second.flip(0))
+    with dg.graft(sd15, dg.AttentionSegregation([WORDS, []], layout=[left, ~left])) as g:
+        tiny.sample(sd15, [PROMPT, "a ball"], num_inference_steps=1)
+    assert g.report().updates == 1
+
+
 def test_an_automatic_layout_is_disjoint_and_stays_where_the_first_step_put_it(sd15):
     spy = Spy()
     with dg.graft(sd15, dg.AttentionSegregation(WORDS, loss=spy, layout="auto", end=1.0, candidates=2)):
@@ -545,6 +564,49 @@ def test_every_call_of_a_step_and_the_scheduler_get_the_moved_latent(name):
         assert torch.equal(second, first[: len(second)]) and torch.equal(second, stepped[0])
         plain.setdefault(len(probes), second)
     assert list(plain) == [0, 1] and not torch.equal(*plain.values())
+
+
+def test_masked_padding_of_a_shorter_prompt_is_not_looked_at():
+    pipe = tiny.double(tiny_transformers.qwen())
+    texts = [torch.randn(1, n, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(n)) for n in (5, 9)]
+    words = [[[1], [3]], [[2], [7]]]
+
+    def run(numbers, preset):
+        most = max(texts[i].shape[1] for i in numbers)
+        call = {
+            "prompt_embeds": torch.cat([F.pad(texts[i], (0, 0, 0, most - texts[i].shape[1])) for i in numbers]),
+            "prompt_embeds_mask": torch.stack([torch.arange(most) < texts[i].shape[1] for i in numbers]).long(),
+            "generator": [torch.Generator().manual_seed(i) for i in numbers],
+        }
+        with dg.graft(pipe, dg.AttentionSegregation([words[i] for i in numbers], preset=preset, end=1.0)) as g:
+            out = pipe(None, num_inference_steps=2, height=32, width=32, output_type="latent", **call).images
+        assert not g.report().skipped
+        return out
+
+    for preset in (None, "paper"):
+        together = run([0, 1], preset)
+        for i in range(2):
+            assert torch.allclose(together[i : i + 1], run([i], preset), atol=1e-10)
+
+
+def test_words_of_flux_are_those_of_its_second_prompt():
+    pipe, call = tiny_transformers.flux(), {"num_inference_steps": 1, "height": 32, "width": 32}
+    for second, expected in ((None, "ball at [2], star at [6]"), ("star and a green ball", "ball at [4], star at [0]")):
+        with dg.graft(pipe, dg.AttentionSegregation(WORDS)) as g:
+            pipe(PROMPT, prompt_2=second, output_type="latent", **call)
+        assert g.report().plugins[0][1]["picture 0"] == expected
+
+
+def test_a_probe_under_pag_is_that_of_the_plain_pipeline():
+    pag, z = tiny.sd15(cls=StableDiffusionPAGPipeline), noise(tiny.sd15())
+    plain, before = moved(tiny.sd15(), z, dg.AttentionSegregation(WORDS)), fingerprint(pag)
+    with dg.graft(pag, dg.AttentionSegregation(WORDS, end=1.0)) as g:
+        assert tiny.sample(pag, pag_scale=2.0).isfinite().all()
+    assert g.report().updates == 3 and fingerprint(pag) == before
+    for scale in (1.0, 4.0):
+        pag = tiny.sd15(cls=StableDiffusionPAGPipeline)
+        found = moved(pag, z, dg.AttentionSegregation(WORDS), pag_scale=2.0, guidance_scale=scale)
+        assert torch.allclose(found, plain, atol=1e-5)
 
 
 def test_a_layout_decides_who_stands_where(book):
@@ -771,6 +833,31 @@ def test_words_phrases_columns_and_repeats(family):
     assert "dog at [2, 3, 4]" in columns(family, ["dog", "ball"], "a dog and a ball")
 
 
+def test_parts_of_longer_words_are_not_meant(sd15):
+    assert columns(sd15, ["ball"], "a football and a ball") == "ball at [9]"
+    with pytest.raises(dg.ConceptError, match="not in the prompt"):
+        columns(sd15, ["ball"], "a football")
+
+
+def space_in_the_word():
+    """As Gemma's and Qwen's tokenizers do it: none is put before a text."""
+    words = [f"{space}{word}" for word in ("a", "foot", "ball", "gown", "and") for space in ("", "▁")]
+    made = Tokenizer(models.Unigram([("<unk>", 0.0), *((word, -1.0) for word in words)], unk_id=0))
+    made.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never", split=False)
+    made.decoder = decoders.Metaspace(prepend_scheme="never")
+    return PreTrainedTokenizerFast(tokenizer_object=made, unk_token="<unk>", model_max_length=64)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "spans"),
+    [("a ball and a ball", [[1], [4]]), ("ball and a ball", [[0], [3]]), ("a football and a ballgown", [])],
+)
+def test_words_with_their_space_in_the_token_are_found(prompt, spans):
+    pipe = tiny_transformers.sana()
+    pipe.tokenizer = space_in_the_word()
+    assert Texts(adapter_for(pipe)).spans(prompt, "ball") == spans
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [(["cat"], "3 ball</w>"), ([8], "columns 1 to 7"), ([0], "outside"), (["ball", [3, 99]], "99")],
@@ -799,7 +886,7 @@ def test_cut_off_words_and_wrong_counts(sd15):
         ({"loss": "mine"}, dg.SettingError), ({"segregation": -1}, dg.SettingError),
         ({"size": math.nan}, dg.SettingError),
         ({"normalisation": "x"}, dg.SettingError), ({"every": 0}, dg.SettingError), ({"lowpass": -1}, dg.SettingError),
-        ({"candidates": 0}, dg.SettingError),
+        ({"candidates": 0}, dg.SettingError), ({"candidates": 2, "start": 0.2}, dg.SettingError),
         ({"binding": 1.0}, dg.SettingError), ({"attributes": {"cat": "red"}}, dg.SettingError),
         ({"layout": [1, 2]}, dg.MaskError),
         ({"layout": [torch.zeros(8, 8), torch.ones(8, 8)]}, dg.MaskError),
@@ -832,6 +919,26 @@ def test_attributes_reach_the_loss(sd15):
     assert set(seen.attributes) == {0, 1} and seen.attributes[0].shape == seen.concepts.shape[1:]
     expected = dg.LOSSES["a-star"](seen) + 0.5 * binding_loss(seen)
     assert g.report().plugins[0][1]["loss 0"] == [round(float(expected), 4)]
+
+
+def test_a_repeated_attribute_is_the_nearest(sd15):
+    spy, prompt = Spy(), "a red cat and a red ball"
+    with dg.graft(sd15, dg.AttentionSegregation(["ball", [6]], loss=spy, attributes={"ball": "red"})):
+        tiny.sample(sd15, prompt, num_inference_steps=1)
+    assert torch.equal(spy.maps[0].attributes[0], spy.maps[0].concepts[1])
+
+
+def test_no_words_for_any_prompt_are_neutral_and_unreached_refinement_is_told(sd15):
+    for none in ([], [[]], [[], []]):
+        assert dg.AttentionSegregation(none).neutral
+    plugin = dg.AttentionSegregation(WORDS, refine={0: 1.0, 1: 1.0, 9: 1.0}, every=2)
+    with pytest.warns(UserWarning, match=r"steps \[1, 9\]"), dg.graft(sd15, plugin):
+        tiny.sample(sd15)
+
+
+def test_a_loss_as_a_function_has_the_maps_of_its_name():
+    losses = ("attend-and-excite", dg.LOSSES["attend-and-excite"])
+    assert [dg.AttentionSegregation(WORDS, loss=loss).normalisation for loss in losses] == ["ae", "ae"]
 
 
 # -- T15: the outside oracle ---------------------------------------------------------------------------------------

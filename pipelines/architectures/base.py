@@ -190,6 +190,10 @@ class Adapter:
         """The tokenizer whose tokens are the columns of the text embeddings."""
         return getattr(self.pipe, "tokenizer", None)
 
+    def prompt(self, running: Running) -> Any:
+        """The running call's prompt whose tokens are those columns."""
+        return running.arguments.get("prompt")
+
     # -- refusals ----------------------------------------------------------------------------------------------
 
     def check(self) -> None:

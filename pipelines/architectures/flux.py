@@ -107,3 +107,6 @@ class FluxAdapter(PackedAdapter):
 
     def tokenizer(self) -> Any:
         return self.pipe.tokenizer_2
+
+    def prompt(self, running: Running) -> Any:
+        return running.arguments.get("prompt_2") or super().prompt(running)
