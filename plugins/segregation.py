@@ -31,8 +31,9 @@ class AttentionSegregation(Plugin):
 
     Args:
         concepts: words or phrases of the prompt, or token columns; for several prompts a list for each.
-        segregation, retention: weights of the two terms, 0 or more; both 0 is neutral. Segregation alone lets the
-            weaker concept vanish.
+        segregation, retention: weights of the two terms, 0 or more; both 0 is neutral. None is 1, but 0 for
+            segregation where `layout` holds masks: as in the paper retention alone draws the concepts there, and it is
+            measured to be followed more often than both. Segregation alone lets the weaker concept vanish.
         preset: None, the setting measured on the picture book; "paper", the published numbers, with
             Attend-and-Excite's where A-STAR states none. Whatever you give beside it wins.
         layout: a mask for each concept ({concept: mask}, a list in their order, or a stack [C, h, w]): where they are
@@ -80,7 +81,7 @@ class AttentionSegregation(Plugin):
         self,
         concepts: Concepts | Sequence[Concepts],
         *,
-        segregation: float = 1.0,
+        segregation: float | None = None,
         retention: float = 1.0,
         preset: str | None = None,
         layout: Any = None,
@@ -110,12 +111,13 @@ class AttentionSegregation(Plugin):
         def default(name: str, given: Any) -> Any:
             return chosen[name] if given is None else given
 
-        usual: float = 1.0 if finite(start, "start") >= chosen["end"] else chosen["end"]
-        super().__init__(start=start, end=usual if end is None else end)
+        last: float = 1.0 if finite(start, "start") >= chosen["end"] else chosen["end"]
+        super().__init__(start=start, end=last if end is None else end)
         self.concepts = check_concepts(concepts)
         self.attributes = attributes_by_prompt(attributes)
-        self.segregation = finite(segregation, "segregation", 0)
         self.retention = finite(retention, "retention", 0)
+        usual = 0.0 if self.retention and layout is not None and not isinstance(layout, str) else 1.0
+        self.segregation = finite(usual if segregation is None else segregation, "segregation", 0)
         self.binding = finite(binding, "binding", 0)
         self.preset, self.loss = preset, loss
         self._loss = find_loss(loss)

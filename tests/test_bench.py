@@ -11,6 +11,7 @@ from diffgraft import UnsupportedPipelineError
 from diffgraft.app.bench import negative_effect, redirection_effect, segregation_effect, style_effect
 from diffgraft.app.bench.judge import load_judge
 from diffgraft.app.bench.rows import Rows, fingerprint, subject
+from diffgraft.app.bench.segregation_predict import picked, wins
 from diffgraft.app.bench.segregation_rows import guided, two_objects
 
 
@@ -115,3 +116,11 @@ def test_seeds_of_one_caption_are_not_counted_as_pairs_of_their_own():
     found = segregation_effect.change(after, before, 4)
     assert found.value == 0.25
     assert (found.low, found.high) == (0, 0.75)  # as of four pairs: one caption mended, three unchanged
+
+
+def test_a_loss_that_knows_the_failures_wins_every_pair_and_picks_the_right_seeds():
+    failed = [True, False, True, False] * 2
+    knowing, blind = [float(f) for f in failed], [0.0] * 8
+    assert (wins(knowing, failed), wins(blind, failed)) == ((16, 16), (8, 16))
+    assert picked(knowing, failed, 4) == [True, True]
+    assert picked(blind, failed, 4) == [False, False]  # the first of each four, which fails

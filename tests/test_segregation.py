@@ -182,7 +182,7 @@ def test_moves():
 @pytest.mark.parametrize("name", ["a-star", "attend-and-excite", "jsd"])
 def test_gradient_against_finite_differences(double, name):
     z, layout = noise(double), torch.eye(2)[:, :, None].repeat(1, 1, 2)
-    settings = {"loss": name, "layout": layout, "normalisation": "ae", "smoothing": "gaussian"}
+    settings = {"loss": name, "layout": layout, "segregation": 1, "normalisation": "ae", "smoothing": "gaussian"}
     g, _ = gradient(double, z, **settings)
     for seed in range(4):
         direction = noise(double, seed + 10)
@@ -459,6 +459,18 @@ def test_a_layout_stands_in_for_regions_and_is_brought_to_the_grid(sd15):
         dg.AttentionSegregation(WORDS, layout={"zebra": half[0]})
 
 
+def test_masks_are_followed_by_retention_alone_unless_it_is_off():
+    masks = torch.eye(2)[:, :, None].repeat(1, 1, 2)
+    weights = [
+        dg.AttentionSegregation(WORDS, **settings).segregation
+        for settings in ({}, {"layout": "auto"}, {"layout": masks}, {"layout": masks, "segregation": 0.5})
+    ]
+    assert weights == [1, 1, 0, 0.5]
+    with pytest.warns(UserWarning, match="vanish"):
+        alone = dg.AttentionSegregation(WORDS, layout=masks, retention=0)
+    assert alone.segregation == 1 and not alone.neutral
+
+
 def test_a_named_layout_goes_with_the_names_of_every_prompt(sd15):
     spy, left = Spy(), torch.zeros(8, 8, dtype=torch.bool)
     left[:, :4] = True
@@ -617,7 +629,7 @@ def test_a_layout_decides_who_stands_where(book):
     for layout, things in (
         (halves(), [("star", "purple"), ("ball", "red")]), (halves().flip(2), [("ball", "red"), ("star", "purple")])
     ):  # fmt: skip
-        with dg.graft(book, dg.AttentionSegregation(["star", "ball"], layout=layout, segregation=0)):
+        with dg.graft(book, dg.AttentionSegregation(["star", "ball"], layout=layout)):
             pictures = book(
                 ["a purple star and a red ball , snow"] * 3, num_inference_steps=15, guidance_scale=4.0,
                 output_type="pt", generator=[torch.Generator().manual_seed(i) for i in range(3)],

@@ -14,7 +14,7 @@ TABLES = {
     "negative_cost": "FLOPs of negatives inside attention",
     "negative_effect": "what a negative removes from one-step and guided pictures",
     "segregation_cost": "FLOPs and saved activations of attention guidance",
-    "segregation_choice": "sizes and starts of attention guidance, on captions not reported",
+    "segregation_choice": "settings of attention guidance, on captions not reported",
     "segregation_effect": "whether every object appears, with its colour",
     "redirection_cost": "FLOPs and memory of object removal",
     "redirection_effect": "holes against the true background",

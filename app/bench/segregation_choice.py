@@ -1,4 +1,4 @@
-"""How the default of attention guidance was chosen: sizes, ends and starts, on captions that no other table reports."""
+"""How the default of attention guidance was chosen, on captions that no other table reports."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .segregation_rows import Row, guided, plain, three_objects, two_objects
 from .world import FRESH
 
 FIRST = FRESH + 7_000_000
-SIZES: Mapping[str, Row] = {
+SETTINGS: Mapping[str, Row] = {
     "plain pipeline": plain,
     **{
         f"{100 * size:g}% of the norm, first {100 * end:g}% of the steps": partial(guided, size=size, end=end)
@@ -21,6 +21,11 @@ SIZES: Mapping[str, Row] = {
     },
     "5%, best of 4 starts": partial(guided, size=0.05, candidates=4),
     "10%, best of 4 starts": partial(guided, size=0.1, candidates=4),
+    "5%, segregation only": partial(guided, size=0.05, retention=0),
+    "5%, retention 0.3": partial(guided, size=0.05, retention=0.3),
+    "5%, moves averaged over 2 cells": partial(guided, size=0.05, lowpass=2),
+    "5%, moves averaged over 8 cells": partial(guided, size=0.05, lowpass=8),
+    "5%, jsd": partial(guided, size=0.05, loss="jsd"),
 }
 
 
@@ -28,5 +33,5 @@ def run(full: bool, model: Path | None = None) -> None:
     """Print the table for three objects and for two."""
     pipe, judge = subject(model), load_judge()
     triples, pairs = three_objects(100 if full else 10, FIRST), two_objects(100 if full else 10, FIRST + 500_000)
-    effect(pipe, judge, "Three objects", triples, 2 if full else 1, SIZES)
-    effect(pipe, judge, "Two objects", pairs, 1, SIZES)
+    effect(pipe, judge, "Three objects", triples, 2 if full else 1, SETTINGS)
+    effect(pipe, judge, "Two objects", pairs, 1, SETTINGS)

@@ -72,7 +72,7 @@ def layouts(pipe: Any, count: int, kept: Rows, key: Mapping[str, str]) -> Iterat
     rows: dict[str, dict[str, Any] | None] = {
         "plain pipeline": None,
         "layout, default": {"layout": masks},
-        "layout, retention only": {"layout": masks, "segregation": 0},
+        "layout, segregation too": {"layout": masks, "segregation": 1},
         'layout, preset="paper"': {"layout": masks, "preset": "paper"},
     }
     yield "| | both there, first left, second right |"
