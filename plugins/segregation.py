@@ -64,7 +64,8 @@ class AttentionSegregation(Plugin):
             with the last digits of the latent (a half-trained picture book did, this version's does not).
         refine: step number -> loss to reach before going on, by at most 20 updates, as in Attend-and-Excite.
         candidates: starts compared by the loss before the first step, forward only: the run's own noise, and shuffles
-            of it, which are noise as good (1: its own alone). Runs that do not start from noise keep their start.
+            of it, which are noise as good (1: its own alone). Runs that do not start from noise keep their start. Not
+            measured to help: the first step's maps say little (`rank_seeds` can look at later ones).
         loss_scale: factor on the loss against underflow, halved when a gradient overflows. Default 4096 in float16,
             else 1.
 
