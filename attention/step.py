@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -25,6 +25,7 @@ class Step:
         phase: "latent" while a plugin probes for a gradient, "predict" in the call that the pipeline made.
         probing: True while a probe's own forward runs; False when gradient checkpointing runs a layer again.
         may_stop: whether an edit may end that forward early, see `diffgraft.attention.seam.stop_probe`.
+        notes: what plugins keep of this pipeline call, each under itself; emptied when the call is over.
     """
 
     index: int = 0
@@ -36,6 +37,7 @@ class Step:
     phase: Phase = "predict"
     probing: bool = False
     may_stop: bool = True
+    notes: dict[Any, Any] = field(default_factory=dict[Any, Any])
 
     def within(self, start: float, end: float) -> bool:
         """Whether this step lies in [start, end), fractions of the run's steps."""

@@ -90,7 +90,7 @@ class Graft:
         stack, self._stack = self._stack, None
         self._everywhere = False
         for run in self.runs:
-            run.memo.clear()
+            run.forget()
         if stack is not None:
             stack.close()
 

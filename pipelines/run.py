@@ -39,6 +39,7 @@ class Run:
         self.inputs: Inputs = {}
         self.deltas: list[torch.Tensor] = []
         self.memo = TextMemo()
+        self.notes: dict[Any, Any] = {}
 
     # -- the three stages --------------------------------------------------------------------------------------
 
@@ -78,6 +79,11 @@ class Run:
         self.deltas = [d for plugin in combiners if (d := plugin.combine(step, full, step.rows)) is not None]
         return self._folded(output, self.deltas, kept, ("uncond", "cond"))
 
+    def forget(self) -> None:
+        """The pipeline call is over, or the graft comes off: drop what was kept over its steps."""
+        self.memo.clear()
+        self.notes.clear()
+
     def aborted(self) -> None:
         """The denoiser raised: this pipeline call will not step."""
         self.pending, self.inputs = None, {}
@@ -103,9 +109,9 @@ class Run:
         """What the scheduler's step starts from."""
         self.clock.tick()
         if self.clock.over:
-            self.memo.clear()
             for plugin in self.graft.effective:
                 plugin.finish()
+            self.forget()
         moved, self.pending = self.pending, None
         return sample if moved is None else moved.to(sample.dtype)
 
@@ -122,13 +128,13 @@ class Run:
         fresh = self.clock.start(scheduler, timestep)
         index, total = self.clock.read(scheduler, self.running.steps)
         rows = self.adapter.groups(inputs, self.running)
-        self.step = Step(index, total, timestep, self.adapter.grid(inputs, self.running), rows)
+        self.step = Step(index, total, timestep, self.adapter.grid(inputs, self.running), rows, notes=self.notes)
         self.branching.forget()
         self.inputs = inputs
         if "cond" in rows:
             self.deltas = []
         if fresh:
-            self.memo.clear()
+            self.forget()
             self.adapter.check()
             for plugin in self.graft.effective:
                 plugin.begin(self.session, self.step)

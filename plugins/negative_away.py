@@ -7,7 +7,6 @@ over the negative prompt, and the log-sum-exp of each one's logits.
 from __future__ import annotations
 
 import functools
-import threading
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -130,7 +129,6 @@ class NegativeAway(Plugin):
         self.alpha = None if alpha is None else finite(alpha, "alpha", 0.0, 1.0)
         self.offset = finite(offset, "offset")
         self.layers = None if layers is None else listed(layers)
-        self._calls: dict[int, Call] = {}
         self._used: dict[str, Any] = {}
         self._joint = False
 
@@ -141,13 +139,10 @@ class NegativeAway(Plugin):
         return self.negative is None or silent or off or self.layers == []
 
     def bind(self, session: Session) -> None:
-        self._joint = any(layer.kind == "joint" for layer in session.layers)
+        self._joint = _in_sequence(session)
         for wanted in self.layers or ():
             if not any(_named(layer, wanted) for layer in session.layers if layer.kind in ("cross", "joint")):
                 raise SettingError(f"layers: no text-attention layer is called {wanted!r} here")
-
-    def unbind(self) -> None:
-        self._calls.clear()
 
     def begin(self, session: Session, step: Step) -> None:
         prompt = session.prompt
@@ -157,17 +152,16 @@ class NegativeAway(Plugin):
         known = default(self.rule, session.family, prompt.guided)
         scale = known.scale if self.scale is None else self.scale
         strength = scale if self.rule == "vsf" else scale * sum(weights)
-        self._calls[threading.get_ident()] = Call(
-            session.layer_text, texts, weights, self.rule, self._combine(known, strength), self.joint
-        )
+        step.notes[self] = Call(
+            session.layer_text, texts, weights, self.rule, self._combine(known, strength), self.joint,
+            _in_sequence(session),
+        )  # fmt: skip
         given = self.scale is not None
         self._used = {"rule": self.rule, "scale": scale, "scale_from": "given" if given else known.source}
 
-    def finish(self) -> None:
-        self._calls.pop(threading.get_ident(), None)
-
     def streams(self, step: Step) -> Sequence[Text]:
-        return self.call().texts if self._joint else ()
+        call = self.call(step)
+        return call.texts if call.in_sequence else ()
 
     def edits(self) -> Sequence[Edit]:
         return (CutStreams(self), JointAway(self)) if self._joint else (CrossAway(self),)
@@ -175,9 +169,9 @@ class NegativeAway(Plugin):
     def report(self) -> Mapping[str, Any]:
         return dict(self._used)
 
-    def call(self) -> Call:
-        """What this thread's pipeline call holds."""
-        return self._calls[threading.get_ident()]
+    def call(self, step: Step) -> Call:
+        """What the pipeline call of this step holds."""
+        return step.notes[self]
 
     def chooses(self, layer: AttentionLayer) -> bool:
         """Whether this layer is one of `layers`."""
@@ -262,6 +256,11 @@ def _check_fit(texts: Sequence[Text], session: Session) -> None:
             raise SettingError(f"{n} negatives for {prompts} prompts: give one for all, or one for each prompt")
         if found != width:
             raise SettingError(f"negative embeddings of width {found}: this model takes {width}")
+
+
+def _in_sequence(session: Session) -> bool:
+    """Whether the model has text and image in one sequence."""
+    return any(layer.kind == "joint" for layer in session.layers)
 
 
 def _named(layer: AttentionLayer, wanted: int | str) -> bool:

@@ -39,6 +39,7 @@ class Call:
         texts, weights: one a negative; rows of a text are one, or one a prompt.
         rule, combine: the rule's name and its function of the four tensors, settings bound.
         joint: NASA's form in a joint sequence.
+        in_sequence: whether the model has text and image in one sequence.
     """
 
     layer_text: Callable[[Text], Text]
@@ -47,6 +48,7 @@ class Call:
     rule: str
     combine: Callable[..., torch.Tensor]
     joint: str
+    in_sequence: bool
     seen: list[Text] = field(default_factory=list[Text])
     keys: dict[tuple[str, int], tuple[Any, ...]] = field(default_factory=dict[tuple[str, int], tuple[Any, ...]])
 
@@ -132,7 +134,7 @@ class CrossAway(_TextEdit):
             call.kernel = _keeping_lse(call.aside)
 
     def out(self, call: AttentionCall, out: torch.Tensor) -> torch.Tensor:
-        rows, state = call.select("cond"), self.plugin.call()
+        rows, state = call.select("cond"), self.plugin.call(call.step)
         some = call.narrow(rows)
         lse, negatives = None, list[Partial]()
         for number in range(len(state.texts)):
@@ -160,7 +162,7 @@ class CutStreams(_TextEdit):
 
     def qkv(self, call: AttentionCall) -> None:
         assert call.text is not None
-        lengths = [text.embeddings.shape[1] for text in self.plugin.call().texts]
+        lengths = [text.embeddings.shape[1] for text in self.plugin.call(call.step).texts]
         start, stop = call.text.stop - sum(lengths), call.text.stop
         call.aside[_STREAMS] = [_columns(call, start + sum(lengths[:i]), n) for i, n in enumerate(lengths)]
         call.q, call.k, call.v = (without(t, slice(start, stop), -2) for t in (call.q, call.k, call.v))
@@ -191,7 +193,7 @@ class JointAway(_TextEdit):
         self, call: AttentionCall, out: torch.Tensor, rows: slice | list[int], streams: list[AttentionCall]
     ) -> torch.Tensor:
         """Image tokens of all rows, those of `rows` steered."""
-        state = self.plugin.call()
+        state = self.plugin.call(call.step)
         image, positive = _shared_for(call, rows)
         q = _image(call.narrow(rows).q, call.text)
         words = [attend_with_lse(q, s.k, s.v, s.mask, s.scale) for s in streams]

@@ -297,12 +297,12 @@ def test_a_negative_is_encoded_again_when_its_tokens_mean_something_else(pipe):
 
 def test_nothing_is_kept_after_a_call(pipe):
     plugin = away()
-    with dg.graft(pipe, plugin):
+    with dg.graft(pipe, plugin) as graft:
         tiny.sample(pipe)
-        assert not plugin._calls
+        assert not graft.run.notes
         with pytest.raises(KeyboardInterrupt):
             tiny.sample(pipe, callback_on_step_end=lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
-    assert not plugin._calls
+    assert not graft.run.notes
 
 
 def test_caches_do_not_outlive_what_they_were_made_from(pipe):
@@ -351,6 +351,22 @@ def test_two_pipelines_on_one_unet(pipe):
     with dg.graft(pipe, away()):
         first, second, again = (tiny.sample(p, "a cat") for p in (pipe, other, pipe))
     assert torch.equal(first, again) and torch.equal(first, second)
+
+
+def test_one_plugin_on_several_pipelines(pipe):
+    plugin, other, flux = away(), tiny.sd15(seed=7), tiny_transformers.flux()
+    alone = run(pipe, plugin)
+
+    def meanwhile(p, index, timestep, tensors):
+        with dg.graft(other, plugin):
+            tiny.sample(other, num_inference_steps=1)
+        return tensors
+
+    with dg.graft(pipe, plugin):
+        with dg.graft(flux, plugin):
+            assert torch.equal(tiny.sample(pipe, "a blue ball"), alone)
+            tiny.sample(flux, max_sequence_length=16)
+        assert torch.equal(tiny.sample(pipe, "a blue ball", callback_on_step_end=meanwhile), alone)
 
 
 # -- windows and layers ---------------------------------------------------------------------------------------------
