@@ -124,7 +124,8 @@ class AttentionNegative(Negative):
                 f"a picture cannot be a negative on {type(loop.denoiser).__name__}: give the negative as text"
             )
         source = generator or torch.Generator().manual_seed(0)
-        noise = torch.randn(clean.shape, generator=source, dtype=clean.dtype, device=source.device)
+        shape = clean.shape if generator else clean[:1].shape  # a batch is its pictures
+        noise = torch.randn(shape, generator=source, dtype=clean.dtype, device=source.device)
         self.clean, self.noise = clean, noise.to(clean.device)
 
     def texts(self, prompts: Sequence[str]) -> list[str]:

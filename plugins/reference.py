@@ -34,7 +34,7 @@ class Reference:
 
     Args:
         given: a picture, latents [1 or n, C, h, w], or a `Trajectory` on the timesteps that will be sampled.
-        generator: draws the noise; without it the noise is always the same.
+        generator: draws the noise; without it the noise is always the same, for every picture.
         role: what to call it when something is wrong with it.
 
     Raises:
@@ -65,7 +65,8 @@ class Reference:
         if not isinstance(self._given, Trajectory):
             self._clean = self._encoded(session)
             source = self._generator or torch.Generator().manual_seed(_SEED)
-            self._noise = torch.randn(self._clean.shape, generator=source, device=source.device).to(self._clean)
+            shape = self._clean.shape if self._generator else self._clean[:1].shape  # a batch is its pictures
+            self._noise = torch.randn(shape, generator=source, device=source.device).to(self._clean)
 
     def at(self, step: Step) -> torch.Tensor:
         """Its latents [1 or n, C, h, w] at a step, in the scheduler's space."""

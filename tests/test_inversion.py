@@ -259,6 +259,8 @@ def test_a_picture_is_a_negative_by_attention_where_there_is_no_adapter(sd15):
     plain = dg.invert(sd15, z, steps=3, iterations=1, tolerance=0)
     assert rms(one.latents - plain.latents) > 1e-4
     assert rms(two.latents - plain.latents) > rms(one.latents - plain.latents)
+    several = dg.invert(sd15, z, guidance=3.0, **call | {"negative": [picture, Image.new("RGB", (9, 9), "orange")]})
+    torch.testing.assert_close(several.latents, two.latents, rtol=0, atol=1e-5)  # each under the noise of one
     assert not any("forward" in layer.module.__dict__ for layer in dg.find_layers(sd15.unet))
 
 

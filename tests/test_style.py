@@ -172,6 +172,20 @@ def test_several_pictures_each_with_its_style(sd15):
     assert not torch.allclose(both[1], second[0])
 
 
+@pytest.mark.parametrize("technique", [dg.StyleInjection, dg.AttentionDistillation])
+def test_a_batch_with_a_picture_each_is_every_picture_alone(technique):
+    """Styles and contents as pictures, under the noise that is drawn when no generator is given."""
+    pipe, z, prompts = double(tiny.sd15()), normal(2, 4, 16, 16), ["a ball", "a star"]
+    styles, contents = (
+        [Image.new("RGB", (32, 32), name) for name in names] for names in (("red", "navy"), ("gold", "black"))
+    )
+    got = []
+    for rows in (slice(0, 2), slice(1, 2)):
+        with dg.graft(pipe, technique(styles[rows], content=contents[rows])):
+            got.append(tiny.sample(pipe, prompts[rows], latents=z[rows]))
+    torch.testing.assert_close(got[0][1:], got[1], rtol=0, atol=1e-7)
+
+
 class Path:
     """A trajectory that stands still."""
 
