@@ -42,7 +42,7 @@ def generate(
     Args:
         pipe: a text-to-image pipeline.
         prompt: one text, or several (`n` pictures of each).
-        plugins: techniques to graft on for this call.
+        plugins: techniques to graft on; what they take one of for each prompt is one for each of these texts.
         negative_prompt: for classifier-free guidance; without guidance use `NegativeAway`.
         seed: 0 ... 2^63-1; None or -1 draws one, which is recorded.
         n: pictures of each prompt.
@@ -55,7 +55,9 @@ def generate(
     Raises:
         SettingError: a setting outside its range. NonFiniteError: NaN or infinity while sampling, naming the step.
     """
-    prompts = [text for text in as_list(prompt) for _ in range(_count(n, "n", 10_000))]
+    asked = as_list(prompt)
+    numbers = [number for number in range(len(asked)) for _ in range(_count(n, "n", 10_000))]
+    prompts = [asked[number] for number in numbers]
     first = resolve_seed(seed)
     seeds = [first + i for i in range(len(prompts))]
     size = _count(batch_size, "batch_size", 1024)
@@ -68,8 +70,10 @@ def generate(
     }
     pictures: list[Image.Image] = []
     plugins = as_list(plugins)
-    with graft(pipe, *plugins) if plugins else nullcontext():
+    with graft(pipe, *plugins) if plugins else nullcontext() as grafted:
         for i in range(0, len(prompts), size):
+            if grafted is not None:
+                grafted.part = numbers[i : i + size], len(asked)
             pictures += sample(pipe, prompts[i : i + size], seeds[i : i + size], **settings, **call)
     for picture in pictures:
         picture.info["diffgraft"]["plugins"] = [{"plugin": type(p).__name__} | p.settings() for p in plugins]

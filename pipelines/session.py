@@ -48,7 +48,7 @@ class RunSession:
             texts, pictures, getattr(run.running.pipe, "guidance_scale", None),
             prompts if isinstance(prompts, int) else None,
             "uncond" in run.step.rows or run.adapter.guided_apart(run.running), asked.get("negative_prompt"),
-            "strength" not in asked,
+            "strength" not in asked, run.graft.part,
         )  # fmt: skip
 
     @property

@@ -50,6 +50,7 @@ class Prompt:
         guided: whether this call runs classifier-free guidance.
         negative: the call's own `negative_prompt`, as given.
         from_noise: False where the call starts from a picture that it noises, as image-to-image and inpainting do.
+        part: where a task makes several calls, which of its prompts are this call's, and how many it has.
     """
 
     texts: list[str] | None
@@ -59,6 +60,11 @@ class Prompt:
     guided: bool = False
     negative: Any = None
     from_noise: bool = True
+    part: tuple[Sequence[int], int] | None = None
+
+    def share(self, prompts: int) -> tuple[Sequence[int], int]:
+        """Numbers of this call's `prompts` prompts among all that were asked for, and how many those are."""
+        return self.part or (range(prompts), prompts)
 
 
 @dataclass(frozen=True)

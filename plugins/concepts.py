@@ -95,9 +95,11 @@ def for_pictures(lists: Sequence[T], session: Session, name: str) -> list[T]:
     """
     pictures = session.prompt.pictures
     prompts = session.prompt.prompts or (len(lists) if pictures % len(lists) == 0 else pictures)
-    if len(lists) not in (1, prompts):
-        raise ConceptError(f"{name}= has {len(lists)} lists for {prompts} prompts: give one list for each prompt")
-    return [group for group in lists for _ in range(pictures // len(lists))]
+    numbers, total = session.prompt.share(prompts)
+    if len(lists) not in (1, total):
+        raise ConceptError(f"{name}= has {len(lists)} lists for {total} prompts: give one list for each prompt")
+    own = [lists[i] for i in numbers] if len(lists) > 1 else lists
+    return [group for group in own for _ in range(pictures // len(own))]
 
 
 def find_picture(

@@ -148,7 +148,7 @@ class NegativeAway(Plugin):
         prompt = session.prompt
         self._warn_of_ignored(prompt)
         texts, weights = self._texts(session)
-        _check_fit(texts, session)
+        _check_width(texts, session.text_width)
         known = default(self.rule, session.family, prompt.guided)
         scale = known.scale if self.scale is None else self.scale
         strength = scale if self.rule == "vsf" else scale * sum(weights)
@@ -189,16 +189,18 @@ class NegativeAway(Plugin):
 
     def _texts(self, session: Session) -> tuple[list[Text], list[float]]:
         """One text a negative, its rows one or one a prompt, with its weight."""
-        negative = self.negative
+        negative, prompt = self.negative, session.prompt
         if isinstance(negative, torch.Tensor):
             embeddings = negative if negative.ndim == 3 else negative[None]
-            mask = None if self.mask is None else self.mask.expand(len(embeddings), -1)
-            return [Text(embeddings, mask)], [1.0]
+            own = _own(len(embeddings), prompt)
+            mask = None if self.mask is None else self.mask.expand(len(embeddings), -1)[own]
+            return [Text(embeddings[own], mask)], [1.0]
         if isinstance(negative, dict):
             kept = {text: weight for text, weight in negative.items() if weight}
             return [session.encode([text]) for text in kept], list(kept.values())
         assert negative is not None
-        return [session.encode([negative] if isinstance(negative, str) else negative)], [1.0]
+        texts = [negative] if isinstance(negative, str) else negative
+        return [session.encode([texts[i] for i in _own(len(texts), prompt)])], [1.0]
 
     def _warn_of_ignored(self, prompt: Prompt) -> None:
         asked = [prompt.negative] if isinstance(prompt.negative, str) else prompt.negative or []
@@ -246,14 +248,19 @@ def _checked_mask(mask: Any, negative: Any) -> torch.Tensor | None:
     return rows
 
 
-def _check_fit(texts: Sequence[Text], session: Session) -> None:
-    """Refuse a wrong number of negatives, or embeddings that the denoiser would not take."""
-    prompt, width = session.prompt, session.text_width
+def _own(count: int, prompt: Prompt) -> list[int]:
+    """Which of `count` negatives, one for all or one for each prompt, are this call's."""
     prompts = prompt.prompts or prompt.pictures
+    numbers, total = prompt.share(prompts)
+    if count != 1 and (count != total or prompt.pictures % prompts):
+        raise SettingError(f"{count} negatives for {total} prompts: give one for all, or one for each prompt")
+    return list(numbers) if count > 1 else [0]
+
+
+def _check_width(texts: Sequence[Text], width: int) -> None:
+    """Refuse embeddings that the denoiser would not take."""
     for text in texts:
-        n, _, found = text.embeddings.shape
-        if n != 1 and (n != prompts or prompt.pictures % n):
-            raise SettingError(f"{n} negatives for {prompts} prompts: give one for all, or one for each prompt")
+        found = text.embeddings.shape[-1]
         if found != width:
             raise SettingError(f"negative embeddings of width {found}: this model takes {width}")
 

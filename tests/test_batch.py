@@ -307,6 +307,13 @@ def test_a_ray_cluster_that_loses_a_node(folder, monkeypatch):
     assert {path.name: path.read_bytes() for path in folder.out.glob("*.png")} == before
 
 
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_a_row_has_one_prompt_whichever_rows_are_sampled_with_it(folder, batch_size):
+    away = {"plugin": "NegativeAway", "negative": ["red", "blue"]}
+    code, _ = folder.write([row | {"plugins": [away]} for row in rows(2)]).run(setup={"batch_size": batch_size})
+    assert code == 1 and not list(folder.out.glob("*.png"))
+
+
 @pytest.mark.parametrize("batch_size", [2, 3])
 def test_batches_start_from_the_same_noise(folder, model, tmp_path, batch_size):
     folder.write(rows(5, n=2)).run()

@@ -81,6 +81,26 @@ def test_several_prompts(pipe):
     assert [p.info["diffgraft"]["seed"] for p in pictures] == [3, 4, 5, 6]
 
 
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 4])
+def test_what_is_one_for_each_prompt_stays_with_its_prompt(pipe, batch_size):
+    prompts, concepts, words = ["a blue cat", "a red star"], [["blue", "cat"], ["red", "star"]], ["ball", "blue"]
+    embeds = pipe.encode_prompt(words, "cpu", 1, False)[0]
+
+    def plugins(concepts, negative):
+        return [dg.AttentionSegregation(concepts, end=1.0), dg.NegativeAway(negative, scale=0.5)]
+
+    alone = [
+        make(pipe, prompt=prompts[i // 2], seed=3 + i, plugins=plugins(concepts[i // 2], words[i // 2]))[0]
+        for i in range(4)
+    ]
+    for negative in (words, embeds):
+        given = {"seed": 3, "n": 2, "batch_size": batch_size, "plugins": plugins(concepts, negative)}
+        found = make(pipe, prompt=prompts, **given)
+        assert all(np.abs(a.astype(int) - b).max() <= 1 for a, b in zip(pixels(found), pixels(alone), strict=True))
+    with pytest.raises(dg.SettingError, match="2 negatives for 4 prompts"):
+        make(pipe, prompt=prompts * 2, batch_size=batch_size, plugins=[dg.NegativeAway(words)])
+
+
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [

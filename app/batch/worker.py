@@ -81,9 +81,11 @@ class Worker:
         plugins = [build(spec, self.setup.base) for spec in jobs[0].specs]
         settings = {name: value for name, value in jobs[0].settings.items() if name != "prompt"}
         wanted = [(job, i) for job in jobs for i in range(len(job.files))]
-        with diffgraft.graft(pipe, *plugins) if plugins else nullcontext():
+        with diffgraft.graft(pipe, *plugins) if plugins else nullcontext() as grafted:
             while wanted:
                 part = wanted[: self.batch_size]
+                if grafted is not None:
+                    grafted.part = [0] * len(part), 1  # a row has one prompt, whichever rows are sampled with it
                 prompts = [job.settings["prompt"] for job, _ in part]
                 pictures = self._sampled(pipe, prompts, [job.seed + i for job, i in part], settings)
                 for (job, i), picture in zip(part, pictures, strict=False):
