@@ -214,6 +214,8 @@ def _clean(pipe: Any, given: Any) -> torch.Tensor:
     if isinstance(given, torch.Tensor) and given.ndim == 4 and given.shape[1] == channels and channels != 3:
         if not given.numel() or not given.isfinite().all():
             raise SettingError(f"latents of shape {tuple(given.shape)}: finite values are needed, of a picture or more")
+        if any(side % pictures.patch(pipe) for side in given.shape[2:]):
+            raise SettingError(f"latents of shape {tuple(given.shape)}: this model takes even sides")
         z = given.to(pipe._execution_device)
     else:
         z = pictures.encode_image(pipe, given)

@@ -29,7 +29,7 @@ def encode_image(pipe: Any, image: Any, size: tuple[int, int] | None = None) -> 
     """
     vae, factor = pipe.vae, pipe.vae_scale_factor
     height, width = (None, None) if size is None else (size[0] * factor, size[1] * factor)
-    pixels = _pixels(image, _processor(factor), height, width)
+    pixels = _pixels(image, _processor(factor * (1 if size else patch(pipe))), height, width)
     channels = getattr(vae.config, "in_channels", 3)
     if pixels.ndim != 4 or pixels.shape[1] != channels or not pixels.isfinite().all():
         raise SettingError(f"pictures of shape {list(pixels.shape)}: [n, {channels}, h, w] of finite values is needed")
@@ -103,8 +103,12 @@ def native_side(pipe: Any) -> int:
 
 def side_multiple(pipe: Any) -> int:
     """What the sides of a picture must be multiples of; pipelines ask for 8 whatever their autoencoder does."""
-    patch = 1 if hasattr(pipe, "unet") else 2
-    return patch * max(8, pipe.vae_scale_factor)
+    return patch(pipe) * max(8, pipe.vae_scale_factor)
+
+
+def patch(pipe: Any) -> int:
+    """What the sides of latents must be multiples of."""
+    return 1 if hasattr(pipe, "unet") else 2
 
 
 def signal(scheduler: Any, step: Step) -> tuple[float, float]:

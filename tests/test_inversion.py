@@ -6,12 +6,16 @@ from types import SimpleNamespace
 
 import pytest
 import tiny
+import tiny_transformers
 import torch
 from diffusers import (
     DDIMInverseScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     PNDMScheduler,
+    StableDiffusionInpaintPipeline,
+    StableDiffusionInstructPix2PixPipeline,
+    StableDiffusionXLImg2ImgPipeline,
     UNet2DConditionModel,
 )
 from PIL import Image
@@ -408,6 +412,57 @@ def test_what_is_no_picture_is_told_so(sd15, form):
 def test_bad_settings_say_what_to_do(sd15, call, says):
     with pytest.raises(dg.GraftError, match=says):
         dg.invert(sd15, torch.zeros(1, 4, 8, 8), **call)
+
+
+@pytest.mark.parametrize("kind", ["flux", "sd3", "pixart"])
+def test_sides_are_rounded_to_whole_tokens(kind):
+    pipe = getattr(tiny_transformers, kind)()
+    inversion = dg.invert(pipe, Image.new("RGB", (27, 31), "red"), steps=2, iterations=0)
+    assert inversion.clean.shape[2:] == (14, 12)
+    with pytest.raises(dg.SettingError, match="even sides"):
+        dg.invert(pipe, torch.zeros(1, 4, 9, 8))
+
+
+@pytest.mark.parametrize(
+    ("channels", "cls"), [(9, StableDiffusionInpaintPipeline), (8, StableDiffusionInstructPix2PixPipeline)]
+)
+def test_a_model_that_wants_a_mask_or_a_picture_is_refused(channels, cls):
+    with pytest.raises(dg.UnsupportedPipelineError, match=f"takes {channels} channels where latents have 4"):
+        dg.invert(tiny.sd15(cls=cls, in_channels=channels), torch.zeros(1, 4, 8, 8))
+
+
+def told(pipe, run):
+    """What the denoiser is given besides latents, timestep and text, at its first call."""
+    given: list[dict] = []
+    hook = pipe.unet.register_forward_pre_hook(lambda _, __, inputs: given.append(inputs), with_kwargs=True)
+    run()
+    hook.remove()
+    return given[0].get("timestep_cond"), (given[0].get("added_cond_kwargs") or {}).get("time_ids")
+
+
+def refiner():
+    unet = tiny.unet_xl()
+    config = dict(unet.config) | {
+        "projection_class_embeddings_input_dim": 8 * 5 + tiny.WIDTH,
+        "cross_attention_dim": 32,
+    }
+    return tiny.sdxl(
+        cls=StableDiffusionXLImg2ImgPipeline, unet=type(unet).from_config(config), text_encoder=None, tokenizer=None,
+        requires_aesthetics_score=True,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "make", [refiner, lambda: tiny.sd15(unet=tiny.unet(time_cond_proj_dim=16))], ids=["refiner", "lcm"]
+)
+def test_the_denoiser_is_told_what_the_pipeline_tells_it(make):
+    pipe, picture = make(), Image.new("RGB", (32, 32), "red")
+    own = {"image": picture, "strength": 1.0} if "Img2Img" in type(pipe).__name__ else {}
+    inverting = told(pipe, lambda: dg.invert(pipe, picture, steps=2, iterations=0))
+    sampling = told(pipe, lambda: tiny.sample(pipe, "", guidance_scale=1.0, **own))
+    assert any(found is not None for found in inverting)
+    for found, wanted in zip(inverting, sampling, strict=True):
+        assert (found is None) == (wanted is None) and (found is None or torch.equal(found, wanted))
 
 
 @pytest.mark.parametrize("latents", [torch.full((1, 4, 8, 8), torch.nan), torch.zeros(0, 4, 8, 8)])

@@ -22,7 +22,10 @@ class Loop:
 
     Attributes:
         layers: the denoiser's attention layers in execution order.
+        packed: latents that go into one token of the denoiser's input.
     """
+
+    packed = 1
 
     def __init__(self, pipe: Any, denoiser: Any) -> None:
         self.pipe, self.denoiser = pipe, denoiser
@@ -34,8 +37,14 @@ class Loop:
         inputs: Inputs = {"encoder_hidden_states": encoded[0]}
         if self.denoiser.config.addition_embed_type == "text_time":  # SDXL: pooled text, and sizes in pixels
             height, width = (self.pipe.vae_scale_factor * side for side in size)
-            sizes = torch.tensor([[height, width, 0, 0, height, width]] * len(texts)).to(encoded[2])
+            refiner = self.pipe.config.get("requires_aesthetics_score")  # which takes its default, 6
+            told = [height, width, 0, 0, *([6] if refiner else [height, width])]
+            sizes = torch.tensor([told] * len(texts)).to(encoded[2])
             inputs["added_cond_kwargs"] = {"text_embeds": encoded[2], "time_ids": sizes}
+        width = self.denoiser.config.time_cond_proj_dim
+        if width is not None:  # LCM: guidance 1 is 0 here
+            zero = torch.zeros(len(texts))
+            inputs["timestep_cond"] = self.pipe.get_guidance_scale_embedding(zero, width).to(encoded[0])
         return inputs
 
     def with_images(self, inputs: Inputs, pictures: Sequence[Any] | None) -> Inputs:
@@ -106,6 +115,8 @@ class SD3Loop(Loop):
 class FluxLoop(Loop):
     """FLUX.1: packed latents. A guidance-distilled model runs at guidance 1, where inversion is stable."""
 
+    packed = 4
+
     def conditions(self, texts: Sequence[str], size: tuple[int, int]) -> Inputs:
         embeddings, pooled, text_ids = self._encode(texts)
         device, grid = self.pipe._execution_device, (size[0] // 2, size[1] // 2)
@@ -146,13 +157,20 @@ def loop_for(pipe: Any) -> Loop:
     """The loop of the family of a pipeline's denoiser.
 
     Raises:
-        UnsupportedPipelineError: a family without one.
+        UnsupportedPipelineError: a family without one, or a model for inpainting and the like.
     """
     denoiser = getattr(pipe, "unet", None) or getattr(pipe, "transformer", None)
     denoiser = getattr(denoiser, "_orig_mod", denoiser)
     for base in type(denoiser).__mro__:
         if base.__name__ in LOOPS:
-            return LOOPS[base.__name__](pipe, denoiser)
+            loop = LOOPS[base.__name__](pipe, denoiser)
+            taken, channels = loop.denoiser.config.in_channels, loop.packed * pipe.vae.config.latent_channels
+            if taken != channels:
+                raise UnsupportedPipelineError(
+                    f"the {base.__name__} takes {taken} channels where latents have {channels}, so it wants a mask or "
+                    "a picture besides: invert with a text-to-image model"
+                )
+            return loop
     raise UnsupportedPipelineError(f"{type(denoiser).__name__} cannot be inverted; {', '.join(LOOPS)} can")
 
 
