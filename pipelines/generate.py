@@ -98,7 +98,9 @@ def sample(
     _check_size(width, height, max(8, getattr(pipe, "vae_scale_factor", 8)))
     given = {"guidance_scale": guidance, "width": width, "height": height}
     given |= {"negative_prompt": None if negative_prompt is None else [negative_prompt] * len(prompts)}
-    call |= {name: value for name, value in given.items() if value is not None}
+    given = {name: value for name, value in given.items() if value is not None}
+    _check_taken(pipe, given)
+    call |= given
     if "callback_on_step_end" in inspect.signature(pipe.__call__).parameters:
         call["callback_on_step_end"] = guard(steps, call.get("callback_on_step_end"))
         inputs = call.get("callback_on_step_end_tensor_inputs", [])
@@ -178,6 +180,15 @@ def check_call(pipe: Any, call: Mapping[str, Any], taken: Sequence[str] = ()) ->
     unknown = [name for name in call if name not in known]
     if unknown:
         raise SettingTypeError(f"{unknown[0]}=: neither this task nor {type(pipe).__name__} has such an argument")
+
+
+def _check_taken(pipe: Any, given: Mapping[str, Any]) -> None:
+    """Refuse settings that the pipeline has not, also where it would drop them without a word."""
+    known = inspect.signature(type(pipe).__call__).parameters
+    for name in given:
+        if name not in known:
+            hint = "; NegativeAway steers away from a text without guidance" if name == "negative_prompt" else ""
+            raise SettingTypeError(f"{name}=: {type(pipe).__name__} has no such argument{hint}")
 
 
 def _count(value: Any, name: str, most: int) -> int:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from ..attention.edit import Edit
-from ..attention.errors import SettingError, SettingTypeError
+from ..attention.errors import SettingError, SettingTypeError, UnsupportedPipelineError
 from ..attention.layer import AttentionLayer
 from ..attention.step import Step
 from .base import Plugin, Prompt, Session, Text, finite, listed
@@ -104,6 +104,7 @@ class NegativeAway(Plugin):
         mask: for embeddings, [n, L] boolean, True where the token is not padding.
         start, end: fractions of the steps.
     Raises:
+        UnsupportedPipelineError: at attach, a UNet whose layers attend to text and image at once.
         SettingError, SettingTypeError: an argument out of range; at sampling: a count of negatives that is not the
             count of prompts, embeddings of another width.
     Example:
@@ -140,6 +141,11 @@ class NegativeAway(Plugin):
 
     def bind(self, session: Session) -> None:
         self._joint = _in_sequence(session)
+        if self._joint and not self.neutral and any(layer.place != "block" for layer in session.layers):
+            raise UnsupportedPipelineError(
+                "NegativeAway cannot steer a UNet whose layers attend to text and image at once, as those of "
+                "DeepFloyd IF and Kandinsky do: use a pipeline of Stable Diffusion or a transformer's"
+            )
         for wanted in self.layers or ():
             if not any(_named(layer, wanted) for layer in session.layers if layer.kind in ("cross", "joint")):
                 raise SettingError(f"layers: no text-attention layer is called {wanted!r} here")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import diffusers
 import numpy as np
 import pytest
 import tiny
@@ -170,3 +171,11 @@ def test_the_users_own_callback_is_called_too(pipe):
 def test_what_is_no_pipeline_is_told_so():
     with pytest.raises(dg.UnsupportedPipelineError, match="int"):
         dg.generate(5, PROMPT)
+
+
+def test_what_the_pipeline_would_drop_is_told():
+    model = tiny.unet(time_cond_proj_dim=8)
+    lcm = tiny.sd15(cls=diffusers.LatentConsistencyModelPipeline, unet=model, scheduler=diffusers.LCMScheduler())
+    assert make(lcm, steps=1)
+    with pytest.raises(dg.SettingTypeError, match="negative_prompt=.*NegativeAway"):
+        make(lcm, negative_prompt="x")

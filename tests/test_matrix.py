@@ -106,8 +106,10 @@ def test_sdxl_with_pag_rows_are_known():
     with dg.graft(pipe, Look(0.5)):
         tiny.sample(pipe, pag_scale=2.0)
     assert rows[0] == {"uncond": slice(0, 1), "cond": slice(1, 2), "perturbed": slice(2, 3)}
+    before = dict(unet.attn_processors)
     with dg.graft(pipe, Guide()), pytest.raises(dg.UnsupportedPipelineError, match="PAG"):
         tiny.sample(pipe, pag_scale=2.0)
+    assert dict(unet.attn_processors) == before  # a call that ends early leaves PAG's own on
 
 
 # -- adapters -------------------------------------------------------------------------------------------------------
@@ -130,8 +132,8 @@ def test_lora_before_and_inside(sd15):
     assert not torch.equal(scaled, inside)
 
 
-def load_ip_adapter(pipe):
-    """A tiny IP-Adapter through diffusers' own loader: state dict of the real layout, image tokens of width 32."""
+def load_ip_adapter(pipe, count=1):
+    """Tiny IP-Adapters through diffusers' own loader: state dict of the real layout, image tokens of width 32."""
     torch.manual_seed(11)
     state = {"image_proj": {}, "ip_adapter": {}}
     tokens = 4
@@ -147,8 +149,8 @@ def load_ip_adapter(pipe):
         state["ip_adapter"] |= {f"{key}.to_k_ip.weight": torch.randn(inner, 32) * 0.3}
         state["ip_adapter"] |= {f"{key}.to_v_ip.weight": torch.randn(inner, 32) * 0.3}
         key += 2
-    pipe.unet._load_ip_adapter_weights([state])
-    pipe.set_ip_adapter_scale(0.8)
+    pipe.unet._load_ip_adapter_weights([state] * count)
+    pipe.set_ip_adapter_scale([0.8] * count)
 
 
 def test_ip_adapter_loaded_before_and_inside(sd15):
@@ -259,6 +261,15 @@ def test_other_pipelines_are_named():
     pix = tiny.sd15(cls=diffusers.StableDiffusionInstructPix2PixPipeline, in_channels=8)
     with dg.graft(pix, Scaled(0.5)), pytest.raises(dg.UnsupportedPipelineError, match="InstructPix2Pix"):
         tiny.sample(pix, image=IMAGE)
+    sem = tiny.sd15(cls=diffusers.SemanticStableDiffusionPipeline)
+    edits = {"editing_prompt": ["star", "ball"], "edit_guidance_scale": 5.0, "edit_warmup_steps": 0}
+    with dg.graft(sem, Scaled(0.5)), pytest.raises(dg.UnsupportedPipelineError, match="SemanticStableDiffusion"):
+        tiny.sample(sem, **edits)
+    sag = tiny.sd15(cls=diffusers.StableDiffusionSAGPipeline)
+    with dg.graft(sag, dg.NegativeAway("cat")):
+        tiny.sample(sag, guidance_scale=1.0, output_type="pil")
+        with pytest.raises(dg.UnsupportedPipelineError, match="guidance_scale=1"):
+            tiny.sample(sag)
 
 
 def test_an_edit_without_layers_is_refused(sd15):

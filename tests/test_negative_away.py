@@ -579,6 +579,34 @@ def test_no_text_attention_and_no_usual_attention():
     pipe.unet.set_attn_processor(diffusers.models.attention_processor.AttnProcessor())
     with pytest.raises(dg.AttentionNotReachedError, match="AttnProcessor"):
         run(pipe, away())
+    blocks = [f"SimpleCrossAttn{place}Block2D" for place in ("Down", "Up")]
+    unet = tiny.unet(
+        down_block_types=blocks[:1] * 2, up_block_types=blocks[1:] * 2, mid_block_type="UNetMidBlock2DSimpleCrossAttn"
+    )
+    with pytest.raises(dg.UnsupportedPipelineError, match="DeepFloyd"), dg.graft(tiny.sd15(unet=unet), away()):
+        pass
+    with dg.graft(tiny.sd15(unet=unet), away(None)):
+        pass
+
+
+class Bare(diffusers.DiffusionPipeline):
+    """Encodes its prompts inside `__call__`."""
+
+    def __init__(self, unet, scheduler, tokenizer, text_encoder):
+        super().__init__()
+        self.register_modules(unet=unet, scheduler=scheduler, tokenizer=tokenizer, text_encoder=text_encoder)
+
+    def __call__(self, text):
+        self.scheduler.set_timesteps(1)
+        return self.unet(torch.ones(1, 4, 16, 16), self.scheduler.timesteps[0], text).sample
+
+
+def test_a_pipeline_that_encodes_no_text_apart_takes_embeddings(pipe):
+    bare, text = Bare(pipe.unet, tiny.ddim(), pipe.tokenizer, pipe.text_encoder), torch.ones(1, 3, tiny.WIDTH)
+    with dg.graft(bare, away()), pytest.raises(dg.UnsupportedPipelineError, match="pass embeddings"):
+        bare(text)
+    with dg.graft(bare, away(-text)), torch.no_grad():
+        assert bare(text).isfinite().all()
 
 
 def test_the_report_says_where_the_scale_is_from(pipe):

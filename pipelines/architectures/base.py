@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -173,12 +173,17 @@ class Adapter:
 
     def encode_text(self, texts: Sequence[str], running: Running) -> Text:
         """Texts as the denoiser takes them, by the pipeline's own encoders."""
+        self._refuse_texts()
+
+    def _refuse_texts(self) -> NoReturn:
         raise UnsupportedPipelineError(
             f"{type(self.pipe).__name__} encodes no text that diffgraft knows of: pass embeddings instead of strings"
         )
 
     def encode_prompt(self, running: Running, *texts: Sequence[str], **options: Any) -> tuple[Any, ...]:
         """The pipeline's `encode_prompt` with the running call's text settings, as far as it takes them."""
+        if not hasattr(self.pipe, "encode_prompt"):
+            self._refuse_texts()
         taken = inspect.signature(self.pipe.encode_prompt).parameters
         asked = {"device": self.pipe._execution_device, "num_images_per_prompt": 1}
         asked |= {"do_classifier_free_guidance": False, "clip_skip": running.clip_skip}

@@ -15,6 +15,9 @@ from ...plugins.base import Text
 from ..running import Running
 from .base import Adapter, Inputs
 
+_GUIDED_OTHERWISE = ("InstructPix2Pix", "SemanticStableDiffusion", "StableDiffusionPipelineSafe", "LEditsPP")
+"""In names of pipelines whose batch holds other rows than [uncond, cond]."""
+
 
 class UNetAdapter(Adapter):
     """UNet2DConditionModel: rows [uncond, cond], or [cond] without guidance; PAG adds [perturbed]."""
@@ -28,11 +31,18 @@ class UNetAdapter(Adapter):
     batched = tuple(name for name in positional if name not in ("cross_attention_kwargs", "return_dict"))
 
     def groups(self, inputs: Inputs, running: Running) -> Rows:
-        if "InstructPix2Pix" in type(running.pipe).__name__:
+        name = type(running.pipe).__name__
+        if any(part in name for part in _GUIDED_OTHERWISE):
             raise UnsupportedPipelineError(
-                f"{type(running.pipe).__name__} guides by image and text at once; use it without plugins"
+                f"{name} guides by more than a prompt and a negative prompt at once; use it without plugins"
             )
-        return super().groups(inputs, running)
+        groups = super().groups(inputs, running)
+        if "StableDiffusionSAG" in name and "uncond" in groups:
+            raise UnsupportedPipelineError(
+                f"{name} under guidance makes a second, unguided call that cannot be told from the first: set "
+                "guidance_scale=1, or use StableDiffusionPAGPipeline"
+            )
+        return groups
 
     def grid(self, inputs: Inputs, running: Running) -> tuple[int, int]:
         height, width = inputs["sample"].shape[-2:]
