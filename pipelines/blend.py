@@ -139,6 +139,8 @@ def same_parts(pipe: Any, kind: Any) -> Any:
     parts, options = kind._get_signature_keys(kind)
     given = {name: part for name, part in pipe.components.items() if name in parts}
     given |= {name: pipe.config[name] for name in options if name in pipe.config}
+    if "pag_applied_layers" in options and hasattr(pipe, "pag_applied_layers"):
+        given["pag_applied_layers"] = pipe.pag_applied_layers
     if "add_watermarker" in options:
         given["add_watermarker"] = getattr(pipe, "watermark", None) is not None
     try:

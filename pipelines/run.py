@@ -85,7 +85,9 @@ class Run:
         self.notes.clear()
 
     def aborted(self) -> None:
-        """The denoiser raised: this pipeline call will not step."""
+        """The denoiser raised: this pipeline call will not step, nor put back what PAG replaced."""
+        for name, processor in (self.running.arguments.get("original_attn_proc") or {}).items():
+            self.adapter.denoiser.get_submodule(name.removesuffix(".processor")).processor = processor
         self.pending, self.inputs = None, {}
         self.branching.forget()
 

@@ -21,11 +21,14 @@ from . import latents
 from .architectures import adapter_for
 from .architectures.loop import loop_for
 from .blend import same_parts
-from .generate import as_list, check_call, guard, resolve_seed
+from .generate import SEEDS, as_list, check_call, guard, resolve_seed
 from .graft import graft
 from .inversion import Inversion, invert
 from .region import Region, as_picture, as_rgb, whole_region
 from .schedule import EXACT, invertible
+
+_ETA = 2010025020
+"""Added to the seed for the noise of `eta`, which is not to be the noise of the refill."""
 
 
 @dataclass(frozen=True)
@@ -112,12 +115,13 @@ def stylize(
     """
     structure = finite(structure, "structure", 0, 1)
     temperature, guidance = finite(temperature, "temperature", 1e-3), finite(guidance, "guidance")
+    omega = finite(omega, "omega")
     if method not in ("styleid", "stylealigned", "ip_adapter", "distillation"):
         raise SettingError(f"method={method!r}: choose styleid, stylealigned, ip_adapter or distillation")
     if not isinstance(prompt, str):
         raise SettingTypeError(f"prompt={prompt!r}: a text is needed")
     first, sampler, plugins = resolve_seed(seed), sampling_pipe(pipe), as_list(plugins)
-    check_call(sampler, call, ("guidance_scale", "latents", "width", "height"))
+    check_call(sampler, call, ("guidance_scale", "latents", "width", "height", "prompt_embeds"))
     book = adapter_for(sampler).family == "picturebook"
     damped, usual = 0.0 if book else 0.6 * structure, 0.6 if book and method == "styleid" else 1.0
     recipe = Recipe(
@@ -267,15 +271,16 @@ def _options(pipe: Any, recipe: Recipe, pair: Pair) -> dict[str, Any]:
     width, height = pair.subject.region.padded
     options = pair.inversion.call(pipe) | {
         "prompt": recipe.prompt, "guidance_scale": recipe.guidance, "width": width, "height": height,
-        "output_type": "np",
+        "output_type": "np", "generator": torch.Generator().manual_seed((pair.seed + _ETA) % SEEDS),
     }  # fmt: skip
     accepted = inspect.signature(pipe.__call__).parameters
     if getattr(pipe, "controlnet", None) is not None:
         nets = getattr(pipe.controlnet, "nets", None)  # several, of which each wants its own
         seen = pair.subject.seen if nets is None else [pair.subject.seen] * len(nets)
-        options |= {"image": seen, "controlnet_conditioning_scale": recipe.structure}
+        shown = "image" if "image" in accepted else "control_image"
+        options |= {shown: seen, "controlnet_conditioning_scale": recipe.structure}
     if _has_adapter(pipe) and "ip_adapter_image_embeds" not in recipe.call:
-        options["ip_adapter_image"] = pair.reference.fitted
+        options["ip_adapter_image"] = [pair.reference.fitted] * len(pipe.unet.encoder_hid_proj.image_projection_layers)
     if "use_resolution_binning" in accepted:  # PixArt would move the size to one of its list
         options["use_resolution_binning"] = False
     options |= recipe.call
@@ -299,6 +304,10 @@ def sampling_pipe(pipe: Any) -> Any:
     kind = type(pipe) if plain == type(pipe).__name__ else getattr(diffusers, plain, None)
     if kind is None:
         raise UnsupportedPipelineError(f"{type(pipe).__name__} has no text-to-image form: use such a pipeline")
+    if "original_inference_steps" in inspect.signature(kind.__call__).parameters:
+        raise UnsupportedPipelineError(
+            f"{kind.__name__} samples with LCMScheduler only, which has no inverse: use StableDiffusionPipeline"
+        )
     if kind is type(pipe) and type(pipe.scheduler).__name__ in EXACT:
         return pipe
     made = same_parts(pipe, kind)

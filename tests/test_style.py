@@ -364,7 +364,7 @@ def test_inversion_with_an_ip_adapter_loaded_ignores_it(sd15):
     torch.testing.assert_close(dg.invert(sd15, z, steps=3).latents, want, rtol=0, atol=1e-5)
 
 
-def add_ip_adapter(pipe):
+def add_ip_adapter(pipe, count=1):
     """With the encoder that turns a picture into its embedding."""
     from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
 
@@ -375,7 +375,7 @@ def add_ip_adapter(pipe):
     )  # fmt: skip
     processor = CLIPImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
     pipe.register_modules(image_encoder=CLIPVisionModelWithProjection(config).eval(), feature_extractor=processor)
-    load_ip_adapter(pipe)
+    load_ip_adapter(pipe, count)
 
 
 def test_a_picture_is_a_negative_by_ip_adapter(sd15):

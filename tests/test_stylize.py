@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import numpy as np
 import pytest
 import tiny
@@ -9,9 +11,14 @@ import tiny_transformers
 import torch
 from diffusers import (
     EulerDiscreteScheduler,
+    LatentConsistencyModelPipeline,
+    LCMScheduler,
     PNDMScheduler,
+    SD3ControlNetModel,
+    StableDiffusion3ControlNetPipeline,
     StableDiffusionControlNetPipeline,
     StableDiffusionImg2ImgPipeline,
+    StableDiffusionPAGPipeline,
 )
 from PIL import Image
 from test_style import add_ip_adapter
@@ -113,6 +120,9 @@ def test_same_seed_same_bytes_and_nothing_else_changes(sd15):
     first, again, other = (dg.stylize(sd15, picture(), picture(seed=1), seed=s, **FAST) for s in (5, 5, 6))
     assert same(first, again)
     assert not same(first, other)
+    noisy, again = (dg.stylize(sd15, picture(), picture(seed=1), seed=5, eta=1.0, **FAST) for _ in range(2))
+    assert same(noisy, again)
+    assert not same(noisy, first)
     assert torch.equal(torch.get_rng_state(), state)
     assert sd15.scheduler is scheduler
     assert dict(scheduler.config) == before
@@ -235,6 +245,38 @@ def test_an_ip_adapter_adds_to_its_own_method_only(sd15):
     assert np.abs(np.asarray(weak, int) - np.asarray(back, int)).max() <= 1
 
 
+def test_each_of_several_ip_adapters_is_shown_the_style(sd15):
+    add_ip_adapter(sd15, 2)
+    one, other = dg.stylize(sd15, picture(), [picture(seed=i) for i in (1, 2)], seed=1, method="ip_adapter", **FAST)
+    assert not same(one, other)
+
+
+def test_a_controlnet_of_sd3_is_shown_the_content():
+    """Its pipeline calls the picture otherwise."""
+    pipe = tiny_transformers.sd3()
+    known = inspect.signature(SD3ControlNetModel.__init__).parameters
+    net = SD3ControlNetModel(**{k: v for k, v in pipe.transformer.config.items() if k in known})
+    seen = []
+    net.register_forward_pre_hook(lambda _, __, kw: seen.append(kw["controlnet_cond"]), with_kwargs=True)
+    parts = {k: v for k, v in pipe.components.items() if k not in ("image_encoder", "feature_extractor")}
+    pipe = tiny.quiet(StableDiffusion3ControlNetPipeline(**parts, controlnet=net))
+    assert dg.stylize(pipe, picture(), picture(seed=1), seed=1, **FAST).size == (32, 32)
+    assert len(seen) == 2 and seen[0].std() > 0.05
+
+
+def test_pag_keeps_its_layers_where_another_scheduler_samples(sd15):
+    pipe = tiny.sd15(cls=StableDiffusionPAGPipeline, pag_applied_layers=["up_blocks.1"])
+    pipe.scheduler = PNDMScheduler.from_config(pipe.scheduler.config)
+    assert module.sampling_pipe(pipe).pag_applied_layers == ["up_blocks.1"]
+
+
+def test_lcm_has_no_scheduler_that_can_be_inverted():
+    scheduler = LCMScheduler.from_config(tiny.ddim().config)
+    pipe = tiny.sd15(cls=LatentConsistencyModelPipeline, scheduler=scheduler)
+    with pytest.raises(dg.UnsupportedPipelineError, match="use StableDiffusionPipeline"):
+        dg.stylize(pipe, picture(), picture(seed=1), **FAST)
+
+
 def test_the_settings_that_make_it_again_are_in_the_picture(sd15):
     how = {"temperature": 1.2, "invert_style": False, "omega": 0.5, "tolerance": 0.0, "alpha": 0.6, "gamma": 0.9}
     away = dg.NegativeAway("red", scale=0.5)
@@ -287,6 +329,8 @@ def test_more_plugins_run_along(sd15):
         ({"prompt": ["a star"]}, "prompt"),
         ({"negative": 7}, "negative"),
         ({"latents": 1}, "latents="),
+        ({"prompt_embeds": 1}, "prompt_embeds="),
+        ({"omega": "strong"}, "omega"),
         ({"output_type": "pt"}, "output_type="),
         ({"method": "ip_adapter"}, "IP-Adapter"),
     ],
