@@ -91,6 +91,7 @@ def erase(
     finite(guidance, "guidance")
     runner, _ = sibling(pipe)  # refuses a pipeline before any work
     check_call(runner, call, _TAKEN)
+    _check_shown(runner, call)
     edges, first = _Edges(grow, feather, fill, min_area), resolve_seed(seed)
     several, plugins = isinstance(image, (list, tuple)) or getattr(image, "ndim", 0) == 4, as_list(plugins)
     images = list(cast("Sequence[Any]", image)) if several else [image]
@@ -120,7 +121,7 @@ def _signed(pipe: Any, candidate: _Candidate, settings: dict[str, Any], plugins:
 
 
 _REDIRECTION = ("scale", "suppression", "suppression_steps", "layers", "start", "end")
-_TAKEN = ("guidance_scale", "latents", "mask_image", "masked_image_latents", "width", "height")
+_TAKEN = ("guidance_scale", "latents", "mask_image", "masked_image_latents", "width", "height", "prompt_embeds")
 _SETTINGS = (*_REDIRECTION, "method", "steps", "strength", "guidance", "fill", "min_area", "crop")
 
 
@@ -221,6 +222,21 @@ def _one_each(images: Sequence[Any], given: Any, what: str) -> list[Any]:
         error = MaskError if what == "masks" else SettingError
         raise error(f"{len(images)} pictures need a list of as many {what}")
     return list(cast("Sequence[Any]", given))
+
+
+def _check_shown(pipe: Any, call: dict[str, Any]) -> None:
+    """What is on the pipeline has a picture to go by."""
+    net = getattr(pipe, "controlnet", None)
+    if net is not None:
+        nets, given = len(getattr(net, "nets", [net])), call.get("control_image")
+        shown = 0 if given is None else len(as_list(given))
+        if shown != nets:
+            raise SettingError(
+                f"control_image= holds {shown} pictures for {nets} ControlNets: give one for each of them"
+            )
+    loaded = getattr(pipe.unet.config, "encoder_hid_dim_type", None) == "ip_image_proj"
+    if loaded and not {"ip_adapter_image", "ip_adapter_image_embeds"} & {*call}:
+        raise SettingError("the IP-Adapter has no picture: give ip_adapter_image=, or pipe.unload_ip_adapter()")
 
 
 def _check(method: str, n: Any, steps: Any, strength: Any, batch_size: Any) -> None:

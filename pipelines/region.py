@@ -210,7 +210,7 @@ def paste(source: Image.Image, generated: Image.Image, corner: tuple[int, int], 
     box = (*corner, corner[0] + generated.width, corner[1] + generated.height)
     out, below = source.copy(), source.crop(box)
     if source.mode == "P":
-        above = generated.quantize(palette=below, dither=Image.Dither.NONE)
+        above, opacity = _indexed(generated, below, opacity)
     else:
         above = generated.convert(source.mode)
     if source.mode in ("LA", "RGBA"):
@@ -220,3 +220,22 @@ def paste(source: Image.Image, generated: Image.Image, corner: tuple[int, int], 
     mask = Image.fromarray(values.astype(np.uint8))
     out.paste(above, box, mask.convert("1") if hard else mask)
     return out
+
+
+def _indexed(generated: Image.Image, below: Image.Image, opacity: NDArray[Any]) -> tuple[Image.Image, NDArray[Any]]:
+    """`generated` in the opaque colours of the palette of `below`, and its opacity: 0 where `below` is transparent."""
+    clear, colours = below.info.get("transparency", b""), np.array(below.getpalette(), np.uint8).reshape(-1, 3)
+    alphas = np.full(256, 255)
+    if isinstance(clear, int):
+        alphas[clear] = 0
+    else:
+        alphas[: len(clear)] = list(clear)
+    opaque = np.flatnonzero(alphas[: len(colours)] == 255)
+    if not len(opaque):
+        return below, np.zeros_like(opacity)
+    opaque = opaque[np.minimum(np.arange(256), len(opaque) - 1)]  # a short palette would be filled up with black
+    palette, above = Image.new("P", (1, 1)), below.copy()
+    palette.putpalette(colours[opaque].tobytes())
+    nearest = np.asarray(generated.quantize(palette=palette, dither=Image.Dither.NONE))
+    above.putdata(opaque[nearest].ravel().tolist())
+    return above, np.where(alphas[np.asarray(below)] > 0, opacity, 0)

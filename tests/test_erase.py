@@ -12,6 +12,7 @@ import tiny
 import torch
 from PIL import Image
 from plugins_for_tests import Scaled, fingerprint
+from test_style import add_ip_adapter
 
 import diffgraft as dg
 from diffgraft.app.bench.redirection_scores import KINDS, cases, score
@@ -137,6 +138,19 @@ def test_the_mode_of_the_input_comes_back(pipe, mode):
         assert np.array_equal(np.asarray(image)[..., -1], np.asarray(out)[..., -1])
     if mode == "P":
         assert out.getpalette() == image.getpalette()
+
+
+@pytest.mark.parametrize("clear", [3, bytes([255, 255, 0, 128]), bytes(16)], ids=["one", "some", "all"])
+def test_transparent_colours_of_a_palette_fill_nothing(pipe, clear):
+    """What was seen stays visible, what was not stays hidden, and no index is without a colour."""
+    image, mask = picture().quantize(16), box()
+    image.info["transparency"] = clear
+    out = quick(pipe, image, mask, grow=0, feather=0)
+    before, after = (np.asarray(x.convert("RGBA"))[..., 3] for x in (image, out))
+    assert np.array_equal(before == 0, after == 0) and (after[mask & (before > 0)] == 255).all()
+    seen, differs = mask & (before > 0), changed(image, out)
+    assert not differs[~mask].any() and differs[seen].sum() >= 0.5 * seen.sum()
+    assert np.asarray(out).max() < 16 and out.info["transparency"] == clear
 
 
 def test_exif_orientation_is_applied(pipe, tmp_path):
@@ -489,6 +503,21 @@ def test_a_controlnet_is_shown_what_belongs_to_the_region(several):
     if several:
         with pytest.raises(dg.SettingError, match="batch_size=1"):
             quick(pipe, image, box(120, 90), control_image=controls, n=2, batch_size=2)
+
+
+def test_a_controlnet_or_an_ip_adapter_without_its_picture_says_so():
+    unet, kind = tiny.unet(), diffusers.StableDiffusionControlNetPipeline
+    pipe = tiny.sd15(cls=kind, unet=unet, controlnet=tiny.controlnet(unet))
+    for shown, found in (({}, 0), ({"control_image": [picture(), picture()]}, 2)):
+        with pytest.raises(dg.SettingError, match=f"control_image= holds {found} pictures for 1 ControlNets"):
+            quick(pipe, picture(), box(), **shown)
+    pipe = tiny.sd15()
+    add_ip_adapter(pipe)
+    with pytest.raises(dg.SettingError, match="ip_adapter_image="):
+        quick(pipe, picture(), box())
+    assert quick(pipe, picture(), box(), ip_adapter_image=picture(seed=3)).size == (32, 32)
+    with pytest.raises(dg.SettingTypeError, match="prompt_embeds="):
+        quick(pipe, picture(), box(), prompt_embeds=1)
 
 
 def test_the_mask_and_the_grey_hole_reach_a_denoiser_with_nine_channels():
