@@ -16,6 +16,7 @@ from PIL import Image
 from ..attention.errors import NonFiniteError, SettingError, SettingTypeError, UnsupportedPipelineError
 from ..plugins.base import Plugin, finite
 from .graft import graft
+from .running import part_of
 
 LONGEST_PROMPT = 10_000
 SEEDS = 2**63
@@ -70,11 +71,10 @@ def generate(
     }
     pictures: list[Image.Image] = []
     plugins = as_list(plugins)
-    with graft(pipe, *plugins) if plugins else nullcontext() as grafted:
+    with graft(pipe, *plugins) if plugins else nullcontext():
         for i in range(0, len(prompts), size):
-            if grafted is not None:
-                grafted.part = numbers[i : i + size], len(asked)
-            pictures += sample(pipe, prompts[i : i + size], seeds[i : i + size], **settings, **call)
+            with part_of(pipe, numbers[i : i + size], len(asked)):
+                pictures += sample(pipe, prompts[i : i + size], seeds[i : i + size], **settings, **call)
     for picture in pictures:
         picture.info["diffgraft"]["plugins"] = [{"plugin": type(p).__name__} | p.settings() for p in plugins]
     return pictures

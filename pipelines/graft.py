@@ -61,7 +61,6 @@ class Graft:
         self.edited: dict[str, int] = {}
         self.latent_run: Run | None = None
         self.runs: list[Run] = []
-        self.part: tuple[Sequence[int], int] | None = None  # of a task's prompts, see `Prompt.part`
         self._local = threading.local()
         self._stack: ExitStack | None = None
         self._everywhere = False

@@ -7,6 +7,9 @@ denoiser have flags of their own. The pipeline that is running is on the call st
 from __future__ import annotations
 
 import sys
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,6 +41,25 @@ class Running:
     def clip_skip(self) -> int | None:
         """The call's `clip_skip`."""
         return self.arguments.get("clip_skip")
+
+
+_PART: ContextVar[tuple[Any, Sequence[int], int] | None] = ContextVar("diffgraft_part", default=None)
+
+
+@contextmanager
+def part_of(pipe: Any, numbers: Sequence[int], total: int) -> Generator[None]:
+    """Inside, a call of `pipe` makes these of a task's `total` prompts."""
+    token = _PART.set((pipe, numbers, total))
+    try:
+        yield
+    finally:
+        _PART.reset(token)
+
+
+def part_for(pipe: Any) -> tuple[Sequence[int], int] | None:
+    """What `part_of` says of this pipeline's call."""
+    part = _PART.get()
+    return part[1:] if part is not None and part[0] is pipe else None
 
 
 def find_running(denoiser: nn.Module, pipe: Any) -> Running:

@@ -10,6 +10,7 @@ import torch
 from ..attention.layer import AttentionLayer
 from ..attention.step import Step
 from ..plugins.base import Prompt, Text
+from .running import part_for
 
 if TYPE_CHECKING:
     from .run import Run
@@ -48,7 +49,7 @@ class RunSession:
             texts, pictures, getattr(run.running.pipe, "guidance_scale", None),
             prompts if isinstance(prompts, int) else None,
             "uncond" in run.step.rows or run.adapter.guided_apart(run.running), asked.get("negative_prompt"),
-            "strength" not in asked, run.graft.part,
+            "strength" not in asked, part_for(run.running.pipe),
         )  # fmt: skip
 
     @property

@@ -98,6 +98,9 @@ def test_what_is_one_for_each_prompt_stays_with_its_prompt(pipe, batch_size):
         given = {"seed": 3, "n": 2, "batch_size": batch_size, "plugins": plugins(concepts, negative)}
         found = make(pipe, prompt=prompts, **given)
         assert all(np.abs(a.astype(int) - b).max() <= 1 for a, b in zip(pixels(found), pixels(alone), strict=True))
+    with dg.graft(pipe, *plugins(concepts, words)):
+        found = make(pipe, prompt=prompts, seed=3, n=2, batch_size=batch_size)
+    assert all(np.abs(a.astype(int) - b).max() <= 1 for a, b in zip(pixels(found), pixels(alone), strict=True))
     with pytest.raises(dg.SettingError, match="2 negatives for 4 prompts"):
         make(pipe, prompt=prompts * 2, batch_size=batch_size, plugins=[dg.NegativeAway(words)])
 

@@ -18,6 +18,7 @@ import diffgraft
 
 from ...attention.errors import GraftError, ModelLoadError
 from ...pipelines.generate import sample
+from ...pipelines.running import part_of
 from ..console import one_line
 from ..errors import OutputError
 from ..images import load_image, load_mask
@@ -81,11 +82,9 @@ class Worker:
         plugins = [build(spec, self.setup.base) for spec in jobs[0].specs]
         settings = {name: value for name, value in jobs[0].settings.items() if name != "prompt"}
         wanted = [(job, i) for job in jobs for i in range(len(job.files))]
-        with diffgraft.graft(pipe, *plugins) if plugins else nullcontext() as grafted:
+        with diffgraft.graft(pipe, *plugins) if plugins else nullcontext():
             while wanted:
                 part = wanted[: self.batch_size]
-                if grafted is not None:
-                    grafted.part = [0] * len(part), 1  # a row has one prompt, whichever rows are sampled with it
                 prompts = [job.settings["prompt"] for job, _ in part]
                 pictures = self._sampled(pipe, prompts, [job.seed + i for job, i in part], settings)
                 for (job, i), picture in zip(part, pictures, strict=False):
@@ -99,7 +98,8 @@ class Worker:
     def _sampled(self, pipe: Any, prompts: list[str], seeds: list[int], settings: dict[str, Any]) -> list[Image.Image]:
         """Pictures of the first prompts: of all of them, or of as many as fit into memory."""
         try:
-            return sample(pipe, prompts, seeds, **settings)
+            with part_of(pipe, [0] * len(prompts), 1):  # a row has one prompt, whichever rows are sampled with it
+                return sample(pipe, prompts, seeds, **settings)
         except Exception as error:
             if len(prompts) == 1 or not out_of_memory(error):
                 raise
