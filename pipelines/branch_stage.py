@@ -78,6 +78,11 @@ class BranchStage:
         rows, likes = self.run.step.rows, self.run.step.likes
         index = list(range(max(r.stop for r in rows.values())))
         for branch in branches:
+            if branch.name in rows:
+                raise SettingError(
+                    f"two plugins bring rows named {branch.name!r}, as those of one technique do: graft one, or "
+                    "give them windows, start= and end=, that do not overlap"
+                )
             source = range(rows[branch.like].start, rows[branch.like].stop)
             copied = source[:1] if branch.shared and self._alike(inputs) else source
             rows[branch.name] = slice(len(index), len(index) + len(copied))

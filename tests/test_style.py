@@ -172,6 +172,17 @@ def test_several_pictures_each_with_its_style(sd15):
     assert not torch.allclose(both[1], second[0])
 
 
+def test_two_of_one_technique_at_once_are_refused_and_one_after_the_other_work(sd15):
+    one, other = Image.new("RGB", (32, 32), "red"), Image.new("RGB", (32, 32), "navy")
+    mask = torch.zeros(32, 32)
+    mask[8:16, 8:16] = 1
+    for make, a, b in ((dg.StyleInjection, one, other), (dg.SelfAttentionRedirection, mask, mask.T)):
+        with dg.graft(sd15, make(a), make(b)), pytest.raises(dg.SettingError, match="two plugins bring rows named"):
+            tiny.sample(sd15)
+        with dg.graft(sd15, make(a, end=0.5), make(b, start=0.5)):
+            assert tiny.sample(sd15).isfinite().all()
+
+
 @pytest.mark.parametrize("technique", [dg.StyleInjection, dg.AttentionDistillation])
 def test_a_batch_with_a_picture_each_is_every_picture_alone(technique):
     """Styles and contents as pictures, under the noise that is drawn when no generator is given."""
