@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -30,5 +31,5 @@ def eager() -> Generator[None]:
     finally:
         with _LOCK:
             _held -= 1
-            if not _held:
+            if not _held and not sys.is_finalizing():  # then there is nothing left to import, nor to run
                 _stance.__exit__(None, None, None)

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import copy
 import gc
+import subprocess
+import sys
 import threading
 import weakref
+from pathlib import Path
 
 import pytest
 import tiny
@@ -224,6 +227,12 @@ def test_an_attached_pipe_can_be_collected():
     del pipe
     gc.collect()
     assert gone() is None
+
+
+def test_a_script_may_end_attached():
+    code = "import tiny, diffgraft as dg; graft = dg.graft(tiny.sd15(), dg.NegativeAway('cat')).attach()"
+    done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent, capture_output=True, text=True)
+    assert done.returncode == 0 and "Exception ignored" not in done.stderr
 
 
 def test_suspended_runs_plain(sd15):
