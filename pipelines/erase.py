@@ -14,6 +14,7 @@ from ..attention.masks import Bools, as_mask, as_masks
 from ..attention.morphology import drop_small, feather, fill_holes
 from ..attention.morphology import grow as grown
 from ..plugins.base import Plugin, finite
+from .architectures.base import has_ip_adapter
 from .blend import sibling
 from .fill import Job, Sampling, sample
 from .generate import as_list, check_call, resolve_seed
@@ -234,8 +235,7 @@ def _check_shown(pipe: Any, call: dict[str, Any]) -> None:
             raise SettingError(
                 f"control_image= holds {shown} pictures for {nets} ControlNets: give one for each of them"
             )
-    loaded = getattr(pipe.unet.config, "encoder_hid_dim_type", None) == "ip_image_proj"
-    if loaded and not {"ip_adapter_image", "ip_adapter_image_embeds"} & {*call}:
+    if has_ip_adapter(pipe.unet) and not {"ip_adapter_image", "ip_adapter_image_embeds"} & {*call}:
         raise SettingError("the IP-Adapter has no picture: give ip_adapter_image=, or pipe.unload_ip_adapter()")
 
 

@@ -14,6 +14,7 @@ from ..attention.errors import UnsupportedSchedulerError
 from ..attention.seam import StopForward
 from .architectures.base import Inputs
 from .link import check_moves, discards, model_scale
+from .running import swap_processors
 
 if TYPE_CHECKING:
     from .run import Run
@@ -100,7 +101,7 @@ class LatentStage:
         step.phase, step.rows = "latent", {"cond": slice(0, rows["cond"].stop - rows["cond"].start)}
         run.graft.latent_run = run
         try:
-            with _without_pag(run.adapter.denoiser, run.running.arguments.get("original_attn_proc")):
+            with _without_pag(run.adapter.denoiser, run.running.before_pag):
                 yield
         finally:
             run.graft.latent_run = None
@@ -111,17 +112,13 @@ class LatentStage:
 
 
 @contextmanager
-def _without_pag(denoiser: nn.Module, originals: Mapping[str, Any] | None) -> Generator[None]:
+def _without_pag(denoiser: nn.Module, originals: Mapping[str, Any]) -> Generator[None]:
     """PAG's processors split their batch in two or three, and a probe has the conditional rows alone."""
-    ours = {name: denoiser.get_submodule(name.removesuffix(".processor")) for name in originals or {}}
-    split = {name: module.processor for name, module in ours.items()}
-    for name, module in ours.items():
-        module.processor = (originals or {})[name]
+    split = swap_processors(denoiser, originals)
     try:
         yield
     finally:
-        for name, module in ours.items():
-            module.processor = split[name]
+        swap_processors(denoiser, split)
 
 
 def _ordinary(value: Any) -> Any:

@@ -18,6 +18,7 @@ from ..attention.step import Rows, Step
 from ..plugins.base import Plugin, Session, finite
 from ..plugins.concepts import Concept, Found, find_concept
 from .architectures import adapter_for
+from .architectures.base import has_ip_adapter
 from .generate import check_call, resolve_seed, sample
 from .graft import graft
 from .overlay import overlay, sheet, strip
@@ -228,12 +229,12 @@ def attention_masks(
 def _look_again(pipe: Any, watch: _Watch, prompt: str, image: Image.Image, noise: float, seed: int) -> None:
     """Denoise a slightly noised picture without guidance, watched."""
     adapter = adapter_for(pipe)
-    config: Any = adapter.denoiser.config
-    if getattr(config, "encoder_hid_dim_type", None) == "ip_image_proj":
+    if has_ip_adapter(adapter.denoiser):
         raise UnsupportedPipelineError(
             "the loaded IP-Adapter wants a picture of its own, which is not given here: call pipe.unload_ip_adapter() "
             "first, and give the picture that was drawn as image="
         )
+    config: Any = adapter.denoiser.config
     if config.in_channels > adapter.latent_channels:
         raise UnsupportedPipelineError(
             f"{type(pipe).__name__} holds an inpainting model, which wants more than the picture: use a plain one"

@@ -17,6 +17,7 @@ from ..attention.seam import Work, install
 from ..attention.step import Step
 from ..plugins.style_injection import AttendTo, ImagePrompt, block_of
 from . import latents
+from .architectures.base import has_ip_adapter
 from .architectures.loop import Loop
 from .compiled import eager
 from .schedule import Level
@@ -171,9 +172,7 @@ def negative_for(
 
 def has_image_prompt(loop: Loop) -> bool:
     """Whether the pipeline has an IP-Adapter and the encoder that it needs."""
-    config: Any = loop.denoiser.config
-    loaded = getattr(config, "encoder_hid_dim_type", None) == "ip_image_proj"
-    return loaded and getattr(loop.pipe, "image_encoder", None) is not None
+    return has_ip_adapter(loop.denoiser) and getattr(loop.pipe, "image_encoder", None) is not None
 
 
 def _sees(layer: AttentionLayer) -> bool:

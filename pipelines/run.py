@@ -16,7 +16,7 @@ from ..plugins.base import Plugin
 from .architectures.base import Inputs
 from .branch_stage import BranchStage
 from .latent_stage import LatentStage
-from .running import Running, find_running
+from .running import Running, find_running, swap_processors
 from .session import RunSession
 from .step import Clock
 
@@ -86,8 +86,7 @@ class Run:
 
     def aborted(self) -> None:
         """The denoiser raised: this pipeline call will not step, nor put back what PAG replaced."""
-        for name, processor in (self.running.arguments.get("original_attn_proc") or {}).items():
-            self.adapter.denoiser.get_submodule(name.removesuffix(".processor")).processor = processor
+        swap_processors(self.adapter.denoiser, self.running.before_pag)
         self.pending, self.inputs = None, {}
         self.branching.forget()
 

@@ -7,7 +7,7 @@ denoiser have flags of their own. The pipeline that is running is on the call st
 from __future__ import annotations
 
 import sys
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -41,6 +41,21 @@ class Running:
     def clip_skip(self) -> int | None:
         """The call's `clip_skip`."""
         return self.arguments.get("clip_skip")
+
+    @property
+    def before_pag(self) -> Mapping[str, Any]:
+        """The processors that a PAG pipeline took off for this call, by name; none in others."""
+        return self.arguments.get("original_attn_proc") or {}
+
+
+def swap_processors(denoiser: nn.Module, processors: Mapping[str, Any]) -> dict[str, Any]:
+    """Set attention processors by their names in `denoiser.attn_processors`; those that were there."""
+    before: dict[str, Any] = {}
+    for name, processor in processors.items():
+        layer: Any = denoiser.get_submodule(name.removesuffix(".processor"))
+        before[name] = layer.processor
+        layer.set_processor(processor)
+    return before
 
 
 _PART: ContextVar[tuple[Any, Sequence[int], int] | None] = ContextVar("diffgraft_part", default=None)

@@ -19,6 +19,7 @@ from ..plugins.startpoint import StartpointFilter
 from ..plugins.style_injection import Method, StyleInjection
 from . import latents
 from .architectures import adapter_for
+from .architectures.base import has_ip_adapter
 from .architectures.loop import loop_for
 from .blend import same_parts
 from .generate import SEEDS, as_list, check_call, guard, resolve_seed
@@ -263,7 +264,7 @@ def _plugins(pipe: Any, recipe: Recipe, pair: Pair) -> list[Plugin]:
 
 
 def _has_adapter(pipe: Any) -> bool:
-    return getattr(pipe.unet.config if hasattr(pipe, "unet") else None, "encoder_hid_dim_type", None) == "ip_image_proj"
+    return hasattr(pipe, "unet") and has_ip_adapter(pipe.unet)
 
 
 def _options(pipe: Any, recipe: Recipe, pair: Pair) -> dict[str, Any]:

@@ -190,8 +190,12 @@ class AttentionSegregation(Plugin):
         attributes = for_pictures(self.attributes, session, "attributes")
         self._pictures = [find_picture(session, *of) for of in zip(texts, groups, attributes, strict=True)]
         self._scale = self.loss_scale or 0.0
-        moved = [i for i in range(0, step.total, self.every) if replace(step, index=i).within(self.start, self.end)]
-        left = sorted({*self.refine} - {*moved})
+        named = [replace(step, index=i) for i in sorted(self.refine)]
+        left = [
+            at.index
+            for at in named
+            if not (at.index < step.total and at.within(self.start, self.end) and self.moves(at))
+        ]
         if left:
             warnings.warn(f"refine= names steps {left}, at which this run of {step.total} moves nothing", stacklevel=2)
         layout = self._regions.layout

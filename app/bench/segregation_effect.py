@@ -29,12 +29,12 @@ from .judge import Judge, Verdict, load_judge, look
 from .rows import KEPT, Rows, fingerprint, scale_of, subject
 from .segregation_layout import layouts
 from .segregation_predict import predictors
-from .segregation_rows import CONTROLLED, FIRST, FORMS, PARTS, Row, three_objects, two_objects
+from .segregation_rows import CONTROLLED, FIRST, FORMS, PARTS, STEPS, Row, three_objects, two_objects
 from .statistics import Estimate, paired_difference, share
 from .training import share_cores
 from .world import Scene, caption
 
-STEPS, BATCH = 20, 20
+BATCH = 20
 ASIDE = ("kinds", "background", "style")
 
 

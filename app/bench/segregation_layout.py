@@ -12,6 +12,7 @@ import torch
 from ... import AttentionSegregation, Plugin, graft
 from .evaluate import GUIDANCE
 from .rows import Rows
+from .segregation_rows import STEPS
 from .shapes import COLOURS
 from .statistics import share
 from .training import share_cores
@@ -20,7 +21,7 @@ KINDS = ("ball", "box", "star", "heart", "moon", "fish", "house")
 PAINTS = ("red", "yellow", "green", "purple", "pink")
 PLACES = ("sky", "night", "snow")  # none of these has a colour of PAINTS in it
 NEAR, LEAST = 70.0, 0.01
-STEPS, BATCH = 20, 16
+BATCH = 16
 
 
 def wish(seed: int) -> tuple[list[tuple[str, str]], str]:

@@ -19,11 +19,11 @@ from ...plugins.losses import binding_loss, segregation_loss
 from .evaluate import GUIDANCE
 from .judge import Judge, look
 from .rows import Rows as Kept
+from .segregation_rows import STEPS
 from .statistics import share
 from .training import share_cores
 from .world import Scene, caption
 
-STEPS = 20
 Key = Mapping[str, str]
 AT = (0, 2, 4, 8, 12)
 LOOKS: dict[str, tuple[Normalisation, Any]] = {

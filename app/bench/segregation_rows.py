@@ -14,6 +14,7 @@ from ...plugins.base import Probe
 from ...plugins.moves import low_pass, relative_step, step_factor
 from .world import FRESH, Scene, scene
 
+STEPS = 20
 FIRST = FRESH + 3_000_000  # captions of the reported tables; settings are chosen on others
 DEFAULT = AttentionSegregation(["ball", "star"])
 Row = Callable[[Sequence[Scene], int], Plugin | None]

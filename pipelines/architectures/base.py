@@ -251,3 +251,8 @@ def _obstacle(denoiser: Any) -> str | None:
 def _hooks_of(module: nn.Module) -> list[str]:
     """Names of diffusers' own hooks on a module."""
     return list(getattr(getattr(module, "_diffusers_hook", None), "hooks", {}))
+
+
+def has_ip_adapter(denoiser: Any) -> bool:
+    """Whether an IP-Adapter is loaded, which wants a picture at every call."""
+    return getattr(denoiser.config, "encoder_hid_dim_type", None) == "ip_image_proj"

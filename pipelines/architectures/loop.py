@@ -10,7 +10,7 @@ import torch
 from ...attention.errors import UnsupportedPipelineError
 from ...attention.layer import find_layers
 from ...plugins.startpoint import pack, unpack
-from .base import Inputs
+from .base import Inputs, has_ip_adapter
 
 
 class Loop:
@@ -49,7 +49,7 @@ class Loop:
 
     def with_images(self, inputs: Inputs, pictures: Sequence[Any] | None) -> Inputs:
         """Adds what a loaded IP-Adapter wants: a picture for each row, or zeros where nothing of it will be used."""
-        if getattr(self.denoiser.config, "encoder_hid_dim_type", None) != "ip_image_proj":
+        if not has_ip_adapter(self.denoiser):
             return inputs
         layers = self.denoiser.encoder_hid_proj.image_projection_layers
         if pictures is None:
