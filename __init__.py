@@ -28,20 +28,20 @@ if TYPE_CHECKING:
     from .attention.processor import edit_processors as edit_processors
     from .attention.seam import stop_probe as stop_probe
     from .attention.step import Step as Step
-    from .pipelines.erase import erase as erase
-    from .pipelines.generate import generate as generate
-    from .pipelines.graft import Graft as Graft
-    from .pipelines.graft import graft as graft
-    from .pipelines.inversion import Inversion as Inversion
-    from .pipelines.inversion import invert as invert
+    from .pipelines.grafting.graft import Graft as Graft
+    from .pipelines.grafting.graft import graft as graft
     from .pipelines.load import load as load
-    from .pipelines.maps import AttentionMaps as AttentionMaps
-    from .pipelines.maps import AttentionMasks as AttentionMasks
-    from .pipelines.maps import attention_maps as attention_maps
-    from .pipelines.maps import attention_masks as attention_masks
     from .pipelines.picturebook import picturebook as picturebook
-    from .pipelines.seeds import rank_seeds as rank_seeds
-    from .pipelines.stylize import stylize as stylize
+    from .pipelines.tasks.erase import erase as erase
+    from .pipelines.tasks.generate import generate as generate
+    from .pipelines.tasks.inversion import Inversion as Inversion
+    from .pipelines.tasks.inversion import invert as invert
+    from .pipelines.tasks.maps import AttentionMaps as AttentionMaps
+    from .pipelines.tasks.maps import AttentionMasks as AttentionMasks
+    from .pipelines.tasks.maps import attention_maps as attention_maps
+    from .pipelines.tasks.maps import attention_masks as attention_masks
+    from .pipelines.tasks.seeds import rank_seeds as rank_seeds
+    from .pipelines.tasks.stylize import stylize as stylize
     from .plugins.base import Branch as Branch
     from .plugins.base import Plugin as Plugin
     from .plugins.distillation import AttentionDistillation as AttentionDistillation
@@ -67,15 +67,15 @@ _HOMES = {
     "attention.processor": ("edit_processors",),
     "attention.seam": ("stop_probe",),
     "attention.step": ("Step",),
-    "pipelines.erase": ("erase",),
-    "pipelines.generate": ("generate",),
-    "pipelines.graft": ("Graft", "graft"),
-    "pipelines.inversion": ("Inversion", "invert"),
+    "pipelines.tasks.erase": ("erase",),
+    "pipelines.tasks.generate": ("generate",),
+    "pipelines.grafting.graft": ("Graft", "graft"),
+    "pipelines.tasks.inversion": ("Inversion", "invert"),
     "pipelines.load": ("load",),
-    "pipelines.maps": ("AttentionMaps", "AttentionMasks", "attention_maps", "attention_masks"),
+    "pipelines.tasks.maps": ("AttentionMaps", "AttentionMasks", "attention_maps", "attention_masks"),
     "pipelines.picturebook": ("picturebook",),
-    "pipelines.seeds": ("rank_seeds",),
-    "pipelines.stylize": ("stylize",),
+    "pipelines.tasks.seeds": ("rank_seeds",),
+    "pipelines.tasks.stylize": ("stylize",),
     "plugins.base": ("Branch", "Plugin"),
     "plugins.distillation": ("AttentionDistillation",),
     "plugins.losses": ("LOSSES", "Maps"),

@@ -12,7 +12,7 @@ from PIL import Image
 import diffgraft
 
 from ..attention.errors import SettingError
-from ..pipelines.generate import resolve_seed
+from ..pipelines.tasks.generate import resolve_seed
 from .errors import ImageError
 from .images import load_image, load_mask
 from .metadata import encode_png

@@ -17,10 +17,10 @@ from test_style import add_ip_adapter
 import diffgraft as dg
 from diffgraft.app.bench.redirection_scores import KINDS, cases, score
 from diffgraft.attention.morphology import distance, grow
-from diffgraft.pipelines.blend import sibling
-from diffgraft.pipelines.fill import Job, Sampling, sample
-from diffgraft.pipelines.latents import decode_latents, encode_image
-from diffgraft.pipelines.region import Region, paste, plan_region, plan_regions
+from diffgraft.pipelines.families.latents import decode_latents, encode_image
+from diffgraft.pipelines.tasks.blend import sibling
+from diffgraft.pipelines.tasks.fill import Job, Sampling, sample
+from diffgraft.pipelines.tasks.region import Region, paste, plan_region, plan_regions
 
 
 def picture(width=32, height=32, mode="RGB", seed=0):
@@ -119,7 +119,7 @@ def test_by_default_the_reach_is_small_and_never_above_24_pixels(pipe):
     image, mask = picture(40, 40), box(40, 40, 12, 12, 8)
     assert not changed(image, quick(pipe, image, mask))[~grow(mask, 4)].any()
     for side, reach in ((128, 4), (512, 16), (1600, 24)):
-        from diffgraft.pipelines.erase import _Edges
+        from diffgraft.pipelines.tasks.erase import _Edges
 
         small = np.zeros((side, side), bool)
         small[60:64, 60:64] = True

@@ -22,9 +22,9 @@ from PIL import Image
 
 import diffgraft as dg
 from diffgraft.app.bench.startpoint_cost import counting
-from diffgraft.pipelines.inversion import fixed_point
-from diffgraft.pipelines.latents import encode_image
-from diffgraft.pipelines.schedule import grid_of, predicted_noise, reverse_step
+from diffgraft.pipelines.families.latents import encode_image
+from diffgraft.pipelines.tasks.inversion import fixed_point
+from diffgraft.pipelines.tasks.schedule import grid_of, predicted_noise, reverse_step
 
 MODES = torch.tensor([[1.0, 1.0], [-1.0, 1.0], [1.0, -1.0], [-1.0, -1.0], [0.0, 1.4], [0.0, -1.4]]).double()
 WIDTH = 0.6
@@ -349,7 +349,7 @@ def test_families_come_back(family):
 
 def test_the_picture_book_brings_a_picture_back(picturebook):
     from diffgraft.app.bench import world
-    from diffgraft.pipelines.latents import decode_latents
+    from diffgraft.pipelines.families.latents import decode_latents
 
     pictures = [world.render(world.scene(world.FRESH + i, style="plain")) for i in range(1)]
     want = decode_latents(picturebook, encode_image(picturebook, pictures), "np")

@@ -14,7 +14,7 @@ import torch
 from plugins_for_tests import Climb, Guide, Scaled
 
 import diffgraft as dg
-from diffgraft.pipelines.link import discards
+from diffgraft.pipelines.grafting.scheduler_link import discards
 from diffgraft.plugins.startpoint import pack
 
 

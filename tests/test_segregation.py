@@ -23,8 +23,8 @@ from transformers import PreTrainedTokenizerFast
 import diffgraft as dg
 from diffgraft.attention.maps import MapCapture, concept_maps
 from diffgraft.attention.regions import binarise
-from diffgraft.pipelines.architectures import adapter_for
-from diffgraft.pipelines.text import Texts
+from diffgraft.pipelines.families import adapter_for
+from diffgraft.pipelines.grafting.text import Texts
 from diffgraft.plugins.base import Plugin
 from diffgraft.plugins.losses import (
     binding_loss,

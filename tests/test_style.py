@@ -16,7 +16,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import diffgraft as dg
 from diffgraft.attention.edit import attend
-from diffgraft.pipelines.architectures import adapter_for
+from diffgraft.pipelines.families import adapter_for
 from diffgraft.plugins.style_injection import adain, choose_layers, preserved_query, shared_attention
 
 

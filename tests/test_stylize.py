@@ -24,8 +24,8 @@ from PIL import Image
 from test_style import add_ip_adapter
 
 import diffgraft as dg
-from diffgraft.pipelines import stylize as module
-from diffgraft.pipelines.region import whole_region
+from diffgraft.pipelines.tasks import stylize as module
+from diffgraft.pipelines.tasks.region import whole_region
 
 FAST = {"steps": 2, "iterations": 0}
 

@@ -11,7 +11,7 @@ from functools import lru_cache
 from pathlib import Path, PurePath
 from typing import Any
 
-from ...pipelines.generate import SEEDS
+from ...pipelines.tasks.generate import SEEDS
 from ..errors import ImageError
 from ..models import shown_name, suits
 from ..techniques import with_files

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 import diffgraft
 
 from ...attention.errors import GraftError
-from ...pipelines.generate import LONGEST_PROMPT, SEEDS
+from ...pipelines.tasks.generate import LONGEST_PROMPT, SEEDS
 from .. import techniques
 from ..errors import ManifestError
 

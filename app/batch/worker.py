@@ -17,8 +17,8 @@ from PIL import Image
 import diffgraft
 
 from ...attention.errors import GraftError, ModelLoadError
-from ...pipelines.generate import sample
-from ...pipelines.running import part_of
+from ...pipelines.families.running import part_of
+from ...pipelines.tasks.generate import sample
 from ..console import one_line
 from ..errors import OutputError
 from ..images import load_image, load_mask

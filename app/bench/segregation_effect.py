@@ -23,7 +23,7 @@ import torch
 
 from ... import Plugin, attention_maps, graft
 from ...attention.layer import AttentionLayer
-from ...pipelines.overlay import overlay, sheet, strip
+from ...pipelines.tasks.overlay import overlay, sheet, strip
 from .evaluate import GUIDANCE
 from .judge import Judge, Verdict, load_judge, look
 from .rows import KEPT, Rows, fingerprint, scale_of, subject

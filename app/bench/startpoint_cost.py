@@ -12,7 +12,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from ... import invert, picturebook, stylize
-from ...pipelines import stylize as task
+from ...pipelines.tasks import stylize as task
 from . import world
 from .configs import SD15, SDXL, meta_inputs, meta_unet
 

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 from ... import AttentionDistillation, Inversion, Plugin, StartpointFilter, StyleInjection, graft, invert
-from ...pipelines.latents import decode_latents, encode_image
+from ...pipelines.families.latents import decode_latents, encode_image
 from . import world
 from .rows import KEPT, Rows, fingerprint, scale_of, subject
 from .statistics import mean, paired_difference

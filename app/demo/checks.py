@@ -7,7 +7,7 @@ import secrets
 from typing import Any
 
 from ...attention.errors import SettingError, SettingTypeError
-from ...pipelines.generate import resolve_seed
+from ...pipelines.tasks.generate import resolve_seed
 from ..images import Limits
 
 STEPS, PICTURES, SIDE, LENGTH, GUIDANCE = 100, 6, 1024, 1000, 30.0

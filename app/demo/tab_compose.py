@@ -10,7 +10,7 @@ from typing import Any
 import gradio as gr
 
 from ...attention.errors import SettingError
-from ...pipelines.graft import Graft, graft
+from ...pipelines.grafting.graft import Graft, graft
 from ...plugins.base import Plugin
 from ..techniques import build, check, techniques
 from . import checks, parts

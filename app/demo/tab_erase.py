@@ -11,7 +11,7 @@ from PIL import Image
 import diffgraft
 
 from ...attention.errors import SettingError
-from ...pipelines.region import as_picture
+from ...attention.pictures import as_picture
 from ..images import coverage
 from . import checks, parts
 from .parts import Shown, example, keep, keep_plain, upload

@@ -9,7 +9,7 @@ import gradio as gr
 
 import diffgraft
 
-from ...pipelines.region import as_picture
+from ...attention.pictures import as_picture
 from . import checks, parts
 from .parts import example, keep, keep_plain, upload
 from .studio import Studio

@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
+from ...attention.hook import Hook
 from ...plugins.base import Text
-from ..hooks import Hook
-from ..running import Running
 from .base import Inputs
 from .flux import PackedAdapter
+from .running import Running
 
 
 class QwenAdapter(PackedAdapter):

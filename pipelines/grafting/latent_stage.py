@@ -10,11 +10,11 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map
 
-from ..attention.errors import UnsupportedSchedulerError
-from ..attention.seam import StopForward
-from .architectures.base import Inputs
-from .link import check_moves, discards, model_scale
-from .running import swap_processors
+from ...attention.errors import UnsupportedSchedulerError
+from ...attention.seam import StopForward
+from ..families.base import Inputs
+from ..families.running import swap_processors
+from .scheduler_link import check_moves, discards, model_scale
 
 if TYPE_CHECKING:
     from .run import Run

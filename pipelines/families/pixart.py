@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from ...plugins.base import Text
-from ..running import Running
 from .base import Adapter, Inputs
+from .running import Running
 
 
 class CaptionAdapter(Adapter):

@@ -9,24 +9,10 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map
 
+from ...attention.hook import Hook
+
 if TYPE_CHECKING:
     from .graft import Graft
-
-
-class Hook:
-    """A hook bound to one module; a copy or a pickle of the module gets one that does nothing."""
-
-    def __init__(self, function: Callable[..., Any] | None) -> None:
-        self.function = function
-
-    def __call__(self, *args: Any) -> Any:
-        return self.function(*args) if self.function is not None else None
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Hook:
-        return Hook(None)
-
-    def __reduce__(self) -> Any:
-        return Hook, (None,)
 
 
 def hook_denoiser(denoiser: nn.Module, graft: Graft) -> Callable[[], None]:

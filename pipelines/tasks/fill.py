@@ -10,17 +10,18 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 
-from ..attention.errors import SettingError, UnsupportedPipelineError
-from ..attention.masks import Bools, level_mask
-from ..plugins.base import Plugin
-from ..plugins.redirection import SelfAttentionRedirection
-from .architectures import adapter_for
+from ...attention.errors import SettingError, UnsupportedPipelineError
+from ...attention.masks import Bools, level_mask
+from ...attention.pictures import as_picture
+from ...plugins.base import Plugin
+from ...plugins.redirection import SelfAttentionRedirection
+from ..families import adapter_for
+from ..families.latents import as_pil, encode_image
+from ..grafting.graft import graft
 from .blend import Blend, Inverted, Noised, StartAt, sibling
 from .generate import as_list, guard
-from .graft import graft
 from .inversion import invert
-from .latents import as_pil, encode_image
-from .region import Region, as_picture
+from .region import Region
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from ..attention.errors import ConceptError, UnsupportedPipelineError
-from ..plugins.base import Text
-from .architectures.base import Adapter
-from .running import Running
+from ...attention.errors import ConceptError, UnsupportedPipelineError
+from ...plugins.base import Text
+from ..families.base import Adapter
+from ..families.running import Running
 
 _LIMIT = 256
 _ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..attention.errors import UnsupportedSchedulerError
+from ...attention.errors import UnsupportedSchedulerError
 
 # What steps by exactly one evaluation along a straight line; the others are inverted on DDIM's steps.
 _DDIM, _EULER, _FLOW = "DDIMScheduler", "EulerDiscreteScheduler", "FlowMatchEulerDiscreteScheduler"

@@ -10,19 +10,19 @@ import torch
 from diffusers import AutoPipelineForImage2Image
 from PIL import Image
 
-from ..attention.edit import Edit
-from ..attention.errors import SettingError, SettingTypeError, UnsupportedPipelineError
-from ..attention.maps import SELF_TOKENS, LayerChoice, MapCapture, concept_maps
-from ..attention.regions import assign, propagate
-from ..attention.step import Rows, Step
-from ..plugins.base import Plugin, Session, finite
-from ..plugins.concepts import Concept, Found, find_concept
-from .architectures import adapter_for
-from .architectures.base import has_ip_adapter
+from ...attention.edit import Edit
+from ...attention.errors import SettingError, SettingTypeError, UnsupportedPipelineError
+from ...attention.maps import SELF_TOKENS, LayerChoice, MapCapture, concept_maps
+from ...attention.pictures import as_picture, as_rgb
+from ...attention.regions import assign, propagate
+from ...attention.step import Rows, Step
+from ...plugins.base import Plugin, Session, finite
+from ...plugins.concepts import Concept, Found, find_concept
+from ..families import adapter_for
+from ..families.base import has_ip_adapter
+from ..grafting.graft import graft
 from .generate import check_call, resolve_seed, sample
-from .graft import graft
 from .overlay import overlay, sheet, strip
-from .region import as_picture, as_rgb
 
 _IMG2IMG_STEPS = 20
 

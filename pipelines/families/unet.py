@@ -12,8 +12,8 @@ from torch.utils._pytree import tree_map
 from ...attention.errors import UnsupportedPipelineError
 from ...attention.step import Rows
 from ...plugins.base import Text
-from ..running import Running
 from .base import Adapter, Inputs
+from .running import Running
 
 _GUIDED_OTHERWISE = ("InstructPix2Pix", "SemanticStableDiffusion", "StableDiffusionPipelineSafe", "LEditsPP")
 """In names of pipelines whose batch holds other rows than [uncond, cond]."""

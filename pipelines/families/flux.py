@@ -14,8 +14,8 @@ from ...attention.layer import AttentionLayer
 from ...attention.step import Rows
 from ...plugins.base import Text
 from ...plugins.startpoint import pack, unpack
-from ..running import Running
 from .base import Adapter, Inputs
+from .running import Running
 
 
 class PackedAdapter(Adapter):

@@ -8,14 +8,14 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..attention.errors import SettingError
-from ..attention.step import Step
-from ..plugins.base import Probe
-from ..plugins.concepts import Concepts, check_concepts
-from ..plugins.losses import Loss
-from ..plugins.segregation import AttentionSegregation
+from ...attention.errors import SettingError
+from ...attention.step import Step
+from ...plugins.base import Probe
+from ...plugins.concepts import Concepts, check_concepts
+from ...plugins.losses import Loss
+from ...plugins.segregation import AttentionSegregation
+from ..grafting.graft import graft
 from .generate import resolve_seed, sample
-from .graft import graft
 
 
 class RankedSeed(NamedTuple):

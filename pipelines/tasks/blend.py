@@ -9,9 +9,9 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from ..attention.errors import UnsupportedPipelineError
-from ..attention.step import Step
-from ..plugins.base import Plugin, Probe
+from ...attention.errors import UnsupportedPipelineError
+from ...attention.step import Step
+from ...plugins.base import Plugin, Probe
 
 Callback = Callable[[Any, int, Any, dict[str, Any]], dict[str, Any]]
 

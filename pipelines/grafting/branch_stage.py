@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..attention.errors import SettingError, UnsupportedPipelineError
-from ..plugins.base import Branch, Text
-from .architectures.base import Inputs
-from .link import model_scale
+from ...attention.errors import SettingError, UnsupportedPipelineError
+from ...plugins.base import Branch, Text
+from ..families.base import Inputs
+from .scheduler_link import model_scale
 
 if TYPE_CHECKING:
     from .run import Run

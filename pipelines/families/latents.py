@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ..attention.errors import NonFiniteError, SettingError
-from ..attention.step import Step
-from .region import as_picture, as_rgb
+from ...attention.errors import NonFiniteError, SettingError
+from ...attention.pictures import as_picture, as_rgb
+from ...attention.step import Step
 
 
 def encode_image(pipe: Any, image: Any, size: tuple[int, int] | None = None) -> torch.Tensor:

@@ -8,17 +8,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..attention.errors import GraftError
-from ..attention.layer import AttentionLayer
-from ..attention.memo import TextMemo
-from ..attention.step import Step
-from ..plugins.base import Plugin
-from .architectures.base import Inputs
+from ...attention.errors import GraftError
+from ...attention.layer import AttentionLayer
+from ...attention.memo import TextMemo
+from ...attention.step import Step
+from ...plugins.base import Plugin
+from ..families.base import Inputs
+from ..families.running import Running, find_running, swap_processors
 from .branch_stage import BranchStage
+from .clock import Clock
 from .latent_stage import LatentStage
-from .running import Running, find_running, swap_processors
 from .session import RunSession
-from .step import Clock
 
 if TYPE_CHECKING:
     from .graft import Graft

@@ -9,17 +9,18 @@ from typing import Any, cast
 
 from PIL import Image
 
-from ..attention.errors import MaskError, SettingError, SettingTypeError
-from ..attention.masks import Bools, as_mask, as_masks
-from ..attention.morphology import drop_small, feather, fill_holes
-from ..attention.morphology import grow as grown
-from ..plugins.base import Plugin, finite
-from .architectures.base import has_ip_adapter
+from ...attention.errors import MaskError, SettingError, SettingTypeError
+from ...attention.masks import Bools, as_mask, as_masks
+from ...attention.morphology import drop_small, feather, fill_holes
+from ...attention.morphology import grow as grown
+from ...attention.pictures import as_picture
+from ...plugins.base import Plugin, finite
+from ..families.base import has_ip_adapter
+from ..families.latents import native_side, side_multiple
 from .blend import sibling
 from .fill import Job, Sampling, sample
 from .generate import as_list, check_call, resolve_seed
-from .latents import native_side, side_multiple
-from .region import Region, as_picture, hold, paste, plan_regions
+from .region import Region, hold, paste, plan_regions
 
 REACH = 24
 """Pixels around the mask that `erase` changes at most unless told otherwise."""

@@ -12,20 +12,19 @@ from weakref import WeakSet
 
 import torch
 
-from ..attention.backends import select
-from ..attention.edit import Edit
-from ..attention.errors import AlreadyGraftedError, GraftError, SettingTypeError, UnsupportedPipelineError
-from ..attention.layer import AttentionLayer
-from ..attention.seam import Work, install
-from ..attention.step import Step
-from ..plugins.base import Branch, Plugin
-from . import latents
-from .architectures import adapter_for
+from ...attention.backends import select
+from ...attention.edit import Edit
+from ...attention.errors import AlreadyGraftedError, GraftError, SettingTypeError, UnsupportedPipelineError
+from ...attention.layer import AttentionLayer
+from ...attention.seam import Work, install
+from ...attention.step import Step
+from ...plugins.base import Branch, Plugin
+from ..families import adapter_for, latents
 from .compiled import eager
 from .hooks import LateJoin, hook_denoiser
-from .link import SchedulerStep
 from .report import Report, make_report
 from .run import Run
+from .scheduler_link import SchedulerStep
 from .text import Texts
 
 _HERE: ContextVar[tuple[Graft, ...]] = ContextVar("diffgraft_grafts", default=())

@@ -14,7 +14,7 @@ from ...attention.errors import SettingError, UnsupportedPipelineError
 from ...attention.layer import AttentionLayer, find_layers
 from ...attention.step import Rows
 from ...plugins.base import Text
-from ..running import Running
+from .running import Running
 
 Inputs = dict[str, Any]
 """One denoiser call, every argument by name."""

@@ -12,20 +12,20 @@ from typing import Any, Literal
 import torch
 from PIL import Image, ImageOps
 
-from ..attention.errors import SettingError, SettingTypeError, UnsupportedPipelineError
-from ..plugins.base import Plugin, finite
-from ..plugins.distillation import AttentionDistillation
-from ..plugins.startpoint import StartpointFilter
-from ..plugins.style_injection import Method, StyleInjection
-from . import latents
-from .architectures import adapter_for
-from .architectures.base import has_ip_adapter
-from .architectures.loop import loop_for
+from ...attention.errors import SettingError, SettingTypeError, UnsupportedPipelineError
+from ...attention.pictures import as_picture, as_rgb
+from ...plugins.base import Plugin, finite
+from ...plugins.distillation import AttentionDistillation
+from ...plugins.startpoint import StartpointFilter
+from ...plugins.style_injection import Method, StyleInjection
+from ..families import adapter_for, latents
+from ..families.base import has_ip_adapter
+from ..families.loop import loop_for
+from ..grafting.graft import graft
 from .blend import same_parts
 from .generate import SEEDS, as_list, check_call, guard, resolve_seed
-from .graft import graft
 from .inversion import Inversion, invert
-from .region import Region, as_picture, as_rgb, whole_region
+from .region import Region, whole_region
 from .schedule import EXACT, invertible
 
 _ETA = 2010025020

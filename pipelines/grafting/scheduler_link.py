@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..attention.errors import UnsupportedSchedulerError
+from ...attention.errors import UnsupportedSchedulerError
 
 _ATTENUATED = ("UniPCMultistepScheduler", "SASolverScheduler", "HeliosScheduler", "HeliosDMDScheduler")
 

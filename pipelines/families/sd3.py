@@ -8,8 +8,8 @@ from typing import Any
 from ...attention.layer import AttentionLayer
 from ...attention.step import Rows
 from ...plugins.base import Text
-from ..running import Running
 from .base import Adapter, Inputs
+from .running import Running
 
 
 class SD3Adapter(Adapter):

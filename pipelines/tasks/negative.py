@@ -10,16 +10,16 @@ from typing import Any
 import torch
 from PIL import Image
 
-from ..attention.edit import Edit
-from ..attention.errors import SettingError, SettingTypeError, UnsupportedPipelineError
-from ..attention.layer import AttentionLayer
-from ..attention.seam import Work, install
-from ..attention.step import Step
-from ..plugins.style_injection import AttendTo, ImagePrompt, block_of
-from . import latents
-from .architectures.base import has_ip_adapter
-from .architectures.loop import Loop
-from .compiled import eager
+from ...attention.edit import Edit
+from ...attention.errors import SettingError, SettingTypeError, UnsupportedPipelineError
+from ...attention.layer import AttentionLayer
+from ...attention.seam import Work, install
+from ...attention.step import Step
+from ...plugins.style_injection import AttendTo, ImagePrompt, block_of
+from ..families import latents
+from ..families.base import has_ip_adapter
+from ..families.loop import Loop
+from ..grafting.compiled import eager
 from .schedule import Level
 
 LAYOUT_BLOCK = "down_blocks.2.attentions.1"

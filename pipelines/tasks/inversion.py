@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 
-from ..attention.errors import NonFiniteError, SettingError, SettingTypeError, UnsupportedSchedulerError
-from ..plugins.base import finite
-from . import latents as pictures
-from .architectures.loop import Loop, loop_for
-from .graft import suspended
+from ...attention.errors import NonFiniteError, SettingError, SettingTypeError, UnsupportedSchedulerError
+from ...plugins.base import finite
+from ..families import latents as pictures
+from ..families.loop import Loop, loop_for
+from ..grafting.graft import suspended
 from .negative import Negative, negative_for
 from .schedule import Grid, grid_of, predicted_noise, reverse_step, same_start
 

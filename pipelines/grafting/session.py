@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..attention.layer import AttentionLayer
-from ..attention.step import Step
-from ..plugins.base import Prompt, Text
-from .running import part_for
+from ...attention.layer import AttentionLayer
+from ...attention.step import Step
+from ...plugins.base import Prompt, Text
+from ..families.running import part_for
 
 if TYPE_CHECKING:
     from .run import Run

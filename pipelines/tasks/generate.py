@@ -13,10 +13,10 @@ import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 
-from ..attention.errors import NonFiniteError, SettingError, SettingTypeError, UnsupportedPipelineError
-from ..plugins.base import Plugin, finite
-from .graft import graft
-from .running import part_of
+from ...attention.errors import NonFiniteError, SettingError, SettingTypeError, UnsupportedPipelineError
+from ...plugins.base import Plugin, finite
+from ..families.running import part_of
+from ..grafting.graft import graft
 
 LONGEST_PROMPT = 10_000
 SEEDS = 2**63

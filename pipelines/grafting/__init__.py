@@ -1,0 +1,1 @@
+"""Plugins meet a running pipeline: a graft, its plan, its runs and their stages."""

@@ -1,0 +1,1 @@
+"""What a person asks for: pictures, an erased object, a style, an inversion, maps."""
