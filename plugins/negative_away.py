@@ -19,7 +19,7 @@ from ..attention.layer import AttentionLayer
 from ..attention.step import Step
 from .base import Plugin, Prompt, Session, Text, finite, listed
 from .negative_defaults import Default, default
-from .negative_edits import Call, CrossAway, CutStreams, JointAway
+from .negative_edits import Call, CrossAway, CutStreams, JointAway, Steering
 
 Negative = str | Sequence[str] | Mapping[str, float] | torch.Tensor | None
 
@@ -166,21 +166,17 @@ class NegativeAway(Plugin):
         self._used = {"rule": self.rule, "scale": scale, "scale_from": "given" if given else known.source}
 
     def streams(self, step: Step) -> Sequence[Text]:
-        call = self.call(step)
+        call: Call = step.notes[self]
         return call.texts if call.in_sequence else ()
 
     def edits(self) -> Sequence[Edit]:
-        return (CutStreams(self), JointAway(self)) if self._joint else (CrossAway(self),)
+        steering = Steering(self, self.rule, self._chooses)
+        return (CutStreams(steering), JointAway(steering)) if self._joint else (CrossAway(steering),)
 
     def report(self) -> Mapping[str, Any]:
         return dict(self._used)
 
-    def call(self, step: Step) -> Call:
-        """What the pipeline call of this step holds."""
-        return step.notes[self]
-
-    def chooses(self, layer: AttentionLayer) -> bool:
-        """Whether this layer is one of `layers`."""
+    def _chooses(self, layer: AttentionLayer) -> bool:
         return self.layers is None or any(_named(layer, wanted) for wanted in self.layers)
 
     # -- the negative ------------------------------------------------------------------------------------------

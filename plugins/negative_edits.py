@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -22,9 +22,6 @@ from ..attention.partial import Partial, attend_with_lse, merge, sum_weighted
 from ..attention.sequence import joined, placed, without
 from ..attention.step import Step
 from .base import Text
-
-if TYPE_CHECKING:
-    from .negative_away import NegativeAway
 
 _LSE, _STREAMS, _SHARED = "positive lse", "streams cut out", "attention over the image"
 _FIRST, _LAST = -1000, 1000
@@ -105,14 +102,32 @@ def pooled(rule: str, parts: Sequence[Partial], weights: Sequence[float]) -> Par
     return Partial(out, parts[0].lse)
 
 
+@dataclass(frozen=True, eq=False)
+class Steering:
+    """What the edits of one plugin share.
+
+    Attributes:
+        owner: under which the `Call` of the running pipeline call is noted.
+        rule: the rule's name. chooses: whether to steer in a layer.
+    """
+
+    owner: object
+    rule: str
+    chooses: Callable[[AttentionLayer], bool]
+
+    def call(self, step: Step) -> Call:
+        """What the pipeline call of this step holds."""
+        return step.notes[self.owner]
+
+
 class _TextEdit(Edit):
     """An edit of the conditional rows of the text-attention layers."""
 
     rows = ("cond",)
     kind = "cross"
 
-    def __init__(self, plugin: NegativeAway) -> None:
-        self.plugin = plugin
+    def __init__(self, steering: Steering) -> None:
+        self.steering = steering
 
     def selects(self, layer: AttentionLayer) -> bool:
         return layer.kind == self.kind
@@ -127,20 +142,20 @@ class CrossAway(_TextEdit):
     keeps_text = True
 
     def selects(self, layer: AttentionLayer) -> bool:
-        return super().selects(layer) and self.plugin.chooses(layer)
+        return super().selects(layer) and self.steering.chooses(layer)
 
     def qkv(self, call: AttentionCall) -> None:
-        if self.plugin.rule == "vsf":
+        if self.steering.rule == "vsf":
             call.kernel = _keeping_lse(call.aside)
 
     def out(self, call: AttentionCall, out: torch.Tensor) -> torch.Tensor:
-        rows, state = call.select("cond"), self.plugin.call(call.step)
+        rows, state = call.select("cond"), self.steering.call(call.step)
         some = call.narrow(rows)
         lse, negatives = None, list[Partial]()
         for number in range(len(state.texts)):
             k, v, mask = state.projected(call, number, len(some.q))
             negatives.append(self._attend(some, k, v, mask))
-        if self.plugin.rule == "vsf":
+        if self.steering.rule == "vsf":
             kept: torch.Tensor | None = call.aside.get(_LSE)
             if kept is not None and len(kept) == len(call.q):
                 lse = kept[rows]
@@ -149,7 +164,7 @@ class CrossAway(_TextEdit):
         return placed(out, rows, state.steer(out[rows], lse, negatives))
 
     def _attend(self, call: AttentionCall, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> Partial:
-        if self.plugin.rule == "vsf":
+        if self.steering.rule == "vsf":
             return attend_with_lse(call.q, k, v, mask, call.scale)
         out = call.attend(call.q, k, v, mask)
         return Partial(out, out.new_empty(0))
@@ -162,7 +177,7 @@ class CutStreams(_TextEdit):
 
     def qkv(self, call: AttentionCall) -> None:
         assert call.text is not None
-        lengths = [text.embeddings.shape[1] for text in self.plugin.call(call.step).texts]
+        lengths = [text.embeddings.shape[1] for text in self.steering.call(call.step).texts]
         start, stop = call.text.stop - sum(lengths), call.text.stop
         call.aside[_STREAMS] = [_columns(call, start + sum(lengths[:i]), n) for i, n in enumerate(lengths)]
         call.q, call.k, call.v = (without(t, slice(start, stop), -2) for t in (call.q, call.k, call.v))
@@ -180,7 +195,7 @@ class JointAway(_TextEdit):
         assert call.text is not None
         rows, text = call.select("cond"), call.text
         streams = [stream.narrow(rows) for stream in call.aside.pop(_STREAMS)]
-        if self.plugin.chooses(call.layer):
+        if self.steering.chooses(call.layer):
             steered = self._steered(call, without(out, text, -2), rows, streams)
             out = joined(out[:, :, text], steered, text)
         own = placed(
@@ -193,7 +208,7 @@ class JointAway(_TextEdit):
         self, call: AttentionCall, out: torch.Tensor, rows: slice | list[int], streams: list[AttentionCall]
     ) -> torch.Tensor:
         """Image tokens of all rows, those of `rows` steered."""
-        state = self.plugin.call(call.step)
+        state = self.steering.call(call.step)
         image, positive = _shared_for(call, rows)
         q = _image(call.narrow(rows).q, call.text)
         words = [attend_with_lse(q, s.k, s.v, s.mask, s.scale) for s in streams]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import subprocess
@@ -48,13 +49,53 @@ def test_importing_it_costs_next_to_nothing_beyond_torch():
     assert not {"diffusers", "transformers", "gradio", "ray", "pydantic", "matplotlib"} & set(modules)
 
 
-def test_every_layer_looks_down_only():
-    layers = ["attention", "plugins", "pipelines", "app"]
-    for level, layer in enumerate(layers):
-        above = [f"from {dots}{name}" for name in layers[level + 1 :] for dots in ("..", "...", "....", "diffgraft.")]
-        for path in (ROOT / layer).rglob("*.py"):
-            lines = [line.strip() for line in path.read_text().splitlines()]
-            assert not [line for line in lines if line.startswith(tuple(above))], path
+def _imports(path):
+    """Modules of the package that a file imports, as paths without suffix; in functions and for types only, too."""
+    home = ("diffgraft", *path.relative_to(ROOT).parent.parts)
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (name.name.split(".") for name in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = [*home[: len(home) - node.level + 1]] if node.level else []
+            base += node.module.split(".") if node.module else []
+            yield from ([*base, name.name] for name in node.names)
+
+
+def _module(parts):
+    """The file of the package that a dotted name leads to; None for others'."""
+    for length in range(len(parts), 1, -1):
+        path = ROOT.joinpath(*parts[1:length])
+        for file in (path.with_suffix(".py"), path / "__init__.py"):
+            if parts[0] == "diffgraft" and file.is_file():
+                return file
+    return None
+
+
+@pytest.fixture(scope="module")
+def imports():
+    """Of each file of the package, the files that it imports."""
+    files = [path for room in ("attention", "plugins", "pipelines", "app") for path in (ROOT / room).rglob("*.py")]
+    return {path: {file for parts in _imports(path) if (file := _module(parts)) and file != path} for path in files}
+
+
+def test_no_two_files_import_each_other_in_a_circle(imports):
+    left = dict(imports)
+    while free := [path for path, seen in left.items() if not seen & left.keys()]:
+        for path in free:
+            del left[path]
+    assert not left, sorted(str(path.relative_to(ROOT)) for path in left)
+
+
+def test_arrows_go_down_only(imports):
+    """app -> pipelines -> plugins -> attention, and inside pipelines/ tasks -> grafting -> families."""
+    rooms = ["attention", "plugins", "pipelines/families", "pipelines/grafting", "pipelines/tasks", "pipelines", "app"]
+    assert all((ROOT / room).is_dir() for room in rooms) and sum(map(len, imports.values())) > 300
+
+    def level(path):
+        return next(i for i, room in enumerate(rooms) if path.is_relative_to(ROOT / room))
+
+    upward = [(path, other) for path, seen in imports.items() for other in seen if level(other) > level(path)]
+    assert not upward
 
 
 @pytest.fixture(scope="module")

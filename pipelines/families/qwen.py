@@ -57,7 +57,7 @@ class QwenAdapter(PackedAdapter):
         transformer: Any = self.denoiser
 
         def after(module: Any, args: Any, output: tuple[torch.Tensor, torch.Tensor]) -> Any:
-            lengths = run().branching.streams
+            lengths = run().streams
             if not lengths:
                 return None
             image, text = output

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Generator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -13,18 +14,22 @@ from weakref import WeakSet
 import torch
 
 from ...attention.backends import select
-from ...attention.edit import Edit
-from ...attention.errors import AlreadyGraftedError, GraftError, SettingTypeError, UnsupportedPipelineError
+from ...attention.errors import AlreadyGraftedError, GraftError, SettingTypeError
 from ...attention.layer import AttentionLayer
 from ...attention.seam import Work, install
-from ...attention.step import Step
-from ...plugins.base import Branch, Plugin
-from ..families import adapter_for, latents
+from ...plugins.base import Plugin
+from ..families import adapter_for
+from ..families.base import Inputs
+from ..families.running import Running
+from .branch_stage import arriving
+from .calls import Calls
 from .compiled import eager
-from .hooks import LateJoin, hook_denoiser
+from .hooks import hook_block, hook_denoiser
+from .plan import Placed, place
 from .report import Report, make_report
-from .run import Run
+from .run import Late, Run
 from .scheduler_link import SchedulerStep
+from .session import RunSession
 from .text import Texts
 
 _HERE: ContextVar[tuple[Graft, ...]] = ContextVar("diffgraft_grafts", default=())
@@ -55,17 +60,14 @@ class Graft:
         self.layers = self.adapter.layers
         self.texts = Texts(self.adapter)
         self.backend = select(backend, device=_device(pipe), strict=strict)
-        self.effective: list[Plugin] = []
-        self.edits: dict[str, list[tuple[Plugin, Edit]]] = {}
         self.edited: dict[str, int] = {}
-        self.latent_run: Run | None = None
         self.runs: list[Run] = []
         self._local = threading.local()
         self._stack: ExitStack | None = None
         self._everywhere = False
         self._links: dict[int, SchedulerStep] = {}
         self._processors = self._present()
-        self._joins: dict[str, str] = {}
+        self._calls = Calls(Placed(), self.texts, self.link)
 
     def _present(self) -> dict[str, Any]:
         return {x.name: getattr(x.module, "processor", None) for x in self.layers}
@@ -119,12 +121,13 @@ class Graft:
 
     def report(self) -> Report:
         """What was done since the last attach: layers, calls, backend, updates, skipped ones, displaced processors."""
-        return make_report(self, self._processors)
+        moved = [name for name, found in self._present().items() if found is not self._processors.get(name)]
+        layers = {layer.name: self.edited[layer.name] for layer in self.layers if layer.name in self.edited}
+        return make_report(self.pipe, self.plugins, self.runs, self.backend.name, layers, moved)
 
     # -- installing --------------------------------------------------------------------------------------------
 
     def _install(self) -> None:
-        denoiser = self.adapter.denoiser
         with _LOCK:
             self._refuse_second()
             stack = ExitStack()
@@ -133,13 +136,7 @@ class Graft:
                 stack.callback(_INSTALLED.discard, self)
                 self._bind(stack)
                 stack.enter_context(eager())
-                by_name = {layer.name: layer for layer in self.layers}
-                for name in self.edits:
-                    stack.callback(install(by_name[name], self))
-                stack.callback(hook_denoiser(denoiser, self))
-                for undo in self.adapter.hooks(lambda: self.run):
-                    stack.callback(undo)
-                self._install_joins(stack)
+                self._hook(stack)
                 self._stack = stack
                 self.link(self.pipe.scheduler)
             except BaseException:
@@ -161,51 +158,23 @@ class Graft:
         self.adapter.check()
         self.layers, self.texts.adapter = self.adapter.layers, self.adapter
         self.runs, self._local, self._links = [], threading.local(), {}
-        self.edits, self.edited, self._joins = {}, {}, {}
-        self._processors = self._present()
+        self.edited, self._processors = {}, self._present()
         for plugin in self.plugins:
             stack.callback(plugin.unbind)
-            plugin.bind(self.run.session)
-        self.effective = [plugin for plugin in self.plugins if not plugin.neutral]
-        for plugin in self.effective:
-            for edit in plugin.edits():
-                self._place(plugin, edit)
-        for placed in self.edits.values():
-            placed.sort(key=lambda pair: pair[1].order)
+            plugin.bind(RunSession(self.run, self.texts))
+        self._calls = Calls(place(self.adapter, self.plugins), self.texts, self.link)
 
-    def _place(self, plugin: Plugin, edit: Edit) -> None:
-        chosen = [layer for layer in self.layers if edit.selects(layer)]
-        if not chosen:
-            kinds = sorted({layer.kind for layer in self.layers})
-            raise UnsupportedPipelineError(
-                f"{type(plugin).__name__} found no layer to edit in {type(self.adapter.denoiser).__name__} "
-                f"(it has {len(self.layers)} attention layers: {', '.join(kinds)}); choose other layers"
-            )
-        for layer in chosen:
-            self.edits.setdefault(layer.name, []).append((plugin, edit))
-        for group in {*(edit.rows or ()), edit.owns} - {None}:
-            self._note_join(str(group), chosen)
-
-    # -- branches that join late -------------------------------------------------------------------------------
-
-    def _note_join(self, group: str, chosen: Sequence[AttentionLayer]) -> None:
-        """Remember the first block in which rows of `group` are edited; "" is the input."""
-        order = ["", *(name for name, _ in self.adapter.late_blocks())]
-        for layer in chosen:
-            block = next((name for name in order[1:] if layer.name.startswith(f"{name}.")), "")
-            self._joins[group] = min(self._joins.get(group, block), block, key=order.index)
-
-    def _install_joins(self, stack: ExitStack) -> None:
-        if any(type(plugin).branches is not Plugin.branches for plugin in self.effective):
+    def _hook(self, stack: ExitStack) -> None:
+        placed, denoiser = self._calls.placed, self.adapter.denoiser
+        for layer in self.layers:
+            if layer.name in placed.edits:
+                stack.callback(install(layer, self))
+        stack.callback(hook_denoiser(denoiser, self._before, self._after))
+        for undo in self.adapter.hooks(lambda: self.run):
+            stack.callback(undo)
+        if placed.brings_rows:
             for name, block in self.adapter.late_blocks():
-                stack.callback(LateJoin.install(block, name, self))
-
-    def join_block(self, branches: Sequence[Branch]) -> str:
-        """Name of the block before which these branches may join, "" for the input."""
-        order = ["", *(name for name, _ in self.adapter.late_blocks())]
-        if any(branch.latent is not None or branch.text is not None for branch in branches):
-            return ""
-        return min((self._joins.get(branch.name, "") for branch in branches), key=order.index)
+                stack.callback(hook_block(block, functools.partial(self._arriving, name)))
 
     # -- what hooks ask ----------------------------------------------------------------------------------------
 
@@ -214,7 +183,7 @@ class Graft:
         """This thread's state."""
         run = getattr(self._local, "run", None)
         if run is None:
-            run = self._local.run = Run(self)
+            run = self._local.run = Run(self.adapter, Running(self.pipe, False))
             self.runs.append(run)
         return run
 
@@ -223,19 +192,32 @@ class Graft:
         """Whether this context is edited now."""
         return (self._everywhere or self in _HERE.get()) and not _SUSPENDED.get()
 
-    def active(self, step: Step) -> list[Plugin]:
-        """Plugins whose window holds this step."""
-        return [plugin for plugin in self.effective if step.within(plugin.start, plugin.end)]
+    def _before(self, args: tuple[Any, ...], kwargs: Inputs) -> Inputs | None:
+        run = self._watching()
+        return None if run is None else self._calls.before(run, args, kwargs)
+
+    def _after(self, output: Any) -> Any:
+        run = self._watching()
+        if run is None:
+            return None
+        return self._calls.aborted(run) if output is None else self._calls.after(run, output)
+
+    def _watching(self) -> Run | None:
+        """This thread's run if the pipeline calls the denoiser here; None for probes and for other contexts."""
+        return self.run if self.here and not self.run.step.probing else None
+
+    def _arriving(self, block: str) -> Late | None:
+        return arriving(self.run, block) if self.here else None
 
     def work(self, layer: AttentionLayer) -> Work | None:
         """Edits for a layer now (called by its seam)."""
-        run = self.run if self.here else None
+        run, placed = self.run if self.here else None, self._calls.placed
         if run is None and torch.is_grad_enabled():
-            run = self.latent_run  # gradient checkpointing runs layers again on autograd's own threads
+            run = self._calls.probing  # gradient checkpointing runs layers again on autograd's own threads
         if run is None:
             return None
-        step, active = run.step, self.active(run.step)
-        edits = [e for plugin, e in self.edits[layer.name] if plugin in active and e.active(layer, step)]
+        step, active = run.step, placed.active(run.step)
+        edits = [e for plugin, e in placed.edits[layer.name] if plugin in active and e.active(layer, step)]
         if not edits:
             return None
         self.edited[layer.name] = self.edited.get(layer.name, 0) + 1
@@ -246,19 +228,10 @@ class Graft:
         """Follow this scheduler's steps until the graft comes off."""
         if id(scheduler) in self._links or self._stack is None:
             return
-        link = SchedulerStep(scheduler, lambda x: self.run.sample_for_step(x) if self.here else x)
+        link = SchedulerStep(scheduler, lambda x: self._calls.stepped(self.run, x) if self.here else x)
         self._links[id(scheduler)] = link
         link.install()
         self._stack.callback(link.remove)
-
-    def encode_image(self, image: Any, size: tuple[int, int]) -> torch.Tensor:
-        """Latent of a picture at a latent size."""
-        with torch.inference_mode(False):
-            return latents.encode_image(self.pipe, image, size)
-
-    def signal(self, scheduler: Any, step: Step) -> tuple[float, float]:
-        """(alpha, sigma) of the scheduler at a step."""
-        return latents.signal(scheduler, step)
 
 
 @contextmanager

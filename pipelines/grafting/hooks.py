@@ -1,68 +1,68 @@
-"""Native hooks on the denoiser and its blocks: inert in other contexts, and in copies of the model."""
+"""Native hooks on the denoiser and its blocks: they ask whoever put them on, and are inert in copies of the model."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import nn
 from torch.utils._pytree import tree_map
 
 from ...attention.hook import Hook
+from .run import Late
 
-if TYPE_CHECKING:
-    from .graft import Graft
+Before = Callable[[tuple[Any, ...], dict[str, Any]], dict[str, Any] | None]
+"""before(args, kwargs): the denoiser's arguments by name, None to leave the call alone."""
+
+After = Callable[[Any], Any]
+"""after(output): what is returned instead; None leaves it. The output is None where the denoiser raised."""
 
 
-def hook_denoiser(denoiser: nn.Module, graft: Graft) -> Callable[[], None]:
-    """Let `graft` see and change the denoiser's inputs and outputs; returns the undo.
+def hook_denoiser(denoiser: nn.Module, before: Before, after: After) -> Callable[[], None]:
+    """See and change the denoiser's inputs and outputs; returns the undo.
 
     torch's own hooks, because accelerate's offload drops anything patched on `forward`.
     """
 
-    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if not graft.here or graft.run.step.probing:
-            return None
-        return (), graft.run.before(args, kwargs)
+    def first(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        inputs = before(args, kwargs)
+        return None if inputs is None else ((), inputs)
 
-    def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        if not graft.here or graft.run.step.probing:
-            return None
-        return graft.run.aborted() if output is None else graft.run.after(output)
+    def last(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        return after(output)
 
-    first = denoiser.register_forward_pre_hook(Hook(before), with_kwargs=True, prepend=True)
-    last = denoiser.register_forward_hook(Hook(after), with_kwargs=True, always_call=True)
+    hooks = (
+        denoiser.register_forward_pre_hook(Hook(first), with_kwargs=True, prepend=True),
+        denoiser.register_forward_hook(Hook(last), with_kwargs=True, always_call=True),
+    )
 
     def undo() -> None:
-        first.remove()
-        last.remove()
+        for hook in hooks:
+            hook.remove()
 
     return undo
 
 
-class LateJoin:
-    """Adds a branch's rows at a block instead of at the input: everything before it is computed once."""
+def hook_block(block: nn.Module, arriving: Callable[[], Late | None]) -> Callable[[], None]:
+    """Add rows at a block instead of at the input: everything before it is computed once. Returns the undo.
 
-    @staticmethod
-    def install(block: nn.Module, name: str, graft: Graft) -> Callable[[], None]:
-        """Hook one block; from the join block on, whatever still has the pipeline's rows is expanded."""
+    From the block on where they join, whatever still has the pipeline's rows is widened.
+    """
 
-        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            if not graft.here:
-                return None
-            wanted = graft.run.branching.arriving(name)
-            return None if wanted is None else (_expand(args, *wanted), _expand(kwargs, *wanted))
+    def first(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        late = arriving()
+        return None if late is None else (_widened(args, late), _widened(kwargs, late))
 
-        return block.register_forward_pre_hook(Hook(before), with_kwargs=True, prepend=True).remove
+    return block.register_forward_pre_hook(Hook(first), with_kwargs=True, prepend=True).remove
 
 
-def _expand(tree: Any, index: torch.Tensor, base: int) -> Any:
-    """Every tensor with `base` rows gets the rows of `index`; those that already have them are left."""
+def _widened(tree: Any, late: Late) -> Any:
+    """Every tensor with the rows that came in gets those of `late`; tensors that already have them are left."""
 
     def pick(value: Any) -> Any:
-        batched = isinstance(value, torch.Tensor) and value.ndim and len(value) == base
-        return value[index] if batched else value
+        batched = isinstance(value, torch.Tensor) and value.ndim and len(value) == late.base
+        return value[late.index] if batched else value
 
     def named(name: str, value: Any) -> Any:
         if name == "cross_attention_kwargs" and value:  # of what it holds only GLIGEN's grounding is batched by rows

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from .graft import Graft
+from ...plugins.base import Plugin
+from .run import Run
 
 
 @dataclass(frozen=True)
@@ -49,20 +49,22 @@ class Report:
         return "\n".join(lines)
 
 
-def make_report(graft: Graft, processors: Mapping[str, Any]) -> Report:
+def make_report(
+    pipe: Any, plugins: Sequence[Plugin], runs: Sequence[Run], backend: str, layers: dict[str, int],
+    displaced: list[str],
+) -> Report:  # fmt: skip
     """Collect a report from all threads' runs."""
     skipped: Counter[str] = Counter()
-    for run in graft.runs:
+    for run in runs:
         skipped.update(run.skipped)
-    order = [layer.name for layer in graft.layers]
     return Report(
-        pipeline=type(graft.pipe).__name__,
-        backend=graft.backend.name,
-        calls=sum(run.calls for run in graft.runs),
-        rows=sorted({rows for run in graft.runs for rows in run.rows_seen}),
-        layers={name: graft.edited[name] for name in order if name in graft.edited},
-        updates=sum(run.updates for run in graft.runs),
+        pipeline=type(pipe).__name__,
+        backend=backend,
+        calls=sum(run.calls for run in runs),
+        rows=sorted({rows for run in runs for rows in run.rows_seen}),
+        layers=layers,
+        updates=sum(run.updates for run in runs),
         skipped=dict(skipped),
-        displaced=[x.name for x in graft.layers if getattr(x.module, "processor", None) is not processors.get(x.name)],
-        plugins=[(type(plugin).__name__, plugin.report()) for plugin in graft.plugins],
+        displaced=displaced,
+        plugins=[(type(plugin).__name__, plugin.report()) for plugin in plugins],
     )

@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from ...attention.layer import AttentionLayer
 from ...attention.step import Step
 from ...plugins.base import Prompt, Text
+from ..families import latents
 from ..families.running import part_for
-
-if TYPE_CHECKING:
-    from .run import Run
+from .run import Run
+from .text import Texts
 
 
 class RunSession:
     """A view of a run; see `plugins.base.Session`."""
 
-    def __init__(self, run: Run) -> None:
-        self._run = run
+    def __init__(self, run: Run, texts: Texts) -> None:
+        self._run, self._texts = run, texts
 
     @property
     def layers(self) -> Sequence[AttentionLayer]:
@@ -61,7 +61,7 @@ class RunSession:
         return self._run.inputs[self._run.adapter.text].shape[-1]
 
     def encode(self, texts: Sequence[str]) -> Text:
-        return self._run.graft.texts.encode(texts, self._run.running)
+        return self._texts.encode(texts, self._run.running)
 
     def encode_text(self, texts: Sequence[str]) -> torch.Tensor:
         return self.encode(texts).embeddings
@@ -70,19 +70,20 @@ class RunSession:
         return self._run.adapter.layer_text(text)
 
     def tokens(self, text: str) -> list[str]:
-        return self._run.graft.texts.tokens(text)
+        return self._texts.tokens(text)
 
     def token_spans(self, text: str, phrase: str) -> list[list[int]]:
-        return self._run.graft.texts.spans(text, phrase)
+        return self._texts.spans(text, phrase)
 
     def token_range(self, text: str) -> range:
-        return self._run.graft.texts.content(text)
+        return self._texts.content(text)
 
     def encode_image(self, image: Any, size: tuple[int, int]) -> torch.Tensor:
-        return self._run.graft.encode_image(image, size)
+        with torch.inference_mode(False):
+            return latents.encode_image(self._run.adapter.pipe, image, size)
 
     def signal(self, step: Step) -> tuple[float, float]:
-        return self._run.graft.signal(self._run.running.pipe.scheduler, step)
+        return latents.signal(self._run.running.pipe.scheduler, step)
 
     def skip(self, reason: str) -> None:
         self._run.skipped[reason] += 1

@@ -1,0 +1,118 @@
+"""One denoiser call under a graft: which stages run before and after it, in which order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from ...attention.errors import GraftError
+from ...attention.step import Step
+from ..families.base import Inputs
+from ..families.running import find_running, swap_processors
+from .branch_stage import add_rows
+from .combine_stage import combine
+from .latent_stage import move, moved_again
+from .plan import Placed
+from .run import Run
+from .session import RunSession
+from .stream_stage import add_streams
+from .text import Texts
+
+
+class Calls:
+    """The stages of a graft, composed.
+
+    Args:
+        placed: what runs where. texts: the pipeline's encoders.
+        link: called with the scheduler of the running pipeline, whose steps are to be followed.
+
+    Attributes:
+        probing: the run whose plugins ask for gradients now.
+    """
+
+    def __init__(self, placed: Placed, texts: Texts, link: Callable[[Any], None]) -> None:
+        self.placed, self.texts, self.link = placed, texts, link
+        self.probing: Run | None = None
+
+    def before(self, run: Run, args: tuple[Any, ...], kwargs: Inputs) -> Inputs:
+        """The denoiser's inputs after the latent, the branch and the stream stage."""
+        run.running = find_running(run.adapter.denoiser, run.adapter.pipe)
+        inputs = run.adapter.bind(args, kwargs)
+        if run.pending is not None and not _stays_in_step(run, inputs):
+            run.pending = None
+            raise GraftError(
+                "a plugin moved the latents, but scheduler.step was not called on the pipeline's own scheduler "
+                "before the next denoiser call: sample with pipe.scheduler"
+            )
+        self._begin(run, inputs)
+        run.inputs = inputs = self._staged(run, inputs)
+        run.rows_seen.add(max(rows.stop for rows in run.step.rows.values()))
+        run.calls += 1
+        return inputs
+
+    def after(self, run: Run, output: Any) -> Any:
+        """The denoiser's output after the combine stage, with the rows that the pipeline sent in."""
+        run.inputs = {}
+        run.narrow()
+        return combine(run, self.placed.active(run.step), output)
+
+    def aborted(self, run: Run) -> None:
+        """The denoiser raised: this pipeline call will not step, nor put back what PAG replaced."""
+        swap_processors(run.adapter.denoiser, run.running.before_pag)
+        run.pending, run.inputs = None, {}
+        run.narrow()
+
+    def stepped(self, run: Run, sample: torch.Tensor) -> torch.Tensor:
+        """What the scheduler's step starts from."""
+        run.clock.tick()
+        if run.clock.over:
+            for plugin in self.placed.plugins:
+                plugin.finish()
+            run.forget()
+        moved, run.pending = run.pending, None
+        return sample if moved is None else moved.to(sample.dtype)
+
+    def _staged(self, run: Run, inputs: Inputs) -> Inputs:
+        if "cond" not in run.step.rows:
+            return moved_again(run, inputs)
+        active = self.placed.active(run.step)
+        movers = [plugin for plugin in active if plugin.moves(run.step)]
+        if movers:
+            with self._probing(run):
+                inputs = move(run, movers, inputs)
+        inputs = add_rows(run, self.placed, active, RunSession(run, self.texts), inputs)
+        return add_streams(run, active, inputs)
+
+    @contextmanager
+    def _probing(self, run: Run) -> Generator[None]:
+        self.probing = run
+        try:
+            yield
+        finally:
+            self.probing = None
+
+    def _begin(self, run: Run, inputs: Inputs) -> None:
+        adapter, scheduler = run.adapter, run.running.pipe.scheduler
+        self.link(scheduler)
+        timestep = inputs[adapter.timestep]
+        fresh = run.clock.start(scheduler, timestep)
+        index, total = run.clock.read(scheduler, run.running.steps)
+        rows = adapter.groups(inputs, run.running)
+        run.step = Step(index, total, timestep, adapter.grid(inputs, run.running), rows, notes=run.notes)
+        run.narrow()
+        run.inputs = inputs
+        if "cond" in rows:
+            run.deltas = []
+        if fresh:
+            run.forget()
+            adapter.check()
+            for plugin in self.placed.plugins:
+                plugin.begin(RunSession(run, self.texts), run.step)
+
+
+def _stays_in_step(run: Run, inputs: Inputs) -> bool:
+    """Whether this call is guidance's second one at the same step."""
+    return "cond" not in run.adapter.groups(inputs, run.running)

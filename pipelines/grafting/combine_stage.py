@@ -1,0 +1,42 @@
+"""The combine stage: extra rows leave the prediction, and what plugins add to it goes into every half of guidance."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from ...plugins.base import Plugin
+from .run import Run
+
+
+def combine(run: Run, active: Sequence[Plugin], output: Any) -> Any:
+    """The denoiser's output with the rows that the pipeline sent in, moved by the plugins' deltas."""
+    step, prediction = run.step, run.adapter.prediction(output)
+    if "cond" not in step.rows:  # guidance's other call gets what the first one was given
+        return _folded(run, output, len(prediction), tuple(step.rows))
+    combiners = [plugin for plugin in active if type(plugin).combine is not Plugin.combine]
+    kept = max(rows.stop for name, rows in step.rows.items() if name not in step.likes)
+    if not combiners and kept == len(prediction):
+        return output
+    full = prediction.to(torch.promote_types(prediction.dtype, torch.float32))
+    run.deltas = [d for plugin in combiners if (d := plugin.combine(step, full, step.rows)) is not None]
+    return _folded(run, output, kept, ("uncond", "cond"))
+
+
+def _folded(run: Run, output: Any, kept: int, groups: Sequence[str]) -> Any:
+    """The first `kept` rows of the output, moved by the deltas.
+
+    u + g (c - u) moves by exactly d when both halves do, whatever g is.
+    """
+    prediction = run.adapter.prediction(output)
+    if not run.deltas:
+        same = kept == len(prediction)
+        return output if same else run.adapter.with_prediction(output, prediction[:kept])
+    folded = prediction[:kept].to(torch.promote_types(prediction.dtype, torch.float32), copy=True)
+    for name in groups:
+        if name in run.step.rows:
+            for delta in run.deltas:
+                folded[run.step.rows[name], : delta.shape[1]] += delta
+    return run.adapter.with_prediction(output, folded.to(prediction.dtype))
