@@ -53,7 +53,7 @@ if TYPE_CHECKING:
     from .plugins.startpoint import StartpointFilter as StartpointFilter
     from .plugins.style_injection import StyleInjection as StyleInjection
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _HOMES = {
     "attention.call": ("AttentionCall",),

@@ -131,6 +131,14 @@ def test_the_wheel_holds_the_package_and_the_model_and_nothing_else(wheel):
     assert wheel.name.startswith(f"diffgraft-{diffgraft.__version__}-py3")
 
 
+def test_an_index_takes_the_wheel(wheel):
+    assert "PASSED" in run(sys.executable, "-m", "twine", "check", "--strict", wheel)
+    with zipfile.ZipFile(wheel) as archive:
+        [name] = [name for name in archive.namelist() if name.endswith(".dist-info/METADATA")]
+        said = archive.read(name).decode()
+    assert "dg.graft(pipe" in said and "](assets/" not in said  # text, and no picture that an index could not show
+
+
 def test_the_wheel_works_where_there_is_no_checkout(wheel, tmp_path):
     venv.create(tmp_path / "env", with_pip=False)
     site = Path(sysconfig.get_path("purelib", vars={"base": str(tmp_path / "env")}))
