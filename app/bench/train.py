@@ -11,14 +11,11 @@ float32). `--export DIR` writes those in float16 and ends.
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
-from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline
 
-from . import latents
 from .denoiser import (
     build_scheduler,
     build_text_encoder,
@@ -31,19 +28,10 @@ from .denoiser import (
     with_rim,
 )
 from .muon import Pair
-from .training import (
-    SAVE_EVERY,
-    Ema,
-    TimeBox,
-    arguments,
-    contact_sheet,
-    load_checkpoint,
-    log,
-    save_checkpoint,
-    share_cores,
-)
+from .trainer import BoxTrainer
+from .training import arguments, contact_sheet, log
 
-PEAK, BATCH, GROUNDING, SHEET_EVERY = 2e-3, 128, 0.1, 900.0
+PEAK, BATCH, GROUNDING = 2e-3, 128, 0.1
 SHOWN = [
     "a red ball , sky",
     "a blue star , meadow , sketch style",
@@ -60,14 +48,12 @@ SHOWN = [
 ]
 
 
-class Trainer:
-    """Networks, averaged weights, optimizer and encoded scenes of one run."""
+class Trainer(BoxTrainer):
+    """The UNet and its text encoder; with `keep_text` the UNet alone."""
 
     def __init__(
         self, work: Path, device: str, source: Path | None, keep_text: bool = False, peak: float = PEAK
     ) -> None:
-        self.work, self.device = work, device
-        self.checkpoint = work / "denoiser.pt"
         self.unet, self.text = build_unet(), build_text_encoder()
         if source:
             given = StableDiffusionPipeline.from_pretrained(source, torch_dtype=torch.float32)
@@ -75,74 +61,15 @@ class Trainer:
         self.unet.to(device, memory_format=torch.channels_last).train()
         self.text.to(device).train()
         self.watched = watch_decoder(self.unet)
-        self.optimizer = Pair([self.unet] if keep_text else [self.unet, self.text], peak)
+        optimizer = Pair([self.unet] if keep_text else [self.unet, self.text], peak)
+        super().__init__(work / "denoiser.pt", {"unet": self.unet, "text": self.text}, optimizer, device)
         self.text.requires_grad_(not keep_text)
-        self.ema = Ema(self.optimizer.parameters)
+        self.work = work
         self.alphas = build_scheduler().alphas_cumprod.to(device)
-        self.step, self.spent, self.singles = 0, 0.0, 0.0
-
-    def resume(self, fresh_box: bool) -> None:
-        """Takes the checkpoint up where there is one; a fresh box starts from its averaged weights with a fresh
-        optimizer.
-        """
-        state = load_checkpoint(self.checkpoint)
-        if state is None:
-            return
-        self.unet.load_state_dict(state["unet"])
-        self.text.load_state_dict(state["text"])
-        self.step = state["step"]
-        self.ema.average = [mean.to(self.device) for mean in state["ema"]]
-        if fresh_box:
-            self.ema.swap()
-            self.ema = Ema(self.optimizer.parameters)
-        else:
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.ema.steps, self.spent = state["ema_steps"], state["spent"]
-
-    def save(self, spent: float) -> None:
-        """Writes the checkpoint: everything that the next step depends on."""
-        state: dict[str, Any] = {
-            "unet": self.unet.state_dict(),
-            "text": self.text.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "ema": self.ema.average,
-            "ema_steps": self.ema.steps,
-            "step": self.step,
-            "spent": spent,
-        }
-        save_checkpoint(self.checkpoint, state)
-
-    def load_data(self) -> None:
-        """Reads the encoded scenes; they stay on the CPU and travel by batch."""
-        self.data = latents.load(self.work)
-        self.easy = self.data["easy"].nonzero()[:, 0]
-        self.plain = self.data["plain"].nonzero()[:, 0]
-        things = self.data["masks"].flatten(2).any(-1).sum(1)
-        self.single = (things == 1).nonzero()[:, 0]
 
     def batch(self, size: int, easy: float) -> dict[str, torch.Tensor]:
-        """Random scenes: a share `easy` of single plain things, half as many plain ones, `singles` of single things in
-        any style, the rest as the world draws them.
-        """
-        luck = torch.rand(size)
-        rows = torch.randint(len(self.data["latents"]), (size,))
-        single = luck > 1 - self.singles
-        rows = torch.where(single, self.single[torch.randint(len(self.single), (size,))], rows)
-        rows = torch.where(luck < 1.5 * easy, self.plain[torch.randint(len(self.plain), (size,))], rows)
-        rows = torch.where(luck < easy, self.easy[torch.randint(len(self.easy), (size,))], rows)
-        variant = (torch.rand(size) < 0.45).long() * torch.randint(1, latents.VARIANTS, (size,))
-        tokens, columns = self.data["tokens"][rows, variant].long(), self.data["columns"][rows, variant].long()
-        dropped = torch.rand(size) < 0.1
-        tokens[dropped] = torch.tensor([1, 2] + [0] * (tokens.shape[1] - 2))
-        columns[dropped] = 0
-        found = {
-            "latent": self.data["latents"][rows].float(),
-            "masks": self.data["masks"][rows].float() / 255,
-            "tokens": tokens,
-            "columns": columns,
-            "time": draw_times(size),
-            "noise": torch.randn(size, *self.data["latents"].shape[1:]),
-        }
+        """Random scenes (see `Scenes.batch`) with a timestep each."""
+        found = {**self.scenes.batch(size, easy, self.singles), "time": draw_times(size)}
         return {name: part.to(self.device, non_blocking=True) for name, part in found.items()}
 
     def losses(self, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -163,37 +90,13 @@ class Trainer:
         return denoising, (outside * alpha.flatten().sqrt()).mean()
 
     def advance(self, size: int, easy: float, rate: float) -> torch.Tensor:
-        """One step on `size` scenes at a share `rate` of the peak learning rate; returns the two losses."""
+        """One step; returns the denoising error and the share of attention outside."""
         losses = torch.stack(self.losses(self.batch(size, easy)))
         (losses[0] + GROUNDING * losses[1]).backward()
         self.optimizer.step(rate)
         self.ema.update()
         self.step += 1
         return losses.detach().cpu()
-
-    def run(self, minutes: float, batch: int = BATCH) -> None:
-        """Trains to the end of the time box."""
-        box, first, means = TimeBox(minutes, self.spent), self.step, None
-        began = saved = shown = time.monotonic()
-        while box.fraction < 1:
-            share_cores()
-            losses = self.advance(batch, 0.45 - 0.25 * min(1.0, box.fraction / 0.6), box.rate(self.step - first))
-            means = losses if means is None else means.lerp(losses, 0.03)
-            if self.step % 20 == 0:
-                speed = (self.step - first) * batch / (time.monotonic() - began)
-                log.info(
-                    "step %d, %.0f s, loss %.4f, outside %.3f, %.1f samples/s",
-                    self.step,
-                    box.spent,
-                    *means.tolist(),
-                    speed,
-                )
-            if time.monotonic() - saved > SAVE_EVERY or box.fraction >= 1:
-                saved = time.monotonic()
-                self.save(box.spent)
-            if time.monotonic() - shown > SHEET_EVERY or box.fraction >= 1:
-                shown = time.monotonic()
-                self.show()
 
     @torch.no_grad()
     def show(self) -> None:

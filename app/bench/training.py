@@ -5,6 +5,7 @@ pictures as tensors.
 from __future__ import annotations
 
 import argparse
+import copy
 import logging
 import os
 import time
@@ -68,6 +69,30 @@ class Ema:
                 kept = p.detach().clone()
                 p.copy_(mean)
                 mean.copy_(kept)
+
+
+class HalfCopy:
+    """A bfloat16 copy of a float32 module for forward and backward passes (three times as fast on CPUs that have
+    bfloat16 products); the float32 weights take its gradients and hand their steps back.
+    """
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        self.module = copy.deepcopy(module).bfloat16()
+        ours = dict(self.module.named_parameters())
+        self.pairs = [(p, ours[name]) for name, p in module.named_parameters()]
+
+    @torch.no_grad()
+    def hand_over(self) -> None:
+        """Moves the copy's gradients to the float32 weights."""
+        for whole, half in self.pairs:
+            whole.grad = None if half.grad is None else half.grad.float()
+            half.grad = None
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Rounds the float32 weights into the copy."""
+        for whole, half in self.pairs:
+            half.copy_(whole)
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
