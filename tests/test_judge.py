@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from diffgraft.app.bench.evaluate import FIRST, ROWS, score
 from diffgraft.app.bench.judge import KINDS, WEIGHTS, Judge, Verdict, load_judge, look
 from diffgraft.app.bench.latents import grid_masks
+from diffgraft.app.bench.model_card import FIRST, ROWS, score
 from diffgraft.app.bench.train_judge import balanced, kind_maps, labels
 from diffgraft.app.bench.world import Scene, Thing, render, scene, seen
 

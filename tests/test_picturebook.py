@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import diffgraft as dg
-from diffgraft.app.bench.evaluate import ASSETS, cells, held_out
 from diffgraft.app.bench.judge import look
+from diffgraft.app.bench.model_card import ASSETS, cells, held_out
 from diffgraft.app.bench.styles import STYLES
 
 CAPTIONS = ["a red ball , sky", "a yellow house , snow", "a blue star , desert", "a purple fish , sea , dots style"]

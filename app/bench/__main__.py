@@ -20,7 +20,7 @@ TABLES = {
     "redirection_effect": "holes against the true background",
     "startpoint_cost": "denoiser passes of inversions",
     "style_effect": "style transfer against the true re-rendering",
-    "evaluate": "what the embedded model draws, judged",
+    "model_card": "what the embedded model draws, judged",
 }
 """Module of this package with `run(full: bool) -> None`, and what its table shows. Tables of what a model draws take a
 `model` too: a folder, or None for the embedded one."""

@@ -4,9 +4,9 @@
     python -m diffgraft.app.bench.autoencoder --minutes 20 --decoder-only   # later: the latents stay as they are
     python -m diffgraft.app.bench.autoencoder --minutes 15 --fine assets/picturebook/vae --work .train/transformer
 
-The last trains the transformer edition's: 32 x 32 latents, since two by two of them make one token there. It starts from
-the layers of the other one. Now and then its latents are pooled and must decode to the pooled picture (EQ-VAE, 2025):
-smooth latents are learned faster, and pooled ones are training pictures of a quarter of the cells.
+The last trains the transformer edition's: 32 x 32 latents, since two by two of them make one token there. It starts
+from the layers of the other one. Now and then its latents are pooled and must decode to the pooled picture (EQ-VAE,
+2025): smooth latents are learned faster, and pooled ones are training pictures of a quarter of the cells.
 
 Loss on crops of 64 pixels: absolute error, squared error, error of the gradients (edges) and of 8 x 8 means
 (colours), object pixels three times as heavy; the latents get noise, so that the decoder forgives a denoiser's small
@@ -176,7 +176,7 @@ class Trainer:
         self.checkpoint = work / ("decoder.pt" if decoder_only else "autoencoder.pt")
         self.vae = AutoencoderKL.from_pretrained(work / "vae") if decoder_only else build(fine is not None)
         if fine:
-            adopt(self.vae, AutoencoderKL.from_pretrained(fine, torch_dtype=torch.float32))
+            adopt(self.vae, AutoencoderKL.from_pretrained(fine, dtype=torch.float32))
         self.pooled = POOLED if fine else 0.0
         self.vae.to(device, memory_format=torch.channels_last)
         self.optimizer = Pair([self.vae.decoder, self.vae.post_quant_conv] if decoder_only else [self.vae], PEAK)

@@ -7,7 +7,6 @@ output is the velocity towards the picture, and its time runs from 0 (noise) to 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F  # noqa: N812
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, ZImagePipeline, ZImageTransformer2DModel
 from diffusers.models.attention_processor import Attention
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3Model

@@ -21,8 +21,8 @@ from diffusers import DiffusionPipeline, StableDiffusionPipeline
 from diffusers.models.attention_processor import AttnProcessor2_0
 
 from .denoiser import TrainingAttention
-from .evaluate import ASSETS, ROWS
 from .judge import KINDS, Judge, load_judge
+from .model_card import ASSETS, ROWS
 from .training import share_cores
 from .vocabulary import LENGTH
 from .world import Scene, caption

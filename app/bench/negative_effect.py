@@ -15,8 +15,8 @@ from typing import Any
 import torch
 
 from ... import NegativeAway, graft
-from .evaluate import GUIDANCE
 from .judge import Judge, Verdict, load_judge, look
+from .model_card import GUIDANCE
 from .rows import KEPT, Rows, fingerprint, subject
 from .statistics import Estimate, share
 from .training import share_cores

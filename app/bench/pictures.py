@@ -14,8 +14,8 @@ import torch
 from PIL import Image, ImageDraw
 
 from ... import AttentionSegregation, NegativeAway, erase, generate, stylize
-from .evaluate import ASSETS, GUIDANCE
 from .judge import load_judge, look
+from .model_card import ASSETS, GUIDANCE
 from .rows import subject
 from .training import contact_sheet
 from .world import FRESH, SIDE, caption, masks, render, scene

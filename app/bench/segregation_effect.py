@@ -24,8 +24,8 @@ import torch
 from ... import Plugin, attention_maps, graft
 from ...attention.layer import AttentionLayer
 from ...pipelines.tasks.overlay import overlay, sheet, strip
-from .evaluate import GUIDANCE
 from .judge import Judge, Verdict, load_judge, look
+from .model_card import GUIDANCE
 from .rows import KEPT, Rows, fingerprint, scale_of, subject
 from .segregation_layout import layouts
 from .segregation_predict import predictors

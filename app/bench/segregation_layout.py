@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ... import AttentionSegregation, Plugin, graft
-from .evaluate import GUIDANCE
+from .model_card import GUIDANCE
 from .rows import Rows
 from .segregation_rows import STEPS
 from .shapes import COLOURS

@@ -16,8 +16,8 @@ from ...attention.step import Rows, Step
 from ...plugins.base import Session
 from ...plugins.concepts import find_concept
 from ...plugins.losses import binding_loss, segregation_loss
-from .evaluate import GUIDANCE
 from .judge import Judge, look
+from .model_card import GUIDANCE
 from .rows import Rows as Kept
 from .segregation_rows import STEPS
 from .statistics import share

@@ -41,11 +41,11 @@ from .flow import (
 from .muon import Pair
 from .train import SHOWN
 from .trainer import BoxTrainer
-from .training import HalfCopy, arguments, contact_sheet, load_checkpoint, log
+from .training import HalfCopy, arguments, contact_sheet, log
 
 PEAK, BATCH, NAMING, NAMED_LAYER = 2e-3, 32, 0.1, 2
 CENTRE, CENTRE_POOLED = 0.5, 0.0  # of the noise levels' logits: twice the cells a side hide a thing half as well
-SIDE = 128
+SIDE, GUIDANCE = 128, 1.5  # this pipeline counts guidance from 0: others would call it 2.5
 
 
 class FlowTrainer(BoxTrainer):
@@ -54,8 +54,10 @@ class FlowTrainer(BoxTrainer):
     def __init__(self, work: Path, device: str, source: Path | None, pooled: bool = False, peak: float = PEAK) -> None:
         self.transformer, self.text = build_transformer(), build_text_encoder()
         if source:
-            given = ZImagePipeline.from_pretrained(source, torch_dtype=torch.float32)
+            given = ZImagePipeline.from_pretrained(source, dtype=torch.float32)
             self.transformer, self.text = given.transformer, given.text_encoder
+        if pooled:  # not part of what is saved
+            self.transformer.rope_embedder = Spread(self.transformer.rope_embedder, 2)
         self.head = torch.nn.Linear(self.transformer.dim, sum(LABELS))
         networks = {"transformer": self.transformer, "text": self.text, "head": self.head}
         for network in networks.values():
@@ -68,8 +70,6 @@ class FlowTrainer(BoxTrainer):
         for module in trained.modules():
             if isinstance(module, Attention):
                 module.set_processor(TrainingAttention())
-        if pooled:
-            trained.rope_embedder = Spread(trained.rope_embedder, 2)
         trained.layers[NAMED_LAYER].register_forward_hook(self._keep)
 
     def _keep(self, module: torch.nn.Module, given: Any, found: torch.Tensor) -> None:
@@ -114,20 +114,24 @@ class FlowTrainer(BoxTrainer):
         super().resume(fresh_box)
         self.half.refresh()
 
-    @torch.no_grad()
-    def show(self) -> None:
-        """Saves the averaged weights as a pipeline, and a contact sheet drawn with them."""
+    def save_average(self) -> ZImagePipeline:
+        """Writes the averaged weights as a pipeline, float32; returns that pipeline, on the averages until the next
+        `ema.swap()`.
+        """
         self.ema.swap()
         vae = AutoencoderKL.from_pretrained(self.work / "vae").to(self.device)
         pipe = pipeline(vae, self.transformer, self.text)
         pipe.save_pretrained(self.work / "picturebook-transformer")
+        return pipe
+
+    @torch.no_grad()
+    def show(self) -> None:
+        """As the parent says."""
+        pipe, side = self.save_average(), SIDE // 2 if self.pooled else SIDE
         pipe.set_progress_bar_config(disable=True)
-        side = SIDE // 2 if self.pooled else SIDE
-        plain, self.transformer.rope_embedder = self.transformer.rope_embedder, self.half.module["transformer"].rope_embedder
         generator = torch.Generator().manual_seed(3)
-        settings: dict[str, Any] = {"num_inference_steps": 25, "guidance_scale": 1.5, "generator": generator}
+        settings: dict[str, Any] = {"num_inference_steps": 25, "guidance_scale": GUIDANCE, "generator": generator}
         pictures = pipe(list(SHOWN), height=side, width=side, **settings).images
-        self.transformer.rope_embedder = plain
         contact_sheet(pictures, 6).save(self.work / f"sheet-{self.step:06d}.png")
         self.ema.swap()
         log.info("contact sheet at step %d", self.step)
@@ -135,7 +139,7 @@ class FlowTrainer(BoxTrainer):
 
 def export(work: Path, target: Path) -> None:
     """Writes the averaged weights of `work` in float16, in diffusers format, without the path they came from."""
-    pipe = ZImagePipeline.from_pretrained(work / "picturebook-transformer", torch_dtype=torch.float16)
+    pipe = ZImagePipeline.from_pretrained(work / "picturebook-transformer", dtype=torch.float16)
     for part in (pipe, pipe.transformer, pipe.vae):
         part.register_to_config(_name_or_path="picturebook-transformer")
     pipe.save_pretrained(target, max_shard_size="15MB")

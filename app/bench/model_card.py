@@ -1,8 +1,8 @@
 """Draws fresh captions with the picture book and lets the judge count what is right.
 
-python -m diffgraft.app.bench.evaluate                       # the table of the model card: 500 captions a row, 25 steps
-python -m diffgraft.app.bench.evaluate --count 64            # a quick look
-python -m diffgraft.app.bench.evaluate --one-step            # the student: one step, no guidance
+python -m diffgraft.app.bench.model_card           # the table of the model card: 500 captions a row, 25 steps
+python -m diffgraft.app.bench.model_card --count 64 # a quick look
+python -m diffgraft.app.bench.model_card --one-step # the student: one step, no guidance
 """
 
 from __future__ import annotations
@@ -127,7 +127,7 @@ def instruments(vae: AutoencoderKL, judge: Judge, renders: int, verdicts: int) -
 
 
 def run(full: bool, model: Path | None = None) -> None:
-    """The tables of `python -m diffgraft.app.bench evaluate`: 500 captions a row, or 20 for a quick look."""
+    """The tables of `python -m diffgraft.app.bench model_card`: 500 captions a row, or 20 for a quick look."""
     count = 500 if full else 20
     table(subject(model), ROWS, count, steps=25, guidance=GUIDANCE)
     if model is None:
