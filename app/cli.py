@@ -11,6 +11,7 @@ import typer
 from ..attention.errors import SettingError
 from .batch.command import batch
 from .console import encodable, reported, say
+from .evaluate.command import evaluate
 from .options import Device, Model, Shared, Verbose, sharing
 
 app = typer.Typer(
@@ -143,6 +144,7 @@ def demo(
 
 
 app.command()(batch)
+app.command()(evaluate)
 
 
 def main() -> None:

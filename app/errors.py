@@ -13,6 +13,10 @@ class ManifestError(GraftError, ValueError):
     """A batch manifest, or one row of it, cannot be understood."""
 
 
+class DataError(GraftError, ValueError):
+    """A folder or file of benchmark rows cannot be understood."""
+
+
 class OutputError(GraftError, RuntimeError):
     """A result cannot be written where it was asked for."""
 

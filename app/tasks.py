@@ -73,7 +73,7 @@ def erase(wish: Wish, image: Path, mask: Path, out: Path, *, invert: bool, **opt
         picture = load_image(source)
         return picture, load_mask(other, picture.size, invert=invert)
 
-    return _edit(wish, "erase", _pairs(image, mask, "mask"), opened, out, image.is_dir(), **options)
+    return _edit(wish, "erase", matching(image, mask, "mask"), opened, out, image.is_dir(), **options)
 
 
 def stylize(wish: Wish, content: Path, style: Path, out: Path, **options: Any) -> list[Path]:
@@ -82,7 +82,7 @@ def stylize(wish: Wish, content: Path, style: Path, out: Path, **options: Any) -
     def opened(source: Path, other: Path) -> tuple[Image.Image, Image.Image]:
         return load_image(source), load_image(other)
 
-    pairs = [(picture, style) for picture in _pictures(content)] if content.is_dir() else [(content, style)]
+    pairs = [(picture, style) for picture in pictures_of(content)] if content.is_dir() else [(content, style)]
     return _edit(wish, "stylize", pairs, opened, out, content.is_dir(), **options)
 
 
@@ -111,21 +111,26 @@ def _edit(
     return [path for paths in targets for path in paths]
 
 
-def _pairs(images: Path, masks: Path, what: str) -> list[tuple[Path, Path]]:
+def matching(images: Path, masks: Path, what: str) -> list[tuple[Path, Path]]:
     """Pictures and masks of the same stem; one mask file serves a whole folder."""
     if not images.is_dir():
         return [(images, masks)]
-    pictures = _pictures(images)
+    pictures = pictures_of(images)
     if not masks.is_dir():
         return [(picture, masks) for picture in pictures]
-    by_stem = {path.stem: path for path in _pictures(masks)}
+    by_stem = {path.stem: path for path in pictures_of(masks)}
     missing = [picture.name for picture in pictures if picture.stem not in by_stem]
     if missing:
         raise ImageError(f"no {what} of the same name for {', '.join(missing[:5])} in {str(masks)!r}")
     return [(picture, by_stem[picture.stem]) for picture in pictures]
 
 
-def _pictures(folder: Path) -> list[Path]:
+def pictures_of(folder: Path) -> list[Path]:
+    """The pictures of a folder, by name.
+
+    Raises:
+        ImageError: there is none.
+    """
     found = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
     if not found:
         raise ImageError(f"{str(folder)!r} holds no pictures ({', '.join(SUFFIXES)})")

@@ -19,17 +19,18 @@ MOST = 800
 """Pictures on sheets; beyond that a sheet is no overview."""
 
 
-def write_sheets(folder: Path, records: Iterable[dict[str, Any]]) -> list[Path]:
+def write_sheets(folder: Path, records: Iterable[dict[str, Any]], columns: int = COLUMNS) -> list[Path]:
     """Draw contact-sheet.png, contact-sheet-2.png ... and delete sheets that are no longer needed.
 
     Args:
         records: in the order wanted; failed ones get an empty tile that says so.
+        columns: pictures in a line.
     """
     tiles = list(islice(_tiles(records), MOST))
-    pages = [tiles[i : i + COLUMNS * ROWS] for i in range(0, len(tiles), COLUMNS * ROWS)]
+    pages = [tiles[i : i + columns * ROWS] for i in range(0, len(tiles), columns * ROWS)]
     paths = [folder / ("contact-sheet.png" if i == 0 else f"contact-sheet-{i + 1}.png") for i in range(len(pages))]
     for path, page in zip(paths, pages, strict=True):
-        write_whole(path, _page(folder, page))
+        write_whole(path, _page(folder, page, columns))
     for old in folder.glob("contact-sheet*.png"):
         if old not in paths:
             old.unlink()
@@ -48,8 +49,8 @@ def _tiles(records: Iterable[dict[str, Any]]) -> Iterator[Tile]:
             yield None, record["id"], f"failed: {record.get('error_type', '')}"
 
 
-def _page(folder: Path, tiles: Sequence[Tile]) -> bytes:
-    columns = min(COLUMNS, len(tiles))
+def _page(folder: Path, tiles: Sequence[Tile], columns: int) -> bytes:
+    columns = min(columns, len(tiles))
     rows = -(-len(tiles) // columns)
     sheet = Image.new("RGB", (GAP + columns * (TILE + GAP), GAP + rows * (TILE + CAPTION + GAP)), PAPER)
     canvas, font = ImageDraw.Draw(sheet), ImageFont.load_default(11)

@@ -85,8 +85,9 @@ def score(case: Case, out: NDArray[Any]) -> Score:
     error, object_ = out - truth, image - truth
     left = float((error * object_)[case.thing].sum() / (object_**2)[case.thing].sum())
     edge = (distance(case.marked, 4) <= 4) & (distance(~case.marked, 4) <= 4)
-    return Score(left, _psnr(error[case.marked]), _psnr(error[edge]))
+    return Score(left, decibels(error[case.marked]), decibels(error[edge]))
 
 
-def _psnr(error: NDArray[Any]) -> float:
+def decibels(error: NDArray[Any]) -> float:
+    """Peak signal to noise ratio, dB, of errors in 0 ... 255."""
     return float(10 * np.log10(255**2 / max(1e-2, (error**2).mean())))
