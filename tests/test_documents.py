@@ -56,5 +56,5 @@ def test_the_readme_is_read_in_ten_minutes():
 
 
 def test_every_folder_explains_itself():
-    for folder in ("plugins", "pipelines", "attention", "app", "app/bench", "tests"):
+    for folder in ("plugins", "pipelines", "attention", "app", "app/bench", "app/evaluate", "tests"):
         assert f"{folder}/README.md" in DOCUMENTS
