@@ -1,22 +1,127 @@
-"""A hook on a torch module that stays behind when the module is copied."""
+"""One hook a module and a side of it, on which everybody's functions sit; a copy of the module gets an empty one.
+
+torch registers and removes a hook in two steps, and reads the lists in between. So a hook goes on empty and is filled
+afterwards; it is emptied first, and goes off when no other thread is inside of the model.
+"""
 
 from __future__ import annotations
 
+import functools
+import sys
+import threading
+import weakref
 from collections.abc import Callable
 from typing import Any
 
+from torch import nn
 
-class Hook:
-    """A hook bound to one module; a copy or a pickle of the module gets one that does nothing."""
+_LOCK = threading.RLock()
+_BEFORE, _AFTER = 2, 3
+_CALL = nn.Module._wrapped_call_impl.__code__  # pyright: ignore[reportPrivateUsage]
 
-    def __init__(self, function: Callable[..., Any] | None) -> None:
-        self.function = function
 
-    def __call__(self, *args: Any) -> Any:
-        return self.function(*args) if self.function is not None else None
+def _nothing() -> None:
+    return None
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Hook:
-        return Hook(None)
+
+class Gate:
+    """The hook: calls its functions in turn until one returns something.
+
+    Attributes:
+        functions: called with what torch gives the hook, without the module.
+        takes: how many things those are; a thread that came by before torch knew all of it is left alone.
+        root: the model, weakly. handle: takes the hook off. Both are None in a copy.
+    """
+
+    def __init__(self, takes: int) -> None:
+        self.functions: tuple[Callable[..., Any], ...] = ()
+        self.takes = takes
+        self.root: Callable[[], nn.Module | None] = _nothing
+        self.handle: Any = None
+
+    def __call__(self, module: Any, *given: Any) -> Any:
+        if len(given) != self.takes:
+            return None
+        for function in self.functions:
+            result = function(*given)
+            if result is not None:
+                return result
+        root = self.root()
+        if root is module and not self.functions and self.takes == _AFTER and given[-1] is not None:
+            sweep(root)  # whoever emptied it met somebody inside
+        return None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Gate:
+        return Gate(self.takes)
 
     def __reduce__(self) -> Any:
-        return Hook, (None,)
+        return Gate, (self.takes,)
+
+
+def hook_before(root: nn.Module, module: nn.Module, function: Callable[..., Any]) -> Callable[[], None]:
+    """Call function(args, kwargs) before a module of the model `root` runs; it may return both anew.
+
+    Returns:
+        the undo, which may be called in any order among functions and while other threads run the model.
+    """
+    return _put(root, module, function, _BEFORE)
+
+
+def hook_after(root: nn.Module, module: nn.Module, function: Callable[..., Any]) -> Callable[[], None]:
+    """Call function(args, kwargs, output) after a module of the model `root` ran; it may return another output.
+
+    The output is None where the module raised.
+    """
+    return _put(root, module, function, _AFTER)
+
+
+def _put(root: nn.Module, module: nn.Module, function: Callable[..., Any], takes: int) -> Callable[[], None]:
+    with _LOCK:
+        gate = next((gate for gate in _gates(module) if gate.takes == takes), None) or _register(root, module, takes)
+        gate.functions = (*gate.functions, function)
+    return functools.partial(_take, root, gate, function)
+
+
+def _take(root: nn.Module, gate: Gate, function: Callable[..., Any]) -> None:
+    with _LOCK:
+        gate.functions = tuple(kept for kept in gate.functions if kept is not function)
+    sweep(root)
+
+
+def _register(root: nn.Module, module: nn.Module, takes: int) -> Gate:
+    gate = Gate(takes)
+    gate.root = weakref.ref(root)
+    if takes == _AFTER:
+        gate.handle = module.register_forward_hook(gate, with_kwargs=True, always_call=True)
+    else:
+        gate.handle = module.register_forward_pre_hook(gate, with_kwargs=True, prepend=True)
+    return gate
+
+
+def sweep(root: nn.Module) -> None:
+    """Take the empty hooks off a model, unless another thread is inside of it."""
+    with _LOCK:
+        empty = [gate for module in root.modules() for gate in _gates(module) if not gate.functions]
+        if empty and not in_use(root):
+            for gate in empty:
+                gate.handle.remove()
+
+
+def in_use(module: nn.Module, threads: set[int] | None = None) -> bool:
+    """Whether another thread, or another one of `threads`, is inside a call of the module."""
+    here = threading.get_ident()
+    for ident, frame in sys._current_frames().items():  # pyright: ignore[reportPrivateUsage]
+        if ident == here or (threads is not None and ident not in threads):
+            continue
+        inside: Any = frame
+        while inside is not None:
+            if inside.f_code is _CALL and inside.f_locals.get("self") is module:
+                return True
+            inside = inside.f_back
+    return False
+
+
+def _gates(module: nn.Module) -> list[Gate]:
+    """The hooks of this kind on a module; those that came with a copy are nobody's."""
+    hooks: list[Any] = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+    return [hook for hook in hooks if isinstance(hook, Gate) and hook.handle is not None]

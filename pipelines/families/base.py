@@ -147,7 +147,8 @@ class Adapter:
         return Text(text.embeddings.to(self.pipe._execution_device, like.dtype), mask)
 
     def hooks(self, run: Callable[[], Any]) -> Sequence[Callable[[], None]]:
-        """Hooks that this family needs on its denoiser while grafted, as their undos; `run()` is this thread's run."""
+        """Hooks that this family needs on its denoiser while grafted, as their undos; `run()` is the run whose
+        denoiser call this thread makes, None where it makes none."""
         return ()
 
     # -- branches ----------------------------------------------------------------------------------------------

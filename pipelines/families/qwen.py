@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ...attention.hook import Hook
+from ...attention.hook import hook_after
 from ...plugins.base import Text
 from .base import Inputs
 from .flux import PackedAdapter
@@ -56,14 +56,14 @@ class QwenAdapter(PackedAdapter):
         """Each text counts its positions from its own start."""
         transformer: Any = self.denoiser
 
-        def after(module: Any, args: Any, output: tuple[torch.Tensor, torch.Tensor]) -> Any:
-            lengths = run().streams
-            if not lengths:
+        def after(args: Any, kwargs: Any, output: tuple[torch.Tensor, torch.Tensor] | None) -> Any:
+            here = run()
+            if here is None or not here.streams or output is None:
                 return None
             image, text = output
-            return image, torch.cat([text[:n] for n in lengths])
+            return image, torch.cat([text[:n] for n in here.streams])
 
-        return [transformer.pos_embed.register_forward_hook(Hook(after)).remove]
+        return [hook_after(transformer, transformer.pos_embed, after)]
 
     def encode_text(self, texts: Sequence[str], running: Running) -> Text:
         embeds, mask = self.encode_prompt(running, texts)

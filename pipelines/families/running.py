@@ -1,12 +1,14 @@
 """Which pipeline is calling the denoiser right now, and what it was asked for.
 
 A denoiser's inputs do not say whether a batch of two is a guided pair or two pictures, and pipelines that share a
-denoiser have flags of their own. The pipeline that is running is on the call stack; it is read, never written.
+denoiser have flags of their own. The pipeline that is running is on the call stack; it is read, and of what is written
+there nothing is seen but by us: a mark that goes with the call.
 """
 
 from __future__ import annotations
 
 import sys
+import weakref
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -24,13 +26,25 @@ _ASKED = (
 """What adapters and plugins read of a call; a frame holds more, and keeping its latents would keep their memory."""
 
 
+_MARK = "__diffgraft_call__"
+
+
+class Mark:
+    """Lies among the local variables of a pipeline call, and goes with them however the call ends."""
+
+
 @dataclass(frozen=True)
 class Running:
-    """The pipeline on the stack; `found` is False in a loop that somebody wrote by hand."""
+    """The pipeline on the stack; `found` is False in a loop that somebody wrote by hand.
+
+    Attributes:
+        arguments: what adapters and plugins read of the call. mark: one for each call, None in a loop by hand.
+    """
 
     pipe: Any
     found: bool
     arguments: dict[str, Any] = field(default_factory=dict[str, Any])
+    mark: weakref.ref[Mark] | None = None
 
     @property
     def steps(self) -> int | None:
@@ -84,7 +98,9 @@ def find_running(denoiser: nn.Module, pipe: Any) -> Running:
         if frame.f_code.co_name == "__call__" and "self" in frame.f_code.co_varnames:
             caller = frame.f_locals.get("self")
             if isinstance(caller, DiffusionPipeline) and owns(caller, denoiser):
-                return Running(caller, True, {k: v for k, v in frame.f_locals.items() if k in _ASKED})
+                known = frame.f_locals
+                mark = known.setdefault(_MARK, Mark())
+                return Running(caller, True, {k: v for k, v in known.items() if k in _ASKED}, weakref.ref(mark))
         frame = frame.f_back
     return Running(pipe, False)
 

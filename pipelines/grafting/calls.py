@@ -49,8 +49,8 @@ class Calls:
             )
         self._begin(run, inputs)
         run.inputs = inputs = self._staged(run, inputs)
-        run.rows_seen.add(max(rows.stop for rows in run.step.rows.values()))
-        run.calls += 1
+        run.tally.rows.add(max(rows.stop for rows in run.step.rows.values()))
+        run.tally.calls += 1
         return inputs
 
     def after(self, run: Run, output: Any) -> Any:

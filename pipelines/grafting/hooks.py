@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map
 
-from ...attention.hook import Hook
+from ...attention.hook import hook_after, hook_before
 from .run import Late
 
 Before = Callable[[tuple[Any, ...], dict[str, Any]], dict[str, Any] | None]
@@ -25,36 +25,33 @@ def hook_denoiser(denoiser: nn.Module, before: Before, after: After) -> Callable
     torch's own hooks, because accelerate's offload drops anything patched on `forward`.
     """
 
-    def first(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         inputs = before(args, kwargs)
         return None if inputs is None else ((), inputs)
 
-    def last(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    def last(args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         return after(output)
 
-    hooks = (
-        denoiser.register_forward_pre_hook(Hook(first), with_kwargs=True, prepend=True),
-        denoiser.register_forward_hook(Hook(last), with_kwargs=True, always_call=True),
-    )
+    undos = hook_after(denoiser, denoiser, last), hook_before(denoiser, denoiser, first)
 
     def undo() -> None:
-        for hook in hooks:
-            hook.remove()
+        for one in undos:
+            one()
 
     return undo
 
 
-def hook_block(block: nn.Module, arriving: Callable[[], Late | None]) -> Callable[[], None]:
+def hook_block(denoiser: nn.Module, block: nn.Module, arriving: Callable[[], Late | None]) -> Callable[[], None]:
     """Add rows at a block instead of at the input: everything before it is computed once. Returns the undo.
 
     From the block on where they join, whatever still has the pipeline's rows is widened.
     """
 
-    def first(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         late = arriving()
         return None if late is None else (_widened(args, late), _widened(kwargs, late))
 
-    return block.register_forward_pre_hook(Hook(first), with_kwargs=True, prepend=True).remove
+    return hook_before(denoiser, block, first)
 
 
 def _widened(tree: Any, late: Late) -> Any:

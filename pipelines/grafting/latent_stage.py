@@ -28,7 +28,7 @@ def move(run: Run, movers: Sequence[Plugin], inputs: Inputs) -> Inputs:
     _refuse(run, scheduler)
     reason = discards(scheduler)
     if reason:
-        run.skipped[reason] += 1
+        run.tally.skipped[reason] += 1
         return inputs
     key, rows = run.adapter.sample, run.step.rows["cond"]
     with torch.inference_mode(False), torch.enable_grad(), _probing_state(run):
@@ -42,7 +42,8 @@ def move(run: Run, movers: Sequence[Plugin], inputs: Inputs) -> Inputs:
             latent = latent if moved is None else moved.detach()
     if latent is before:
         return inputs
-    run.pending, run.updates = run.adapter.as_sample(latent), run.updates + 1
+    run.pending = run.adapter.as_sample(latent)
+    run.tally.updates += 1
     return {**inputs, key: run.adapter.with_latent(sample, run.pending * scale)}
 
 

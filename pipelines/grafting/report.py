@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from ...plugins.base import Plugin
-from .run import Run
+from .run import Tally
 
 
 @dataclass(frozen=True)
@@ -50,21 +49,17 @@ class Report:
 
 
 def make_report(
-    pipe: Any, plugins: Sequence[Plugin], runs: Sequence[Run], backend: str, layers: dict[str, int],
-    displaced: list[str],
-) -> Report:  # fmt: skip
-    """Collect a report from all threads' runs."""
-    skipped: Counter[str] = Counter()
-    for run in runs:
-        skipped.update(run.skipped)
+    pipe: Any, plugins: Sequence[Plugin], tally: Tally, backend: str, layers: Sequence[str], displaced: list[str]
+) -> Report:
+    """A report of all threads' runs; `layers` are the denoiser's in execution order."""
     return Report(
         pipeline=type(pipe).__name__,
         backend=backend,
-        calls=sum(run.calls for run in runs),
-        rows=sorted({rows for run in runs for rows in run.rows_seen}),
-        layers=layers,
-        updates=sum(run.updates for run in runs),
-        skipped=dict(skipped),
+        calls=tally.calls,
+        rows=sorted(tally.rows),
+        layers={name: tally.layers[name] for name in layers if name in tally.layers},
+        updates=tally.updates,
+        skipped=dict(tally.skipped),
         displaced=displaced,
         plugins=[(type(plugin).__name__, plugin.report()) for plugin in plugins],
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
@@ -31,9 +32,27 @@ class Late:
     joined: bool = False
 
 
+@dataclass
+class Tally:
+    """What a run did, for the report; it outlives the run."""
+
+    calls: int = 0
+    updates: int = 0
+    rows: set[int] = field(default_factory=set[int])
+    skipped: Counter[str] = field(default_factory=Counter[str])
+    layers: Counter[str] = field(default_factory=Counter[str])
+
+    def add(self, other: Tally) -> None:
+        """Count what another run did as well."""
+        self.calls, self.updates = self.calls + other.calls, self.updates + other.updates
+        self.rows |= other.rows
+        self.skipped.update(other.skipped)
+        self.layers.update(other.layers)
+
+
 @dataclass(eq=False)
 class Run:
-    """State of the pipeline calls that one thread makes under one graft.
+    """State of the pipeline calls that one thread, or one block of code, makes under one graft.
 
     Attributes:
         adapter: the denoiser's. running: the pipeline that calls it now. clock, step: where it is.
@@ -43,7 +62,8 @@ class Run:
         late: rows that join on the way. streams: lengths of the texts of a joint-attention model, the prompt's first;
             empty without others.
         memo, notes: what is kept over the steps of a pipeline call.
-        skipped, rows_seen, updates, calls: for the report.
+        stranded: whether a pipeline call ended with a moved latent that no step had started from.
+        tally: for the report.
     """
 
     adapter: Adapter
@@ -57,10 +77,9 @@ class Run:
     streams: list[int] = field(default_factory=list[int])
     memo: TextMemo = field(default_factory=TextMemo)
     notes: dict[Any, Any] = field(default_factory=dict[Any, Any])
-    skipped: Counter[str] = field(default_factory=Counter[str])
-    rows_seen: set[int] = field(default_factory=set[int])
-    updates: int = 0
-    calls: int = 0
+    stranded: bool = False
+    tally: Tally = field(default_factory=Tally)
+    _mark: Any = None
 
     def text_slice(self, layer: AttentionLayer) -> slice | None:
         """Columns of the text in a joint layer."""
@@ -70,7 +89,27 @@ class Run:
         """A denoiser call begins or is over: nothing joins it."""
         self.late, self.streams = None, []
 
+    def follow(self, running: Running) -> None:
+        """Note who calls the denoiser; what belongs to a pipeline call is forgotten when that is gone, however."""
+        self.running = running
+        if running.mark is not None and (mark := running.mark()) is not None and self._mark != running.mark:
+            run = weakref.ref(self)
+            self._mark = weakref.ref(mark, lambda gone: _leave(run(), gone))
+
+    def left(self, mark: Any) -> None:
+        """The pipeline call of this mark is gone."""
+        if mark is self._mark:
+            self.stranded, self.pending = self.pending is not None, None
+            self.running, self.inputs, self._mark = Running(self.adapter.pipe, False), {}, None
+            self.forget()
+
     def forget(self) -> None:
         """The pipeline call is over, or the graft comes off: drop what was kept over its steps."""
         self.memo.clear()
         self.notes.clear()
+        self.deltas = []
+
+
+def _leave(run: Run | None, mark: Any) -> None:
+    if run is not None:
+        run.left(mark)

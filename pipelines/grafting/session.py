@@ -86,4 +86,4 @@ class RunSession:
         return latents.signal(self._run.running.pipe.scheduler, step)
 
     def skip(self, reason: str) -> None:
-        self._run.skipped[reason] += 1
+        self._run.tally.skipped[reason] += 1
