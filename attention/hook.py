@@ -47,7 +47,13 @@ class Gate:
             if result is not None:
                 return result
         root = self.root()
-        if root is module and not self.functions and self.takes == _AFTER and given[-1] is not None:
+        if (
+            root is not None
+            and root is module
+            and not self.functions
+            and self.takes == _AFTER
+            and given[-1] is not None
+        ):
             sweep(root)  # whoever emptied it met somebody inside
         return None
 
@@ -123,5 +129,6 @@ def in_use(module: nn.Module, threads: set[int] | None = None) -> bool:
 
 def _gates(module: nn.Module) -> list[Gate]:
     """The hooks of this kind on a module; those that came with a copy are nobody's."""
-    hooks: list[Any] = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+    either: Any = module
+    hooks: list[Any] = [*either._forward_pre_hooks.values(), *either._forward_hooks.values()]
     return [hook for hook in hooks if isinstance(hook, Gate) and hook.handle is not None]

@@ -16,7 +16,7 @@ import torch
 from plugins_for_tests import Climb, Guide, NoOp, Scaled, fingerprint
 
 import diffgraft as dg
-from diffgraft.pipelines.grafting.graft import suspended
+from diffgraft.pipelines.grafting.blocks import suspended
 
 
 @pytest.mark.parametrize("guidance", [1.0, 4.0])

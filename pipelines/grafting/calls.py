@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -28,25 +27,22 @@ class Calls:
     Args:
         placed: what runs where. texts: the pipeline's encoders.
         link: called with the scheduler of the running pipeline, whose steps are to be followed.
-
-    Attributes:
-        probing: the run whose plugins ask for gradients now.
     """
 
     def __init__(self, placed: Placed, texts: Texts, link: Callable[[Any], None]) -> None:
         self.placed, self.texts, self.link = placed, texts, link
-        self.probing: Run | None = None
 
     def before(self, run: Run, args: tuple[Any, ...], kwargs: Inputs) -> Inputs:
         """The denoiser's inputs after the latent, the branch and the stream stage."""
-        run.running = find_running(run.adapter.denoiser, run.adapter.pipe)
+        run.follow(find_running(run.adapter.denoiser, run.adapter.pipe))
         inputs = run.adapter.bind(args, kwargs)
         if run.pending is not None and not _stays_in_step(run, inputs):
             run.pending = None
-            raise GraftError(
-                "a plugin moved the latents, but scheduler.step was not called on the pipeline's own scheduler "
-                "before the next denoiser call: sample with pipe.scheduler"
-            )
+            if not run.clock.begins_again(inputs[run.adapter.timestep]):
+                raise GraftError(
+                    "a plugin moved the latents, but scheduler.step was not called on the pipeline's own scheduler "
+                    "before the next denoiser call: sample with pipe.scheduler"
+                )
         self._begin(run, inputs)
         run.inputs = inputs = self._staged(run, inputs)
         run.tally.rows.add(max(rows.stop for rows in run.step.rows.values()))
@@ -81,24 +77,15 @@ class Calls:
         active = self.placed.active(run.step)
         movers = [plugin for plugin in active if plugin.moves(run.step)]
         if movers:
-            with self._probing(run):
-                inputs = move(run, movers, inputs)
+            inputs = move(run, movers, inputs)
         inputs = add_rows(run, self.placed, active, RunSession(run, self.texts), inputs)
         return add_streams(run, active, inputs)
-
-    @contextmanager
-    def _probing(self, run: Run) -> Generator[None]:
-        self.probing = run
-        try:
-            yield
-        finally:
-            self.probing = None
 
     def _begin(self, run: Run, inputs: Inputs) -> None:
         adapter, scheduler = run.adapter, run.running.pipe.scheduler
         self.link(scheduler)
         timestep = inputs[adapter.timestep]
-        fresh = run.clock.start(scheduler, timestep)
+        fresh = run.clock.start(scheduler, timestep, run.running.mark)
         index, total = run.clock.read(scheduler, run.running.steps)
         rows = adapter.groups(inputs, run.running)
         run.step = Step(index, total, timestep, adapter.grid(inputs, run.running), rows, notes=run.notes)
@@ -108,6 +95,7 @@ class Calls:
             run.deltas = []
         if fresh:
             run.forget()
+            run.stranded = False
             adapter.check()
             for plugin in self.placed.plugins:
                 plugin.begin(RunSession(run, self.texts), run.step)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Generator, Sequence
-from contextlib import ExitStack, contextmanager
-from contextvars import ContextVar
-from types import TracebackType
+import time
+import warnings
+from collections.abc import Sequence
+from contextlib import ExitStack
+from types import FrameType, TracebackType
 from typing import Any, Self
 from weakref import WeakSet
 
@@ -15,40 +16,46 @@ import torch
 
 from ...attention.backends import select
 from ...attention.errors import AlreadyGraftedError, GraftError, SettingTypeError
+from ...attention.hook import in_use
 from ...attention.layer import AttentionLayer
 from ...attention.seam import Work, install
 from ...plugins.base import Plugin
 from ..families import adapter_for
 from ..families.base import Inputs
-from ..families.running import Running
+from ..families.running import Running, find_running
+from .blocks import Block, block_here, complaint, holders, is_suspended
 from .branch_stage import arriving
 from .calls import Calls
 from .compiled import eager
+from .gradients import run_again_for
 from .hooks import hook_block, hook_denoiser
 from .plan import Placed, place
 from .report import Report, make_report
 from .run import Late, Run
-from .scheduler_link import SchedulerStep
+from .runs import Local, Runs
+from .scheduler_link import follow, leave
 from .session import RunSession
 from .text import Texts
 
-_HERE: ContextVar[tuple[Graft, ...]] = ContextVar("diffgraft_grafts", default=())
-_SUSPENDED: ContextVar[bool] = ContextVar("diffgraft_suspended", default=False)
 _INSTALLED: WeakSet[Graft] = WeakSet()  # weak: a forgotten attached graft goes with its model
 _LOCK = threading.RLock()
+_WAIT = 0.001
+"""Seconds between two looks whether the calls that run under a graft are over."""
 
 
 class Graft:
     """Techniques on a pipeline. Made by `diffgraft.graft`.
 
     As a context manager it edits what this context (thread, task) runs on the pipeline's denoiser, sibling pipelines
-    that share it included. `attach()` edits every thread's calls until `detach()`. Nothing of it is left afterwards,
-    also after an exception or Ctrl-C.
+    that share it included. Entering again counts: the outermost block takes it off, also one in another thread.
+    `attach()` edits every thread's calls until `detach()`. Nothing of it is left afterwards, also after an exception
+    or Ctrl-C.
 
     Attributes:
         pipe: the pipeline, unchanged in class, config and signature.
         plugins: in the order given.
         layers: every attention layer of the denoiser in execution order.
+        runs: the state of threads and blocks that are alive; it goes with them.
     """
 
     def __init__(self, pipe: Any, plugins: Sequence[Plugin], backend: str, strict: bool) -> None:
@@ -60,12 +67,13 @@ class Graft:
         self.layers = self.adapter.layers
         self.texts = Texts(self.adapter)
         self.backend = select(backend, device=_device(pipe), strict=strict)
-        self.edited: dict[str, int] = {}
-        self.runs: list[Run] = []
-        self._local = threading.local()
+        self.runs = Runs()
+        self._local = Local()
         self._stack: ExitStack | None = None
-        self._everywhere = False
-        self._links: dict[int, SchedulerStep] = {}
+        self._everywhere: Block | None = None
+        self._blocks: list[Block] = []
+        self._flying: set[int] = set()
+        self._links: WeakSet[Any] = WeakSet()
         self._processors = self._present()
         self._calls = Calls(Placed(), self.texts, self.link)
 
@@ -81,38 +89,51 @@ class Graft:
             AlreadyGraftedError: another graft is on the same denoiser.
             GraftError: a plugin's settings do not fit the pipeline.
         """
-        if not self.attached:
-            self._install()
-            self._everywhere = True
+        with _LOCK:
+            if self._everywhere is None:
+                self._put_on()
+                self._everywhere = Block(self, self.adapter.denoiser, self.run)
         return self
 
     def detach(self) -> None:
-        """Take everything off; idempotent."""
-        stack, self._stack = self._stack, None
-        self._everywhere = False
-        for run in self.runs:
-            run.forget()
-        if stack is not None:
-            stack.close()
+        """Take everything off that `attach` or a block around this put on; idempotent."""
+        with _LOCK:
+            everywhere, self._everywhere = self._everywhere, None
+            while (block := self._block()) is not None:
+                self._close(block)
+        self._take_off()
+        if everywhere is not None:
+            self._complain(everywhere, crossed=False, closing=True)
 
     def __enter__(self) -> Self:
-        if not self.attached:
-            self._install()
-            token = _HERE.set((*_HERE.get(), self))
-            assert self._stack is not None
-            self._stack.callback(_HERE.reset, token)
+        with _LOCK:
+            outer = self._block()
+            self._put_on()
+            home = self._new_run() if outer is None and self._everywhere is None else self.run
+            block = Block(self, self.adapter.denoiser, home, holders(), outer)
+            self._blocks.append(block)
+            block.open()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        moved = any(run.pending is not None for run in self.runs)
-        self.detach()
-        if moved and kind is None:
+        frames = holders()
+        with _LOCK:
+            block = self._leaving(frames)
+            if block is None:  # detach() was first
+                return
+            crossed = not self._close(block)
+        outermost = block.outer is None and self._everywhere is None
+        stranded = outermost and any(run.pending is not None or run.stranded for run in self._own(block))
+        self._take_off()
+        if stranded and kind is None:
             raise GraftError(
                 "a plugin moved the latents, but scheduler.step was never called on the pipeline's own scheduler "
                 "after it: sample with pipe.scheduler"
             )
+        if block.outer is None and kind in (None, GeneratorExit):
+            self._complain(block, crossed, closing=kind is not None)
 
     @property
     def attached(self) -> bool:
@@ -122,43 +143,79 @@ class Graft:
     def report(self) -> Report:
         """What was done since the last attach: layers, calls, backend, updates, skipped ones, displaced processors."""
         moved = [name for name, found in self._present().items() if found is not self._processors.get(name)]
-        layers = {layer.name: self.edited[layer.name] for layer in self.layers if layer.name in self.edited}
-        return make_report(self.pipe, self.plugins, self.runs, self.backend.name, layers, moved)
+        names = [layer.name for layer in self.layers]
+        return make_report(self.pipe, self.plugins, self.runs.tally(), self.backend.name, names, moved)
 
-    # -- installing --------------------------------------------------------------------------------------------
+    # -- putting on and taking off -----------------------------------------------------------------------------
 
-    def _install(self) -> None:
+    def _put_on(self) -> None:
+        self._refuse_second()
+        if self._stack is not None:
+            return
+        stack = ExitStack()
+        try:
+            _INSTALLED.add(self)
+            stack.callback(_INSTALLED.discard, self)
+            self._bind(stack)
+            stack.enter_context(eager())
+            self._hook(stack)
+            self._stack = stack
+            self.link(self.pipe.scheduler)
+        except BaseException:
+            self._stack = None
+            stack.close()
+            raise
+
+    def _take_off(self) -> None:
+        """Take everything off, unless somebody has a block open; waits for the calls that still run under the graft."""
+        while not self._wanted and in_use(self.adapter.denoiser, self._flying):
+            time.sleep(_WAIT)
         with _LOCK:
-            self._refuse_second()
-            stack = ExitStack()
-            try:
-                _INSTALLED.add(self)
-                stack.callback(_INSTALLED.discard, self)
-                self._bind(stack)
-                stack.enter_context(eager())
-                self._hook(stack)
-                self._stack = stack
-                self.link(self.pipe.scheduler)
-            except BaseException:
-                self._stack = None
+            if self._wanted:
+                return
+            stack, self._stack = self._stack, None
+            for run in self.runs:
+                run.forget()
+            if stack is not None:
                 stack.close()
-                raise
+
+    @property
+    def _wanted(self) -> bool:
+        return self._everywhere is not None or bool(self._blocks)
 
     def _refuse_second(self) -> None:
+        here = block_here(self.adapter.denoiser)
+        owner = None if here is None else here[0].owner
         for other in _INSTALLED:
             # Grafts of other threads are inert here; only one that this context would also run is a conflict.
-            if other.adapter.denoiser is self.adapter.denoiser and (other._everywhere or other in _HERE.get()):
+            same = other is not self and other.adapter.denoiser is self.adapter.denoiser
+            if same and (other._everywhere is not None or owner is other):
                 raise AlreadyGraftedError(
                     f"the {type(self.adapter.denoiser).__name__} already carries a graft here: give all plugins to one "
                     "graft(pipe, a, b), or detach() the other first"
                 )
 
+    def _block(self) -> Block | None:
+        """The innermost block of this graft that holds here."""
+        here = block_here(self.adapter.denoiser)
+        return here[0] if here is not None and here[0].owner is self else None
+
+    def _leaving(self, frames: Sequence[FrameType]) -> Block | None:
+        """The block that is left: the last one of these frames, else of this context, else of all."""
+        own = [block for block in self._blocks if set(block.frames) & set(frames)]
+        last = self._block()
+        return own[-1] if own else last if last is not None else self._blocks[-1] if self._blocks else None
+
+    def _close(self, block: Block) -> bool:
+        self._blocks.remove(block)
+        self._local.calls.clear()
+        return block.close()
+
     def _bind(self, stack: ExitStack) -> None:
         self.adapter = adapter_for(self.pipe)
         self.adapter.check()
         self.layers, self.texts.adapter = self.adapter.layers, self.adapter
-        self.runs, self._local, self._links = [], threading.local(), {}
-        self.edited, self._processors = {}, self._present()
+        self.runs, self._local, self._processors = Runs(), Local(), self._present()
         for plugin in self.plugins:
             stack.callback(plugin.unbind)
             plugin.bind(RunSession(self.run, self.texts))
@@ -170,78 +227,130 @@ class Graft:
             if layer.name in placed.edits:
                 stack.callback(install(layer, self))
         stack.callback(hook_denoiser(denoiser, self._before, self._after))
-        for undo in self.adapter.hooks(lambda: self.run):
+        stack.callback(self._unlink)
+        for undo in self.adapter.hooks(self._running):
             stack.callback(undo)
         if placed.brings_rows:
             for name, block in self.adapter.late_blocks():
-                stack.callback(hook_block(block, functools.partial(self._arriving, name)))
+                stack.callback(hook_block(denoiser, block, functools.partial(self._arriving, name)))
 
     # -- what hooks ask ----------------------------------------------------------------------------------------
 
     @property
     def run(self) -> Run:
-        """This thread's state."""
-        run = getattr(self._local, "run", None)
-        if run is None:
-            run = self._local.run = Run(self.adapter, Running(self.pipe, False))
-            self.runs.append(run)
-        return run
+        """The state of what runs here."""
+        here = self._visiting()
+        return self._thread_run() if here is None else here[1]
 
     @property
     def here(self) -> bool:
-        """Whether this context is edited now."""
-        return (self._everywhere or self in _HERE.get()) and not _SUSPENDED.get()
+        """Whether what runs here is edited now."""
+        return self._visiting() is not None
+
+    def _thread_run(self) -> Run:
+        if self._local.run is None:
+            self._local.run = self._new_run()
+        return self._local.run
+
+    def _new_run(self) -> Run:
+        return self.runs.add(Run(self.adapter, Running(self.pipe, False)))
+
+    def _own(self, block: Block) -> list[Run]:
+        """The runs that a block of this thread may have used."""
+        return [run for run in (block.home, self._local.run) if run is not None]
+
+    def _visiting(self) -> tuple[Block, Run] | None:
+        """The block that holds for what runs here, with its state; None where this graft is not in force."""
+        here = block_here(self.adapter.denoiser)
+        if here is not None:
+            block, held = here
+            return (block, block.home if held else self._thread_run()) if block.owner is self else None
+        everywhere = None if is_suspended() else self._everywhere
+        return None if everywhere is None else (everywhere, self._thread_run())
+
+    def _running(self) -> Run | None:
+        """The run whose denoiser call this thread is in."""
+        calls = self._local.calls
+        return calls[-1] if calls else None
 
     def _before(self, args: tuple[Any, ...], kwargs: Inputs) -> Inputs | None:
-        run = self._watching()
-        return None if run is None else self._calls.before(run, args, kwargs)
+        run, calls = self._running(), self._local.calls
+        if run is not None and run.step.probing:
+            return None
+        here = self._visiting()
+        if here is None:
+            calls.append(None) if calls else self._note_stray()
+            return None
+        here[0].count()
+        calls.append(here[1])
+        self._flying.add(threading.get_ident())
+        return self._calls.before(here[1], args, kwargs)
 
     def _after(self, output: Any) -> Any:
-        run = self._watching()
+        run, calls = self._running(), self._local.calls
+        if not calls or (run is not None and run.step.probing):
+            return None
+        calls.pop()
         if run is None:
             return None
+        if not calls:
+            self._flying.discard(threading.get_ident())
         return self._calls.aborted(run) if output is None else self._calls.after(run, output)
 
-    def _watching(self) -> Run | None:
-        """This thread's run if the pipeline calls the denoiser here; None for probes and for other contexts."""
-        return self.run if self.here and not self.run.step.probing else None
-
     def _arriving(self, block: str) -> Late | None:
-        return arriving(self.run, block) if self.here else None
+        run = self._running()
+        return None if run is None else arriving(run, block)
 
     def work(self, layer: AttentionLayer) -> Work | None:
         """Edits for a layer now (called by its seam)."""
-        run, placed = self.run if self.here else None, self._calls.placed
+        run, placed = self._running(), self._calls.placed
         if run is None and torch.is_grad_enabled():
-            run = self._calls.probing  # gradient checkpointing runs layers again on autograd's own threads
+            run = run_again_for(self.adapter)  # gradient checkpointing runs layers again on autograd's own threads
         if run is None:
             return None
         step, active = run.step, placed.active(run.step)
         edits = [e for plugin, e in placed.edits[layer.name] if plugin in active and e.active(layer, step)]
         if not edits:
             return None
-        self.edited[layer.name] = self.edited.get(layer.name, 0) + 1
+        run.tally.layers[layer.name] += 1
         memo = run.memo if any(edit.keeps_text for edit in edits) else None
         return Work(step, edits, self.backend.kernel, run.text_slice(layer), memo)
 
     def link(self, scheduler: Any) -> None:
         """Follow this scheduler's steps until the graft comes off."""
-        if id(scheduler) in self._links or self._stack is None:
+        with _LOCK:
+            if scheduler not in self._links and self._stack is not None:
+                self._links.add(scheduler)
+                follow(scheduler, self._stepped)
+
+    def _unlink(self) -> None:
+        for scheduler in list(self._links):
+            leave(scheduler, self._stepped)
+        self._links.clear()
+
+    def _stepped(self, sample: Any) -> Any:
+        here = self._visiting()
+        if here is None:
+            return sample
+        here[0].stepped += 1
+        return self._calls.stepped(here[1], sample)
+
+    # -- what went by ------------------------------------------------------------------------------------------
+
+    def _note_stray(self) -> None:
+        """A call of the pipeline itself, plain because it is made elsewhere."""
+        if self._blocks and not is_suspended() and find_running(self.adapter.denoiser, self.pipe).pipe is self.pipe:
+            for block in tuple(self._blocks):
+                block.strays += 1
+
+    def _complain(self, block: Block, crossed: bool, closing: bool) -> None:
+        """Say so where the plugins changed nothing though the pipeline ran."""
+        told = complaint(block, crossed) if self._calls.placed.plugins else None
+        if told is None:
             return
-        link = SchedulerStep(scheduler, lambda x: self._calls.stepped(self.run, x) if self.here else x)
-        self._links[id(scheduler)] = link
-        link.install()
-        self._stack.callback(link.remove)
-
-
-@contextmanager
-def suspended() -> Generator[None]:
-    """Inside, this context runs as if no graft were on: for library code with a sampling loop of its own."""
-    token = _SUSPENDED.set(True)
-    try:
-        yield
-    finally:
-        _SUSPENDED.reset(token)
+        if crossed and not closing and not block.calls:
+            raise GraftError(told)
+        warnings.warn(told, stacklevel=3)
 
 
 def graft(pipe: Any, *plugins: Plugin, backend: str = "auto", strict: bool = False) -> Graft:

@@ -15,6 +15,7 @@ from ...attention.seam import StopForward
 from ...plugins.base import Plugin
 from ..families.base import Inputs
 from ..families.running import swap_processors
+from .gradients import followed, frozen
 from .run import Run
 from .scheduler_link import check_moves, discards, model_scale
 
@@ -31,7 +32,7 @@ def move(run: Run, movers: Sequence[Plugin], inputs: Inputs) -> Inputs:
         run.tally.skipped[reason] += 1
         return inputs
     key, rows = run.adapter.sample, run.step.rows["cond"]
-    with torch.inference_mode(False), torch.enable_grad(), _probing_state(run):
+    with torch.inference_mode(False), torch.enable_grad(), _probing_state(run), followed(run):
         inputs = tree_map(_ordinary, inputs)
         sample = inputs[key].detach()
         run.inputs = run.adapter.take(inputs, rows)
@@ -90,18 +91,12 @@ def _probe(run: Run, latent: torch.Tensor, scale: torch.Tensor) -> torch.Tensor 
 def _probing_state(run: Run) -> Generator[None]:
     """The step as a probe sees it, and parameters without gradients; all put back at the end."""
     step, rows, denoiser = run.step, run.step.rows, run.adapter.denoiser
-    trained = {name: p for name, p in denoiser.named_parameters() if p.requires_grad}
-    for parameter in trained.values():
-        parameter.requires_grad_(False)
     step.phase, step.rows = "latent", {"cond": slice(0, rows["cond"].stop - rows["cond"].start)}
     try:
-        with _without_pag(denoiser, run.running.before_pag):
+        with frozen(denoiser), _without_pag(denoiser, run.running.before_pag):
             yield
     finally:
         step.phase, step.rows, run.inputs = "predict", rows, {}
-        for name, parameter in denoiser.named_parameters():  # offload makes new ones meanwhile
-            if name in trained:
-                parameter.requires_grad_(True)
 
 
 @contextmanager

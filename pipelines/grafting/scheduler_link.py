@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import threading
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -12,24 +13,27 @@ import torch
 
 from ...attention.errors import UnsupportedSchedulerError
 
+_LOCK = threading.RLock()
 _ATTENUATED = ("UniPCMultistepScheduler", "SASolverScheduler", "HeliosScheduler", "HeliosDMDScheduler")
 
 
 class SchedulerStep:
-    """Stands in for one scheduler's `step`: lets `handler` replace the sample, then counts the step.
+    """Stands in for one scheduler's `step`: lets handlers replace the sample.
 
-    Args:
-        scheduler: the instance whose `step` is wrapped.
-        handler: handler(sample) -> sample; called once a step.
+    Attributes:
+        handlers: handler(sample) -> sample, each called once a step.
     """
 
-    def __init__(self, scheduler: Any, handler: Callable[[Any], Any]) -> None:
-        self.scheduler, self.handler, self.original = scheduler, handler, scheduler.step
+    def __init__(self, scheduler: Any) -> None:
+        self.scheduler, self.original = scheduler, scheduler.step
+        self.handlers: tuple[Callable[[Any], Any], ...] = ()
         self.was_own = "step" in scheduler.__dict__
         functools.update_wrapper(self, self.original)  # pipelines look into the signature for eta and generator
 
     def __call__(self, model_output: Any, timestep: Any, sample: Any, *args: Any, **kwargs: Any) -> Any:
-        return self.original(model_output, timestep, self.handler(sample), *args, **kwargs)
+        for handler in self.handlers:
+            sample = handler(sample)
+        return self.original(model_output, timestep, sample, *args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         return copy.deepcopy(self.original, memo)
@@ -37,22 +41,32 @@ class SchedulerStep:
     def __reduce__(self) -> Any:
         return getattr, (self.scheduler, "step")
 
-    def install(self) -> None:
-        self.scheduler.step = self
 
-    def remove(self) -> None:
-        """Put the original back; if somebody wrapped on top, stay and pass through."""
-        self.handler = _unchanged
-        if self.scheduler.__dict__.get("step") is not self:
+def follow(scheduler: Any, handler: Callable[[Any], Any]) -> None:
+    """Call `handler` at every step of a scheduler, until `leave`."""
+    with _LOCK:
+        step = scheduler.__dict__.get("step")
+        if not isinstance(step, SchedulerStep):
+            step = SchedulerStep(scheduler)
+            scheduler.step = step
+        step.handlers = (*step.handlers, handler)
+
+
+def leave(scheduler: Any, handler: Callable[[Any], Any]) -> None:
+    """Put the original back with the last handler; if somebody wrapped on top, stay and pass through."""
+    with _LOCK:
+        step: Any = scheduler.step
+        while step is not None and not (isinstance(step, SchedulerStep) and handler in step.handlers):
+            step = getattr(step, "__wrapped__", None)
+        if step is None:
             return
-        if self.was_own:
-            self.scheduler.step = self.original
+        step.handlers = tuple(kept for kept in step.handlers if kept != handler)
+        if step.handlers or scheduler.__dict__.get("step") is not step:
+            return
+        if step.was_own:
+            scheduler.step = step.original
         else:
-            del self.scheduler.__dict__["step"]
-
-
-def _unchanged(sample: Any) -> Any:
-    return sample
+            del scheduler.__dict__["step"]
 
 
 def check_moves(scheduler: Any) -> None:

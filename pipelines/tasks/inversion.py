@@ -17,7 +17,7 @@ from ...attention.errors import NonFiniteError, SettingError, SettingTypeError, 
 from ...plugins.base import finite
 from ..families import latents as pictures
 from ..families.loop import Loop, loop_for
-from ..grafting.graft import suspended
+from ..grafting.blocks import suspended
 from .negative import Negative, negative_for
 from .schedule import Grid, grid_of, predicted_noise, reverse_step, same_start
 
