@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from ..attention.errors import GraftError
-
-
-class ImageError(GraftError, ValueError):
-    """A file or upload is not a picture that can be used."""
+from ..attention.errors import ImageError as ImageError
+from ..attention.errors import ImageWarning as ImageWarning
 
 
 class ManifestError(GraftError, ValueError):
@@ -31,7 +29,3 @@ class MissingExtraError(GraftError, RuntimeError):
 
 class WorkerError(GraftError, RuntimeError):
     """The workers of a batch run cannot be started."""
-
-
-class ImageWarning(UserWarning):
-    """A picture was used, but not quite as it was given."""

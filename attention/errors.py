@@ -35,6 +35,14 @@ class SettingTypeError(GraftError, TypeError):
     """An argument has the wrong type."""
 
 
+class ImageError(SettingError):
+    """A file, an array or an upload is not a picture that can be used."""
+
+
+class ImageWarning(UserWarning):
+    """A picture was used, but not quite as it was given."""
+
+
 class ConceptError(GraftError, ValueError):
     """A word asked for is not in the prompt, or was cut off by the tokenizer."""
 

@@ -11,22 +11,20 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image
 
-from .errors import MaskError, UnsupportedPipelineError
-
-THRESHOLD = 0.5
-"""From here on, on a scale of 0 to 1, a pixel is masked. 8-bit masks: 128 and more."""
-
-Bools = NDArray[np.bool_]
+from .binary import NOISE, Bools, binary, refuse_labels, separated, unit
+from .colours import alpha_of
+from .errors import ImageError, MaskError, SettingTypeError, UnsupportedPipelineError
+from .pictures import opened
 
 
 def as_mask(mask: Any, size: tuple[int, int] | None = None) -> Bools:
     """One mask from anything that stands for one; several are united.
 
     Args:
-        mask: True, 1 or white is masked. A PIL image of any mode (alpha decides if it varies, else luminance; EXIF
-            orientation is applied), a path, a numpy array [h, w], [h, w, 1 | 3 | 4] or [n, h, w], a torch tensor
+        mask: True, 1 or white is masked. A PIL image of any mode (alpha decides where it separates, else luminance;
+            EXIF orientation is applied), a path, a numpy array [h, w], [h, w, 1 | 3 | 4] or [n, h, w], a torch tensor
             [h, w], [n, h, w] or [n, 1 | 3 | 4, h, w], the value of a Gradio `ImageEditor` or `ImageMask` (whatever is
             painted on its layers), or a list of such. Arrays are boolean, integer (0/1 or 0...255) or float (0...1).
         size: (height, width) wanted; a mask of the same aspect is brought to it with a warning, a masked pixel never
@@ -34,7 +32,8 @@ def as_mask(mask: Any, size: tuple[int, int] | None = None) -> Bools:
     Returns:
         [h, w], boolean.
     Raises:
-        MaskError: not a mask, no layer painted, NaN, values outside the range, another aspect, different sizes.
+        MaskError: not a mask, no layer painted, NaN, values outside the range, numbers of objects, painted too dark to
+            count, another aspect, different sizes.
     """
     masks = as_masks(mask, size)
     if any(one.shape != masks[0].shape for one in masks):
@@ -107,16 +106,24 @@ def _tensor(values: NDArray[Any]) -> torch.Tensor:
 
 
 def _of_image(image: Image.Image) -> Bools:
-    image = ImageOps.exif_transpose(image)
-    if image.has_transparency_data:
-        alpha = np.asarray(image.convert("RGBA"))[..., 3]
-        if alpha.min() != alpha.max():
-            return _binary(torch.tensor(alpha))
-        image = image.convert("RGBA").convert("RGB")
+    alpha = alpha_of(image)
+    if alpha is not None:
+        found = separated(torch.tensor(np.asarray(alpha)))
+        if found is not None:
+            return found
+        image = image if image.mode.startswith(("I", "F")) else image.convert("RGBA").convert("RGB")
+    if image.mode == "P":
+        refuse_labels(image)
     if image.mode.startswith(("I", "F")):
         values = torch.from_numpy(np.array(image, np.float64))
-        return _binary(values / (65535 if values.max() > 255 else 255 if values.max() > 1 else 1))
-    return _binary(torch.tensor(np.asarray(image.convert("L"))))
+        if image.mode == "F":
+            return binary(values / (255 if values.max() > 1 else 1))
+        return binary(values.long(), deep=True)
+    try:
+        values = torch.tensor(np.asarray(image.convert("L")))
+    except ValueError:
+        raise MaskError(f"a picture of mode {image.mode!r} is not a mask: convert it to L first") from None
+    return binary(values, noise=NOISE if image.format in ("JPEG", "MPO", "WEBP") else 0)
 
 
 def _painted(value: Mapping[str, Any]) -> Bools:
@@ -132,24 +139,15 @@ def _painted(value: Mapping[str, Any]) -> Bools:
 
 def _alpha(layer: Any) -> Bools:
     image = _opened(layer)
-    return np.asarray(image.convert("RGBA"))[..., 3] > 0 if image.has_transparency_data else _of_image(image)
+    alpha = alpha_of(image)
+    return _of_image(image) if alpha is None else np.asarray(alpha) > 0
 
 
 def _opened(picture: Any) -> Image.Image:
-    """An image with its pixels, of a path, an array or itself."""
     try:
-        if isinstance(picture, (str, os.PathLike)):
-            with Image.open(cast("str | os.PathLike[str]", picture)) as opened:
-                opened.load()
-                return opened.copy()
-        image = Image.fromarray(picture) if isinstance(picture, np.ndarray) else picture
-        if isinstance(image, Image.Image):
-            image.load()  # a file that was opened may turn out to be damaged only now
-            return image
-    except (OSError, SyntaxError, ValueError, TypeError, Image.DecompressionBombError) as error:
-        name = "the mask" if isinstance(picture, (Image.Image, np.ndarray)) else repr(os.fspath(picture))
-        raise MaskError(f"{name} cannot be read as a mask: {error}") from error
-    raise MaskError(f"a {type(picture).__name__} is not a picture: give PIL images, paths or arrays")
+        return opened(picture)
+    except (ImageError, SettingTypeError) as error:
+        raise MaskError(f"the mask cannot be read: {error}") from error
 
 
 def _of_array(values: torch.Tensor, channels: int) -> list[Bools]:
@@ -158,42 +156,26 @@ def _of_array(values: torch.Tensor, channels: int) -> list[Bools]:
     if values.ndim == 3 and channels == -1 and shape[-1] in (1, 3, 4):
         values = values[None]
     if values.ndim == 4 and shape[channels] in (1, 3, 4):
-        values = _grey(values.movedim(channels, -1))
+        return [_of_channels(plane) for plane in values.movedim(channels, -1)]
     if values.ndim == 2:
         values = values[None]
     if values.ndim != 3 or 0 in values.shape:
         raise MaskError(f"an array of shape {shape} is not a mask: expected [h, w], with channels or a batch")
-    return [_binary(plane) for plane in values]
+    return [binary(plane) for plane in values]
 
 
-def _grey(values: torch.Tensor) -> torch.Tensor:
-    """[n, h, w] of [n, h, w, 1 | 3 | 4]: alpha where it varies, else luminance."""
+def _of_channels(values: torch.Tensor) -> Bools:
+    """[h, w] of [h, w, 1 | 3 | 4]: alpha where it separates, else luminance."""
     if values.shape[-1] == 1:
-        return values[..., 0]
-    if values.shape[-1] == 4 and bool((values[..., 3] != values[0, 0, 0, 3]).any()):
-        return values[..., 3]
+        return binary(values[..., 0])
+    if values.shape[-1] == 4:
+        found = separated(values[..., 3])
+        if found is not None:
+            return found
+    if bool((values[..., 0] == values[..., 1]).all() and (values[..., 0] == values[..., 2]).all()):
+        return binary(values[..., 0])
     weights = torch.tensor([0.299, 0.587, 0.114], dtype=torch.float64)
-    return _unit(values[..., :3]) @ weights
-
-
-def _binary(values: torch.Tensor) -> Bools:
-    # a luminance of weights that add up to 1 may miss the threshold by a rounding error
-    return (_unit(values) >= THRESHOLD - 1e-9).numpy()
-
-
-def _unit(values: torch.Tensor) -> torch.Tensor:
-    """Values as float64 between 0 and 1: floats as they are, integers of 0 and 1 too, other integers by 255."""
-    if values.is_complex():
-        raise MaskError("complex numbers are no mask: give booleans, integers or floats")
-    real = values.to(torch.float64)
-    low, high = float(real.amin()), float(real.amax())  # NaN survives both
-    most = 1.0 if values.dtype.is_floating_point or high <= 1 else 255.0
-    if not (low >= 0 and high <= most):
-        raise MaskError(
-            f"a mask of {str(values.dtype).removeprefix('torch.')} holds values from {low:g} to {high:g}: expected "
-            f"0 to {most:g} (floats 0...1, integers 0/1 or 0...255, no NaN)"
-        )
-    return real / most
+    return binary(unit(values[..., :3]) @ weights)
 
 
 def _sizes(masks: Sequence[Bools]) -> str:

@@ -144,6 +144,94 @@ def test_what_is_no_mask_says_why(bad, message):
     assert isinstance(caught.value, ValueError)
 
 
+def layered(colours, alpha):
+    image = Image.fromarray(np.broadcast_to(np.asarray(colours, np.uint8), (*TRUTH.shape, 3)).copy())
+    image.putalpha(Image.fromarray(np.asarray(alpha, np.uint8)))
+    return image
+
+
+@pytest.mark.parametrize("form", ["picture", "array", "file"])
+@pytest.mark.parametrize("least", [254, 253, 200])
+def test_alpha_counts_where_it_separates(form, least, tmp_path):
+    """An editor's export is opaque but for a breath: its brightness is the mask, not its alpha."""
+    alpha = np.full(TRUTH.shape, 255)
+    alpha[3, 3], alpha[10, 12] = least, least
+    image = layered(bytes_of(TRUTH)[..., None].repeat(3, 2), alpha)
+    image.save(tmp_path / "mask.png")
+    given = {"picture": image, "array": np.asarray(image), "file": tmp_path / "mask.png"}[form]
+    assert np.array_equal(as_mask(given), TRUTH)
+
+
+def test_a_faint_stroke_says_how_faint():
+    for colour in ((0, 0, 0), (255, 255, 255)):
+        stroke = layered(colour, bytes_of(TRUTH, 100))
+        for form in (stroke, np.asarray(stroke)):
+            with pytest.raises(dg.MaskError, match="at most 39%.*opaque brush"):
+                as_mask(form)
+    assert not as_mask(layered((0, 0, 0), bytes_of(TRUTH, 4))).any()  # what an eraser left
+
+
+IDS = np.zeros(TRUTH.shape, np.uint8)
+IDS[2:8, 2:10], IDS[12:20, 4:30], IDS[1:9, 20:30] = 1, 3, 7
+
+
+def forms_of_ids(values):
+    palette = Image.fromarray(values.astype(np.uint8), "P")
+    few = [0, 0, 0, 128, 0, 0, 0, 128, 0, 128, 128, 0, 0, 0, 128, 128, 0, 128, 0, 128, 128, 200, 200, 200]
+    palette.putpalette(few + [224, 224, 192] * 248)
+    return {
+        "uint8": values, "int64": values.astype(np.int64),
+        "tensor": torch.from_numpy(values),
+        "L": Image.fromarray(values), "I;16": Image.fromarray(values.astype(np.uint16)),
+        "I": Image.fromarray(values.astype(np.int32)), "P": palette,
+        "hw3": values[..., None].repeat(3, 2),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("ignored", [None, 255], ids=["numbers alone", "and 255 for none of them"])
+@pytest.mark.parametrize("form", forms_of_ids(IDS))
+def test_numbers_of_objects_are_no_mask(form, ignored):
+    values = IDS.copy()
+    if ignored:
+        values[20:24, 30:40] = ignored
+    with pytest.raises(dg.MaskError, match=r"1, 3, 7.*mask == [137]|mask == 1, of 0, 1, 3, 7"):
+        as_mask(forms_of_ids(values)[form])
+    assert np.array_equal(as_mask(values == 3), values == 3)
+
+
+def test_one_number_alone_is_told_too():
+    with pytest.raises(dg.MaskError, match="brightest is 3 of 255.*mask == 3, of 0, 3"):
+        as_mask(np.where(TRUTH, 3, 0))
+
+
+def test_a_soft_mask_is_not_taken_for_numbers():
+    soft = Image.fromarray(bytes_of(TRUTH)).resize((160, 96), Image.Resampling.BICUBIC)
+    assert np.array_equal(as_mask(np.asarray(soft)), np.asarray(soft) > 127)
+    assert np.array_equal(as_mask(np.where(TRUTH, 235, 16)), TRUTH)  # a video's black and white
+    assert np.array_equal(as_mask(np.where(TRUTH, 200, 0)), TRUTH)
+    trimap = np.where(TRUTH, 255, 0)
+    trimap[2:8, 30:38] = 128
+    assert np.array_equal(as_mask(trimap), trimap > 127)
+
+
+@pytest.mark.parametrize("form", ["L", "RGB", "P", "LA"])
+def test_a_dark_stroke_says_how_dark(form):
+    image = Image.fromarray(bytes_of(TRUTH, 90)).convert(form)
+    with pytest.raises(dg.MaskError, match="brightest is 90 of 255.*Paint white"):
+        as_mask(image)
+    red = Image.fromarray(bytes_of(TRUTH)[..., None] * np.uint8([1, 0, 0]))
+    with pytest.raises(dg.MaskError, match="brightest is 76 of 255"):
+        as_mask(red)
+    with pytest.warns(UserWarning, match="highest value is 0.4"):
+        assert not as_mask(TRUTH * 0.4).any()
+
+
+def test_black_of_a_jpeg_is_empty(tmp_path):
+    Image.fromarray(np.full(TRUTH.shape, 3, np.uint8)).save(tmp_path / "mask.jpg", quality=95)
+    assert not as_mask(tmp_path / "mask.jpg").any()
+    assert not as_mask(np.zeros(TRUTH.shape, np.uint8)).any()
+
+
 def test_a_damaged_file_says_why(tmp_path):
     (tmp_path / "mask.png").write_bytes(b"\x89PNG\r\n\x1a\n and then nothing")
     with pytest.raises(dg.MaskError, match=r"mask\.png"):

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from ...attention.errors import NonFiniteError, SettingError
-from ...attention.pictures import as_picture, as_rgb
+from ...attention.pictures import as_rgb
 from ...attention.step import Step
 
 
@@ -50,7 +50,7 @@ def _pixels(given: Any, processor: Any, height: int | None, width: int | None) -
     if isinstance(given, (torch.Tensor, np.ndarray)) and given.ndim == 4:
         return _pixels(list(cast("Iterable[Any]", given)), processor, height, width)
     several = list(cast("Sequence[Any]", given)) if isinstance(given, (list, tuple)) else [given]
-    pictures = [image if _floats(image) else as_rgb(as_picture(image)) for image in several]
+    pictures = [image if _floats(image) else as_rgb(image) for image in several]
     try:
         return torch.cat([processor.preprocess(picture, height=height, width=width) for picture in pictures])
     except (ValueError, RuntimeError) as error:

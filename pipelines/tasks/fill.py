@@ -12,7 +12,7 @@ from PIL import Image
 
 from ...attention.errors import SettingError, UnsupportedPipelineError
 from ...attention.masks import Bools, level_mask
-from ...attention.pictures import as_picture
+from ...attention.pictures import as_rgb
 from ...plugins.base import Plugin
 from ...plugins.redirection import SelfAttentionRedirection
 from ..families import adapter_for
@@ -100,7 +100,7 @@ def _for_each(call: dict[str, Any], jobs: Sequence[Job]) -> dict[str, Any]:
     several = isinstance(control, (list, tuple))
     if several and len(jobs) > 1:
         raise SettingError("several ControlNets take one picture at once: use batch_size=1")
-    shown = [as_picture(picture) for picture in as_list(control)]
+    shown = [as_rgb(picture) for picture in as_list(control)]
     cut = [job.region.cut(picture.resize(job.picture.size)) for picture in shown for job in jobs]
     return call | texts | {"control_image": cut}
 

@@ -13,7 +13,7 @@ from PIL import Image
 from ...attention.edit import Edit
 from ...attention.errors import SettingError, SettingTypeError, UnsupportedPipelineError
 from ...attention.maps import SELF_TOKENS, LayerChoice, MapCapture, concept_maps
-from ...attention.pictures import as_picture, as_rgb
+from ...attention.pictures import as_rgb
 from ...attention.regions import assign, propagate
 from ...attention.step import Rows, Step
 from ...plugins.base import Plugin, Session, finite
@@ -211,7 +211,7 @@ def attention_masks(
         raise SettingTypeError(f"a prompt is a text, not {type(prompt).__name__}")
     if image is None:
         (image,) = sample(pipe, [prompt], [number], steps=steps, guidance=guidance, **call)
-    image = as_rgb(as_picture(image))
+    image = as_rgb(image)
     if min(image.size) < pipe.vae_scale_factor:
         raise SettingError(f"a picture of {image.width}x{image.height}: at least {pipe.vae_scale_factor} pixels a side")
     _look_again(pipe, watch, prompt, image, noise, number)

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from ...attention.colours import in_space_of, opaque_srgb
 from ...attention.masks import Bools, fit
 from ...attention.morphology import components
 from ...attention.pictures import HARD
@@ -35,8 +36,8 @@ class Region:
     padded: tuple[int, int]
 
     def cut(self, image: Image.Image) -> Image.Image:
-        """The rectangle as an RGB picture of size `padded`."""
-        part = image.convert("RGB").crop(self.box)
+        """The rectangle as a picture in sRGB of size `padded`."""
+        part = opaque_srgb(image.crop(self.box), back=True)
         if part.size != self.size:
             part = part.resize(self.size, Image.Resampling.LANCZOS)
         return Image.fromarray(self._pad(np.asarray(part)))
@@ -151,12 +152,12 @@ def paste(source: Image.Image, generated: Image.Image, corner: tuple[int, int], 
 
     Args:
         source: of any mode in which pictures come in; keeps its mode, its alpha and its palette.
-        generated: RGB.
+        generated: RGB, in sRGB.
         corner: (left, top) of `generated` in `source`.
         opacity: [h, w] of `generated`, 0 ... 1. Modes that cannot be blended take it as 0 or 1.
     """
     box = (*corner, corner[0] + generated.width, corner[1] + generated.height)
-    out, below = source.copy(), source.crop(box)
+    out, below, generated = source.copy(), source.crop(box), in_space_of(generated, source)
     if source.mode == "P":
         above, opacity = _indexed(generated, below, opacity)
     else:

@@ -13,7 +13,7 @@ import torch
 from PIL import Image, ImageOps
 
 from ...attention.errors import SettingError, SettingTypeError, UnsupportedPipelineError
-from ...attention.pictures import as_picture, as_rgb
+from ...attention.pictures import as_rgb
 from ...plugins.base import Plugin, finite
 from ...plugins.distillation import AttentionDistillation
 from ...plugins.startpoint import StartpointFilter
@@ -109,8 +109,8 @@ def stylize(
         call: passed on to the pipeline.
 
     Returns:
-        a PIL picture of the content's size; a list for several contents or several styles; for both a list for each
-        content. Settings are in `.info["diffgraft"]`.
+        a PIL picture in sRGB of the content's size; a list for several contents or several styles; for both a list for
+        each content. Settings are in `.info["diffgraft"]`.
     Raises:
         SettingError, SettingTypeError: a setting out of range, or no picture. NonFiniteError: sampling diverged.
     """
@@ -131,8 +131,8 @@ def stylize(
         0.5 + structure / 2 if gamma is None else finite(gamma, "gamma", 0, 1),
         temperature, invert_style, negative, omega, iterations, tolerance, plugins, call,
     )  # fmt: skip
-    contents, styles = as_list(content), [as_picture(item) for item in as_list(style)]
-    every = pairs(sampler, recipe, map(as_picture, contents), styles, first)
+    contents, styles = as_list(content), [as_rgb(item) for item in as_list(style)]
+    every = pairs(sampler, recipe, map(as_rgb, contents), styles, first)
     made = [paint(sampler, recipe, pair) for pair in every]
     rows = [made[i * len(styles) : (i + 1) * len(styles)] for i in range(len(contents))]
     rows = rows if isinstance(style, (list, tuple)) else [row[0] for row in rows]
@@ -155,7 +155,7 @@ class Subject:
     @cached_property
     def seen(self) -> Image.Image:
         """What the model sees."""
-        return self.region.cut(as_rgb(self.picture))
+        return self.region.cut(self.picture)
 
     @cached_property
     def shared(self) -> Inversion:
@@ -183,7 +183,7 @@ class Reference:
     @cached_property
     def fitted(self) -> Image.Image:
         """The picture scaled and cropped to the content's shape: squashing it would bend its texture."""
-        return ImageOps.fit(as_rgb(self.picture), self.size, Image.Resampling.LANCZOS)
+        return ImageOps.fit(self.picture, self.size, Image.Resampling.LANCZOS)
 
     @cached_property
     def style(self) -> Any:
@@ -237,7 +237,7 @@ def paint(pipe: Any, recipe: Recipe, pair: Pair) -> Image.Image:
         "plugins": [{"plugin": type(plugin).__name__} | plugin.settings() for plugin in recipe.plugins],
     }  # fmt: skip
     if recipe.strength == 0:
-        return _noted(as_rgb(pair.subject.picture).copy(), settings)
+        return _noted(pair.subject.picture.copy(), settings)
     settings |= {"alpha": recipe.alpha, "gamma": recipe.gamma, "negative": pair.inversion.negative}
     with graft(pipe, *_plugins(pipe, recipe, pair), *recipe.plugins):
         [picture] = latents.as_pil(pipe(**_options(pipe, recipe, pair)).images)
