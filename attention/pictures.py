@@ -138,7 +138,7 @@ def _local(source: str | os.PathLike[str]) -> tuple[Path, str]:
         reason = "is not a file" if path.exists() else "does not exist"
     except OSError as error:
         reason = f"cannot be opened: {error.strerror}"
-    raise ImageError(f"{text[:200]!r} {reason}")
+    raise ImageError(f"the picture {text[:200]!r} {reason}")
 
 
 def expanded(path: str | os.PathLike[str]) -> Path:
