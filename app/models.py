@@ -14,11 +14,14 @@ from ..pipelines.picturebook import picturebook
 
 PICTUREBOOK = "picturebook"
 ONE_STEP = "picturebook-one-step"
+TRANSFORMER = "picturebook-transformer"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _SUITS: Mapping[str, Mapping[str, Any]] = {
     PICTUREBOOK: {"guidance": 2.5},
     ONE_STEP: {"guidance": 0.0, "steps": 1},
+    TRANSFORMER: {"guidance": 1.5},  # its pipeline counts from 0: others would call it 2.5
 }
+EMBEDDED = tuple(_SUITS)
 
 
 def open_model(
@@ -27,7 +30,8 @@ def open_model(
     """A pipeline on a device.
 
     Args:
-        name: "picturebook", "picturebook-one-step", a folder, a `.safetensors` file, or a Hub id.
+        name: "picturebook", "picturebook-one-step", "picturebook-transformer", a folder, a `.safetensors` file, or a
+            Hub id.
         device: "auto" takes an accelerator if there is one.
         dtype: "auto" is float32 on a CPU and float16 elsewhere.
 
@@ -36,8 +40,8 @@ def open_model(
     """
     place = find_device(device)
     kind = find_dtype(dtype) or (torch.float32 if place.type == "cpu" else torch.float16)
-    if name in (PICTUREBOOK, ONE_STEP):
-        return picturebook(one_step=name == ONE_STEP, dtype=kind, device=place)
+    if name in EMBEDDED:
+        return picturebook(one_step=name == ONE_STEP, transformer=name == TRANSFORMER, dtype=kind, device=place)
     return load(name, dtype=kind, device=place, revision=revision)
 
 
@@ -47,7 +51,7 @@ def check_model(name: str) -> None:
     Raises:
         ModelLoadError: no such file or folder, a pickle, or no checkpoint.
     """
-    if name not in (PICTUREBOOK, ONE_STEP):
+    if name not in EMBEDDED:
         check(name)
 
 

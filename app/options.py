@@ -16,7 +16,12 @@ from .console import reported
 if TYPE_CHECKING:
     from .tasks import Wish
 
-Model = Annotated[str, typer.Option(help="The embedded 'picturebook', a folder, a .safetensors file or a Hub id.")]
+Model = Annotated[
+    str,
+    typer.Option(
+        help="picturebook, picturebook-one-step, picturebook-transformer, a folder, a .safetensors file or a Hub id."
+    ),
+]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub id.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, mps ...")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16.")]

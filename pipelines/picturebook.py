@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 
@@ -13,22 +13,47 @@ from ..attention.errors import ModelLoadError
 from .load import load
 
 if TYPE_CHECKING:
-    from diffusers import StableDiffusionPipeline
+    from diffusers import StableDiffusionPipeline, ZImagePipeline
 
 PICTUREBOOK = Path(__file__).parent.parent / "assets" / "picturebook"
 ONE_STEP = PICTUREBOOK / "one-step"  # what the student has of its own: its denoiser and scheduler
+TRANSFORMER = PICTUREBOOK.with_name("picturebook-transformer")
+
+
+@overload
+def picturebook(
+    *, one_step: bool = False, dtype: torch.dtype = torch.float32, device: str | torch.device | None = None
+) -> StableDiffusionPipeline: ...
+
+
+@overload
+def picturebook(
+    *,
+    transformer: Literal[True],
+    one_step: bool = False,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device | None = None,
+) -> ZImagePipeline: ...
 
 
 def picturebook(
-    *, one_step: bool = False, dtype: torch.dtype = torch.float32, device: str | torch.device | None = None
-) -> StableDiffusionPipeline:
+    *,
+    transformer: bool = False,
+    one_step: bool = False,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device | None = None,
+) -> StableDiffusionPipeline | ZImagePipeline:
     """Load the picture book: 128x128 pictures from captions like "a red ball and a blue star , night".
 
     It is a plain `StableDiffusionPipeline`; nothing is downloaded. Words it was never trained on give a warning that
     lists the words it knows. About 25 steps at guidance 2.5 suit it; the student takes num_inference_steps=1 and
     guidance_scale=0.
 
+    The transformer edition is a plain `ZImagePipeline`, which counts guidance from 0 (1.5 there is 2.5 elsewhere) and
+    draws 1024x1024 unless it is told: height=128, width=128. The tasks, commands and tables tell it by themselves.
+
     Args:
+        transformer: the edition with a flow transformer (Z-Image's) in place of the UNet.
         one_step: the student that was distilled to a single step without guidance.
         dtype: of the weights (stored as float16).
         device: None leaves it on the CPU.
@@ -36,6 +61,26 @@ def picturebook(
     Raises:
         ModelLoadError: the asked-for weights are not part of this installation.
     """
+    pipe = _flow(one_step, dtype, device) if transformer else _stable(one_step, dtype, device)
+    # A hook on the encoder, not on the tokenizer: whatever is encoded passes here, the pipeline's classes stay plain,
+    # and torch carries a partial of a module-level function through deepcopy and pickle; save_pretrained skips it.
+    hook = partial(_warn_of_unknown_words, _vocabulary(pipe.tokenizer), pipe.tokenizer.unk_token_id)
+    pipe.text_encoder.register_forward_pre_hook(hook, with_kwargs=True)
+    return pipe
+
+
+def _flow(one_step: bool, dtype: torch.dtype, device: str | torch.device | None) -> ZImagePipeline:
+    from diffusers import ZImagePipeline
+
+    if one_step:
+        raise ModelLoadError("the transformer edition has no one-step student; use picturebook(one_step=True)")
+    if not TRANSFORMER.is_dir():
+        raise ModelLoadError("the transformer edition is not part of this installation; use picturebook()")
+    pipe: ZImagePipeline = load(TRANSFORMER, pipeline=ZImagePipeline, dtype=dtype, device=device)
+    return pipe
+
+
+def _stable(one_step: bool, dtype: torch.dtype, device: str | torch.device | None) -> StableDiffusionPipeline:
     from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 
     own: dict[str, Any] = {}
@@ -47,10 +92,6 @@ def picturebook(
     pipe: StableDiffusionPipeline = load(
         PICTUREBOOK, pipeline=StableDiffusionPipeline, dtype=dtype, device=device, **own
     )
-    # A hook on the encoder, not on the tokenizer: whatever is encoded passes here, the pipeline's classes stay plain,
-    # and torch carries a partial of a module-level function through deepcopy and pickle; save_pretrained skips it.
-    hook = partial(_warn_of_unknown_words, _vocabulary(pipe.tokenizer), pipe.tokenizer.unk_token_id)
-    pipe.text_encoder.register_forward_pre_hook(hook, with_kwargs=True)
     return pipe
 
 

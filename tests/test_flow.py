@@ -10,10 +10,11 @@ from diffusers import DiffusionPipeline, ZImageImg2ImgPipeline, ZImageInpaintPip
 from diffusers.models.attention_processor import Attention
 from PIL import Image
 
-from diffgraft.app.bench import flow, latents
+import diffgraft as dg
+from diffgraft.app.bench import flow, latents, model_card
 from diffgraft.app.bench.autoencoder import adopt, build
 from diffgraft.app.bench.train_flow import FlowTrainer, export
-from diffgraft.app.bench.training import HalfCopy
+from diffgraft.app.bench.training import HalfCopy, to_tensor
 from diffgraft.app.bench.vocabulary import LENGTH, WORDS
 from diffgraft.app.bench.world import caption, scene
 
@@ -63,6 +64,15 @@ def test_it_is_saved_and_loaded_as_a_plain_pipeline(pipe, tmp_path):
     assert type(again) is ZImagePipeline
     picture = draw(pipe)
     assert picture.size == (96, 64) and draw(again).tobytes() == picture.tobytes()
+
+
+def test_tasks_and_tables_tell_it_its_size_and_count_guidance_as_it_does(pipe):
+    [picture] = dg.generate(pipe, CAPTIONS[0], steps=2, guidance=1.5, seed=0)
+    assert picture.size == (128, 128)
+    drawn = model_card.draw(pipe, CAPTIONS[:1], steps=2, guidance=2.5, seed=0)
+    assert torch.equal(drawn, to_tensor([picture]))
+    [wide] = dg.generate(pipe, CAPTIONS[0], steps=1, width=160)
+    assert wide.size == (160, 128)
 
 
 def test_the_sibling_pipelines_take_its_parts(pipe):

@@ -30,7 +30,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="diffgraft.app.bench", description=__doc__)
     parser.add_argument("tables", nargs="*", metavar="TABLE", help=f"some of: {', '.join(TABLES)} (default: all)")
     parser.add_argument("--full", action="store_true", help="every sample of the table, for hours, resumable")
-    parser.add_argument("--model", type=Path, metavar="DIR", help="of this diffusers model, where pictures are drawn")
+    parser.add_argument("--model", type=Path, metavar="DIR", help="of this diffusers model, or embedded one by name")
     options = parser.parse_args()
     unknown = [name for name in options.tables if name not in TABLES]
     if unknown:

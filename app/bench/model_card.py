@@ -3,6 +3,7 @@
 python -m diffgraft.app.bench.model_card           # the table of the model card: 500 captions a row, 25 steps
 python -m diffgraft.app.bench.model_card --count 64 # a quick look
 python -m diffgraft.app.bench.model_card --one-step # the student: one step, no guidance
+python -m diffgraft.app.bench.model_card --model picturebook-transformer   # the transformer edition
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from diffusers import AutoencoderKL, DiffusionPipeline
 
 from .autoencoder import measure
 from .judge import Judge, Verdict, load_judge, look
-from .rows import subject
+from .rows import drawing, subject
 from .statistics import Estimate, share
 from .styles import STYLES
 from .train_judge import report
@@ -65,8 +66,8 @@ def draw(
         share_cores()
         part = list(prompts[i : i + batch])
         generators = [torch.Generator().manual_seed(seed + i + j) for j in range(len(part))]
-        settings = {"num_inference_steps": steps, "guidance_scale": guidance, "generator": generators}
-        drawn.append(torch.from_numpy(pipe(part, output_type="np", **settings).images))
+        settings = drawing(pipe, steps, guidance) | {"generator": generators, "output_type": "np"}
+        drawn.append(torch.from_numpy(pipe(part, **settings).images))
     return ((torch.cat(drawn) * 255).round() / 127.5 - 1).movedim(-1, 1)
 
 
@@ -139,7 +140,7 @@ def run(full: bool, model: Path | None = None) -> None:
 def main() -> None:
     """The same with a choice of model, rows and steps."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, help="a pipeline's folder; the embedded one without")
+    parser.add_argument("--model", type=Path, help="a pipeline's folder, or an embedded model's name")
     parser.add_argument("--count", type=int, default=500, help="captions a row")
     parser.add_argument("--steps", type=int, default=25)
     parser.add_argument("--guidance", type=float, default=GUIDANCE)

@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from ... import load, picturebook
+from ...pipelines.families.latents import unsaid_size
+from ..models import ONE_STEP, PICTUREBOOK, open_model
 from .judge import WEIGHTS
 
 KEPT = Path("outputs/bench")
@@ -79,13 +80,23 @@ def subject(model: Path | None = None, *, one_step: bool = False) -> Any:
     """The model that a table is about, quiet, on a GPU if there is one.
 
     Args:
-        model: a folder that `save_pretrained` wrote; None is the embedded model.
+        model: a folder that `save_pretrained` wrote, or the name of an embedded model; None is the picture book.
         one_step: the embedded model's student.
     """
-    place: Any = {"dtype": torch.float32, "device": "cuda" if torch.cuda.is_available() else None}
-    pipe: Any = picturebook(one_step=one_step, **place) if model is None else load(model, **place)
+    name = str(model or (ONE_STEP if one_step else PICTUREBOOK))
+    pipe: Any = open_model(name, dtype="float32", device="cuda" if torch.cuda.is_available() else "cpu")
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def drawing(pipe: Any, steps: int, guidance: float) -> dict[str, Any]:
+    """Arguments of a pipeline's call, its size among them where it has to be told.
+
+    Args:
+        guidance: as most pipelines count it, 1 for none; Z-Image's count from 0.
+    """
+    counted = guidance - 1 if type(pipe).__name__.startswith("ZImage") else guidance
+    return {"num_inference_steps": steps, "guidance_scale": counted, **unsaid_size(pipe)}
 
 
 def scale_of(full: bool) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from ...attention.errors import GraftError, SettingError
-from ..models import ONE_STEP, PICTUREBOOK, open_model
+from ..models import EMBEDDED, PICTUREBOOK, open_model
 from .checks import text
 
 Tell = Callable[[tuple[int, int] | None, str], object]
@@ -84,7 +84,7 @@ class Studio:
             SettingError: another one than this page offers. SettingTypeError: no name.
         """
         name = text(model, "the model") or self.model
-        if self.fixed and name not in (self.model, PICTUREBOOK, ONE_STEP):
+        if self.fixed and name not in (self.model, *EMBEDDED):
             raise SettingError(f"this page runs {self.model!r} only: start your own with `diffgraft demo` for others")
         return name
 

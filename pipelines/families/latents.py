@@ -14,6 +14,9 @@ from ...attention.errors import NonFiniteError, SettingError
 from ...attention.pictures import as_rgb
 from ...attention.step import Step
 
+_SIZED_BY_DECODER = ("ZImageTransformer2DModel",)
+"""Denoisers that do not know the size of their pictures, and whose pipelines do not either."""
+
 
 def encode_image(pipe: Any, image: Any, size: tuple[int, int] | None = None) -> torch.Tensor:
     """Latent of a picture by the posterior's mode, in the scheduler's space.
@@ -96,9 +99,20 @@ def as_pil(pixels: np.ndarray) -> list[Image.Image]:
 
 def native_side(pipe: Any) -> int:
     """The side in pixels of the pictures that a model was made for, the shorter one."""
-    config = (getattr(pipe, "unet", None) or pipe.transformer).config
+    denoiser = getattr(pipe, "unet", None) or pipe.transformer
+    if type(denoiser).__name__ in _SIZED_BY_DECODER:
+        return pipe.vae.config.sample_size
+    config = denoiser.config
     side = config.sample_size if hasattr(config, "sample_size") else pipe.default_sample_size
     return pipe.vae_scale_factor * (side if isinstance(side, int) else min(side))
+
+
+def unsaid_size(pipe: Any) -> dict[str, int]:
+    """Height and width for a pipeline that takes 1024 whatever its model was made for; nothing for one that asks it."""
+    if type(getattr(pipe, "transformer", None)).__name__ not in _SIZED_BY_DECODER:
+        return {}
+    side = native_side(pipe)
+    return {"height": side, "width": side}
 
 
 def side_multiple(pipe: Any) -> int:

@@ -15,6 +15,7 @@ from PIL import Image
 
 from ...attention.errors import NonFiniteError, SettingError, SettingTypeError, UnsupportedPipelineError
 from ...plugins.base import Plugin, finite
+from ..families.latents import unsaid_size
 from ..families.running import part_of
 from ..grafting.graft import graft
 
@@ -100,7 +101,7 @@ def sample(
     given |= {"negative_prompt": None if negative_prompt is None else [negative_prompt] * len(prompts)}
     given = {name: value for name, value in given.items() if value is not None}
     _check_taken(pipe, given)
-    call |= given
+    call |= unsaid_size(pipe) | given
     if "callback_on_step_end" in inspect.signature(pipe.__call__).parameters:
         call["callback_on_step_end"] = guard(steps, call.get("callback_on_step_end"))
         inputs = call.get("callback_on_step_end_tensor_inputs", [])
