@@ -7,11 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import DiffusionPipeline, ZImageImg2ImgPipeline, ZImageInpaintPipeline, ZImagePipeline
-from diffusers.models.attention_processor import Attention
 from PIL import Image
 
 import diffgraft as dg
-from diffgraft.app.bench import flow, latents, model_card
+from diffgraft.app.bench import flow, flow_student, latents, model_card
 from diffgraft.app.bench.autoencoder import adopt, build
 from diffgraft.app.bench.train_flow import FlowTrainer, export
 from diffgraft.app.bench.training import HalfCopy, to_tensor
@@ -96,9 +95,7 @@ def test_training_attention_is_the_models_own():
         words, images = flow.encode_words(text, tokens(CAPTIONS)), list(torch.randn(3, 4, 1, 32, 32))
         given = images, torch.tensor([0.1, 0.5, 0.9]), words
         before = torch.stack(transformer(*given, return_dict=False)[0])
-        for module in transformer.modules():
-            if isinstance(module, Attention):
-                module.set_processor(flow.TrainingAttention())
+        flow.processors(transformer, flow.TrainingAttention())
         after = torch.stack(transformer(*given, return_dict=False)[0])
     assert before.std() > 0.01 and torch.allclose(before, after, atol=1e-5)
 
@@ -206,3 +203,48 @@ def test_noise_levels_reach_both_ends_and_lie_where_asked():
     assert low.min() >= 0 and high.max() <= 1
     assert (high > 0.95).float().mean() > 0.01
     assert high.median() - low.median() == pytest.approx(0.11, abs=0.03)
+
+
+def test_the_students_cuts_are_the_teachers_steps(pipe, tmp_path):
+    found = flow_student.collect(pipe, first=5, count=2, batch=2, side=32)
+    assert found["points"].shape == (2, flow_student.STEPS + 1, 4, 8, 8) and found["tokens"].shape == (2, LENGTH)
+    scheduler = flow.build_scheduler()
+    scheduler.sigma_min = 0.0
+    scheduler.set_timesteps(flow_student.STEPS * flow_student.CROSSED + 1)
+    cuts = flow_student.levels()
+    assert torch.allclose(scheduler.sigmas[:: flow_student.CROSSED][: len(cuts)], cuts)
+    assert cuts[0] == 1 and cuts[-1] == 0
+
+
+def test_a_student_that_learned_its_segments_ends_where_the_teacher_does(pipe, tmp_path):
+    """The loss's target is the step that the pipeline's own scheduler makes of it."""
+    pipe.save_pretrained(tmp_path / "teacher")
+    torch.save(flow_student.collect(pipe, first=5, count=2, batch=2, side=32), tmp_path / "flow-paths-0.pt")
+    student = flow_student.FlowStudent(tmp_path, tmp_path / "teacher", "cpu")
+    student.load_data()
+    rows, seen = torch.tensor([0, 1]), {}
+    student.half.module.forward = lambda images, times, words, return_dict: (seen.setdefault("answer", images),)
+    points, cuts = student.data["points"].float(), student.levels
+    for cut in range(flow_student.STEPS):
+        straight = (points[:, cut + 1] - points[:, cut]) / (cuts[cut] - cuts[cut + 1])
+        seen["answer"] = list(straight.unsqueeze(2))
+        assert student.loss(rows, torch.full((2,), cut)) == pytest.approx(0, abs=1e-5)
+        scheduler = flow.build_scheduler()
+        scheduler.sigma_min = 0.0
+        scheduler.set_timesteps(flow_student.STEPS + 1)
+        stepped = scheduler.step(-straight, scheduler.timesteps[cut], points[:, cut]).prev_sample
+        assert torch.allclose(stepped, points[:, cut + 1], atol=1e-3)
+
+
+def test_the_student_trains(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path / "teacher")
+    torch.save(flow_student.collect(pipe, first=5, count=2, batch=2, side=32), tmp_path / "flow-paths-0.pt")
+    torch.manual_seed(6)
+    student = flow_student.FlowStudent(tmp_path, tmp_path / "teacher", "cpu")
+    student.load_data()
+    before = student.loss(torch.tensor([0, 1]), torch.tensor([0, 2])).item()
+    for _ in range(5):
+        student.advance(4, 0.0, 0.1)
+    assert student.loss(torch.tensor([0, 1]), torch.tensor([0, 2])).item() < 0.9 * before
+    with pytest.raises(FileNotFoundError, match="--collect"):
+        flow_student.FlowStudent(tmp_path / "teacher", tmp_path / "teacher", "cpu").load_data()

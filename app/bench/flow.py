@@ -86,7 +86,7 @@ def encode_words(text_encoder: Qwen3Model, tokens: torch.Tensor) -> list[torch.T
     The encoder is causal, so what pads a caption at its end changes nothing before it.
     """
     states = text_encoder(input_ids=tokens, attention_mask=tokens.ne(0), output_hidden_states=True).hidden_states[-2]
-    return [row[: int(count)] for row, count in zip(states, tokens.ne(0).sum(1), strict=True)]
+    return [row[:count] for row, count in zip(states, tokens.ne(0).sum(1).tolist(), strict=True)]
 
 
 class TrainingAttention:
@@ -107,6 +107,13 @@ class TrainingAttention:
         q, k = (rotate(part, turn).transpose(1, 2) for part in (attn.norm_q(q), attn.norm_k(k)))
         maps = (q * attn.scale @ k.mT).softmax(-1)
         return attn.to_out[0]((maps @ v.transpose(1, 2)).transpose(1, 2).flatten(-2))
+
+
+def processors(transformer: ZImageTransformer2DModel, processor: object) -> None:
+    """Puts a processor into every attention layer; the class itself offers no way to."""
+    for module in transformer.modules():
+        if isinstance(module, Attention):
+            module.set_processor(processor)
 
 
 def rotate(x: torch.Tensor, turn: torch.Tensor) -> torch.Tensor:

@@ -23,7 +23,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F  # noqa: N812
 from diffusers import AutoencoderKL, ZImagePipeline
-from diffusers.models.attention_processor import Attention
 
 from .denoiser import weighted_loss
 from .flow import (
@@ -37,6 +36,7 @@ from .flow import (
     encode_words,
     label_loss,
     pipeline,
+    processors,
 )
 from .muon import Pair
 from .train import SHOWN
@@ -67,9 +67,7 @@ class FlowTrainer(BoxTrainer):
         self.work, self.pooled = work, pooled
         self.half = HalfCopy(torch.nn.ModuleDict(networks))
         trained = self.half.module["transformer"]
-        for module in trained.modules():
-            if isinstance(module, Attention):
-                module.set_processor(TrainingAttention())
+        processors(trained, TrainingAttention())
         trained.layers[NAMED_LAYER].register_forward_hook(self._keep)
 
     def _keep(self, module: torch.nn.Module, given: Any, found: torch.Tensor) -> None:

@@ -19,12 +19,10 @@ SHEET_EVERY = 900.0
 class BoxTrainer:
     """Networks (float32), averaged weights, optimizer and encoded scenes of one run."""
 
-    warm = 100  # steps until the learning rate is at its peak
-
     def __init__(self, checkpoint: Path, networks: Mapping[str, torch.nn.Module], optimizer: Pair, device: str) -> None:
         self.checkpoint, self.networks, self.optimizer, self.device = checkpoint, networks, optimizer, device
         self.ema = Ema(optimizer.parameters)
-        self.step, self.spent, self.singles = 0, 0.0, 0.0
+        self.step, self.first, self.spent, self.singles = 0, 0, 0.0, 0.0  # first: the step that the time box began at
 
     def resume(self, fresh_box: bool) -> None:
         """Takes the checkpoint up where there is one; a fresh box starts from its averaged weights with a fresh
@@ -39,10 +37,10 @@ class BoxTrainer:
         self.ema.average = [mean.to(self.device) for mean in state["ema"]]
         if fresh_box:
             self.ema.swap()
-            self.ema = Ema(self.optimizer.parameters)
+            self.ema, self.first = Ema(self.optimizer.parameters), self.step
         else:
             self.optimizer.load_state_dict(state["optimizer"])
-            self.ema.steps, self.spent = state["ema_steps"], state["spent"]
+            self.ema.steps, self.spent, self.first = state["ema_steps"], state["spent"], state["first"]
 
     def save(self, spent: float) -> None:
         """Writes the checkpoint: everything that the next step depends on."""
@@ -52,6 +50,7 @@ class BoxTrainer:
             "ema": self.ema.average,
             "ema_steps": self.ema.steps,
             "step": self.step,
+            "first": self.first,
             "spent": spent,
         }
         save_checkpoint(self.checkpoint, state)
@@ -72,15 +71,15 @@ class BoxTrainer:
 
     def run(self, minutes: float, batch: int) -> None:
         """Trains to the end of the time box."""
-        box, first, means = TimeBox(minutes, self.spent), self.step, None
+        box, resumed, means = TimeBox(minutes, self.spent), self.step, None
         began = saved = shown = time.monotonic()
         while box.fraction < 1:
             share_cores()
             easy = 0.45 - 0.25 * min(1.0, box.fraction / 0.6)
-            losses = self.advance(batch, easy, box.rate(self.step - first, warm=self.warm))
+            losses = self.advance(batch, easy, box.rate(self.step - self.first))
             means = losses if means is None else means.lerp(losses, 0.03)
             if self.step % 20 == 0:
-                speed = (self.step - first) * batch / (time.monotonic() - began)
+                speed = (self.step - resumed) * batch / (time.monotonic() - began)
                 text = "step %d, %.0f s, losses %.4f and %.3f, %.1f samples/s"
                 log.info(text, self.step, box.spent, *means.tolist(), speed)
             if time.monotonic() - saved > SAVE_EVERY or box.fraction >= 1:

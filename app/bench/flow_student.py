@@ -1,0 +1,171 @@
+"""Distils the transformer edition into four steps without guidance, the counterpart of Turbo models.
+
+    python -m diffgraft.app.bench.flow_student --collect --minutes 40   # the teacher's guided trajectories
+    python -m diffgraft.app.bench.flow_student --minutes 60             # the student learns to cross them in four steps
+
+Collecting adds files `flow-paths-N.pt` (N: first seed) until its time is up; training reads all of them. The teacher's
+trajectory is cut where the student's steps will lie, and the student learns the straight way from each cut to the next
+one (segments of progressive distillation, Salimans and Ho, 2022, from whole trajectories). It is used as
+`num_inference_steps=5, guidance_scale=0`: the last step of Z-Image's pipeline begins at no noise and moves nothing.
+"""
+
+from __future__ import annotations
+
+import random
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import ZImagePipeline
+
+from .flow import OUTSIDE, TrainingAttention, build_scheduler, encode_words, processors
+from .muon import Pair
+from .student import distance
+from .train import SHOWN
+from .train_flow import GUIDANCE, SIDE
+from .trainer import BoxTrainer
+from .training import HalfCopy, TimeBox, arguments, contact_sheet, log, share_cores
+from .world import caption, scene
+
+FIRST_SEED, PART = 4_000_000, 256
+STEPS, CROSSED = 4, 6  # of the student, and of the teacher inside each of them
+PEAK, BATCH = 1e-3, 64
+
+
+def levels() -> torch.Tensor:
+    """Shares of noise at the student's cuts, 1 ... 0, as the pipeline sets them."""
+    scheduler = build_scheduler()
+    scheduler.sigma_min = 0.0
+    scheduler.set_timesteps(STEPS + 1)
+    return scheduler.sigmas[: STEPS + 1]
+
+
+def _keep(
+    kept: list[torch.Tensor], _: object, step: int, __: object, given: dict[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    if (step + 1) % CROSSED == 0:
+        kept.append(given["latents"].half())
+    return given
+
+
+@torch.no_grad()
+def collect(pipe: ZImagePipeline, first: int, count: int, batch: int = 32, side: int = SIDE) -> dict[str, torch.Tensor]:
+    """Trajectories of `count` captions: points [N, 5, 4, h, w] and token ids [N, 20]."""
+    rows: dict[str, list[torch.Tensor]] = {"points": [], "tokens": []}
+    for start in range(first, first + count, batch):
+        share_cores()
+        texts = [caption(scene(seed), random.Random(f"student {seed}")) for seed in range(start, start + batch)]
+        cells = side // pipe.vae_scale_factor
+        noise = torch.randn(batch, 4, cells, cells, generator=torch.Generator().manual_seed(start))
+        kept = [noise.half()]
+        pipe(
+            list(texts),
+            latents=noise,
+            height=side,
+            width=side,
+            num_inference_steps=STEPS * CROSSED + 1,
+            guidance_scale=GUIDANCE,
+            output_type="latent",
+            callback_on_step_end=partial(_keep, kept),
+        )
+        rows["points"].append(torch.stack([part.cpu() for part in kept], 1))
+        rows["tokens"].append(pipe.tokenizer(texts, padding="max_length", return_tensors="pt").input_ids.byte())
+    return {name: torch.cat(parts) for name, parts in rows.items()}
+
+
+def collect_files(work: Path, teacher: Path, device: str, minutes: float, batch: int) -> None:
+    """Adds trajectory files until the time is up."""
+    pipe = ZImagePipeline.from_pretrained(teacher, dtype=torch.float32).to(device)
+    pipe.transformer.to(torch.bfloat16)  # the pipeline keeps its latents in float32
+    pipe.set_progress_bar_config(disable=True)
+    box = TimeBox(minutes)
+    while box.fraction < 1:
+        first = FIRST_SEED + PART * len(list(work.glob("flow-paths-*.pt")))
+        torch.save(collect(pipe, first, PART, batch), work / f"flow-paths-{first}.pt")
+        log.info("%d trajectories, %.0f s", first + PART - FIRST_SEED, box.spent)
+
+
+class FlowStudent(BoxTrainer):
+    """The transformer in training; text encoder and autoencoder stay the teacher's."""
+
+    def __init__(self, work: Path, teacher: Path, device: str, peak: float = PEAK) -> None:
+        self.pipe = ZImagePipeline.from_pretrained(teacher, dtype=torch.float32).to(device)
+        self.work, self.levels = work, levels()
+        network = self.pipe.transformer.train()
+        super().__init__(work / "flow-student.pt", {"transformer": network}, Pair([network], peak, OUTSIDE), device)
+        self.half = HalfCopy(network)
+        processors(self.half.module, TrainingAttention())
+
+    def load_data(self) -> None:
+        """Reads the trajectories; their captions are encoded by the batch."""
+        files = sorted(self.work.glob("flow-paths-*.pt"))
+        if not files:
+            raise FileNotFoundError(f"no trajectories in {self.work}: run this with --collect first")
+        parts = [torch.load(file, weights_only=True) for file in files]
+        self.data = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+    def resume(self, fresh_box: bool) -> None:
+        """As the parent; the half copy follows."""
+        super().resume(fresh_box)
+        self.half.refresh()
+
+    def loss(self, rows: torch.Tensor, cut: torch.Tensor) -> torch.Tensor:
+        """Distance between the student's velocity at cut `cut` of trajectory `rows` and the straight way to the next
+        cut; half of the draws are the first cut, where all is decided.
+        """
+        start, end = (self.data["points"][rows, at].float() for at in (cut, cut + 1))
+        wanted = (end - start) / (self.levels[cut] - self.levels[cut + 1]).view(-1, 1, 1, 1)
+        with torch.no_grad():
+            words = encode_words(self.pipe.text_encoder, self.data["tokens"][rows].long().to(self.device))
+        words = [row.bfloat16() for row in words]
+        images = list(start.to(self.device).bfloat16().unsqueeze(2).unbind())
+        times = (1 - self.levels[cut]).to(self.device)
+        found = torch.stack(self.half.module(images, times, words, return_dict=False)[0]).squeeze(2)
+        return distance(found.float(), wanted.to(self.device)).mean()
+
+    def advance(self, size: int, easy: float, rate: float) -> torch.Tensor:
+        """One step; returns the distance, and 0 for a second loss that it has not."""
+        rows = torch.randint(len(self.data["points"]), (size,))
+        cut = torch.where(torch.rand(size) < 0.5, 0, torch.randint(1, STEPS, (size,)))
+        loss = self.loss(rows, cut)
+        loss.backward()
+        self.half.hand_over()
+        self.optimizer.step(rate)
+        self.half.refresh()
+        self.ema.update()
+        self.step += 1
+        return torch.stack([loss.detach().cpu(), torch.zeros(())])
+
+    @torch.no_grad()
+    def show(self) -> None:
+        """Saves the averaged weights in float16, and a contact sheet."""
+        self.ema.swap()
+        self.pipe.set_progress_bar_config(disable=True)
+        settings: dict[str, Any] = {"num_inference_steps": STEPS + 1, "guidance_scale": 0.0}
+        generator = torch.Generator().manual_seed(3)
+        pictures = self.pipe(list(SHOWN), height=SIDE, width=SIDE, generator=generator, **settings).images
+        contact_sheet(pictures, 6).save(self.work / "few-steps.png")
+        network = self.pipe.transformer
+        network.register_to_config(_name_or_path="picturebook-transformer/few-steps")
+        network.half().save_pretrained(self.work / "few-steps", max_shard_size="15MB")
+        network.float()
+        self.ema.swap()
+
+
+if __name__ == "__main__":
+    parser = arguments(__doc__ or "", minutes=60)
+    parser.set_defaults(work=Path(".train/transformer"))
+    parser.add_argument("--collect", action="store_true", help="let the teacher draw, instead of training")
+    parser.add_argument("--teacher", type=Path, default=Path("assets/picturebook-transformer"))
+    parser.add_argument("--resume", action="store_true", help="go on in the time box that was cut")
+    parser.add_argument("--batch", type=int, default=BATCH, help="trajectories a step; 512 on a GPU")
+    args = parser.parse_args()
+    if args.collect:
+        collect_files(args.work, args.teacher, args.device, args.minutes, min(args.batch, PART))
+    else:
+        student = FlowStudent(args.work, args.teacher, args.device)
+        if args.resume:
+            student.resume(fresh_box=False)
+        student.load_data()
+        student.run(args.minutes, args.batch)
