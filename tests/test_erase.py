@@ -19,6 +19,9 @@ from diffgraft.app.bench.redirection_scores import KINDS, cases, score
 from diffgraft.attention.morphology import distance, grow
 from diffgraft.pipelines.families.latents import decode_latents, encode_image
 from diffgraft.pipelines.tasks.blend import sibling
+from diffgraft.pipelines.tasks.candidates import untinted
+from diffgraft.pipelines.tasks.continuation import exemplar, harmonic
+from diffgraft.pipelines.tasks.edges import Edges
 from diffgraft.pipelines.tasks.fill import Job, Sampling, sample
 from diffgraft.pipelines.tasks.region import Region, paste, plan_region, plan_regions
 
@@ -100,7 +103,7 @@ def test_an_autoencoder_that_overflows_in_half_precision_encodes_in_float32():
 
 def test_the_hole_holds_the_generated_pixels_and_the_feather_ends_where_it_says(pipe):
     image, mask = picture(64, 64), box(64, 64, 20, 20, 12)
-    hard, soft = (quick(pipe, image, mask, grow=2, feather=feather, crop=False) for feather in (0, 5))
+    hard, soft = (quick(pipe, image, mask, grow=2, feather=f, crop=False, origin="picture") for f in (0, 5))
     hole, far = grow(mask, 2), distance(mask, 30) > 2 + 5
     assert np.array_equal(np.asarray(hard)[hole], np.asarray(soft)[hole])
     assert not changed(image, soft)[far & ~grow(hole, 5)].any()
@@ -119,11 +122,9 @@ def test_by_default_the_reach_is_small_and_never_above_24_pixels(pipe):
     image, mask = picture(40, 40), box(40, 40, 12, 12, 8)
     assert not changed(image, quick(pipe, image, mask))[~grow(mask, 4)].any()
     for side, reach in ((128, 4), (512, 16), (1600, 24)):
-        from diffgraft.pipelines.tasks.erase import _Edges
-
         small = np.zeros((side, side), bool)
         small[60:64, 60:64] = True
-        _, opacity, used = _Edges(None, None, False, 0).apply(small)
+        _, opacity, used = Edges(None, None, False, 0).apply(small)
         assert used["grow"] + used["feather"] == reach and not opacity[distance(small, 30) > reach].any()
 
 
@@ -363,7 +364,7 @@ def states(pipe, image, mask, **settings):
         lambda m, a, k: first.append(k.get("sample", *a[:1]).clone()), with_kwargs=True
     )
     try:
-        quick(pipe, image, mask, callback_on_step_end=keep, **settings)
+        quick(pipe, image, mask, callback_on_step_end=keep, **({"origin": "picture"} | settings))
     finally:
         hook.remove()
     return kept, first[-len(kept)]  # an inversion calls the denoiser before
@@ -448,6 +449,80 @@ def test_an_sdxl_schedule_whose_last_step_changes_nothing_costs_no_quality():
     hole = torch.from_numpy(box().reshape(16, 2, 16, 2).any((1, 3)))
     assert (before - after)[:, :, hole].abs().max() <= 1e-6 * before.abs().max()
     assert torch.equal(after[:, :, ~hole], encode_image(pipe, picture())[:, :, ~hole])
+
+
+# -- the clean start ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["sip", "dip"])
+def test_what_a_mask_covers_has_no_say_in_what_comes_back(pipe, method):
+    """Not by the start, the encoder beside the hole, or the membrane; as published it has."""
+    image, mask = picture(48, 40), box(48, 40)
+    other = np.array(image)
+    other[mask] = 255 - other[mask]
+    for origin in ("clean", "picture"):
+        outs = [
+            quick(pipe, x, mask, method=method, origin=origin, strength=0.8) for x in (image, Image.fromarray(other))
+        ]
+        assert changed(*outs).any() == (origin == "picture")
+        assert outs[0].info["diffgraft"]["origin"] == origin
+
+
+@pytest.mark.parametrize("scheduler", ["DDIM", "EulerDiscrete"])
+def test_at_full_strength_a_clean_start_is_noise_alone(scheduler):
+    pipe = tiny.sd15()
+    pipe.scheduler = getattr(diffusers, f"{scheduler}Scheduler").from_config(pipe.scheduler.config)
+    settings = {"steps": 4, "strength": 1.0, "grow": 0, "scale": 9.0}
+    kept, first = states(pipe, picture(), box(), origin="clean", **settings)
+    schedule = copy_of(pipe.scheduler, 4)
+    noise = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0)) * schedule.init_noise_sigma
+    hole = torch.from_numpy(box().reshape(16, 2, 16, 2).any((1, 3)))
+    wanted = schedule.scale_model_input(noise, schedule.timesteps[0])
+    assert len(kept) == 4 and torch.allclose(first[:1, :, hole], wanted[:, :, hole], atol=1e-6)
+    assert not torch.allclose(first[:1, :, ~hole], wanted[:, :, ~hole], atol=1e-3)
+
+
+def test_the_usual_settings_of_each_origin(pipe):
+    said = {origin: quick(pipe, picture(), box(), origin=origin).info["diffgraft"] for origin in ("clean", "picture")}
+    assert [said["clean"][name] for name in ("strength", "scale")] == [0.5, 1.0]
+    assert [said["picture"][name] for name in ("strength", "scale")] == [0.8, 9.0]
+    with pytest.raises(dg.SettingError, match="origin="):
+        quick(pipe, picture(), box(), origin="dirty")
+
+
+def test_a_tint_goes_and_the_rim_meets_the_picture():
+    image, hole = picture(40, 30), box(40, 30)
+    tinted = np.clip(np.asarray(image, int) // 2 + 60, 0, 255)
+    shifted = Image.fromarray((tinted + 7).astype(np.uint8))
+    assert not changed(
+        untinted(Image.fromarray(tinted.astype(np.uint8)), shifted, hole), Image.fromarray(tinted.astype(np.uint8))
+    ).any()
+
+
+@pytest.mark.parametrize("size", [(16, 16), (37, 90), (200, 31)])
+def test_the_smooth_surface_solves_laplace_and_keeps_what_is_known(size):
+    y, x = np.mgrid[: size[0], : size[1]].astype(float)
+    saddle = np.stack([x * x - y * y, x * y, x + 2 * y], -1) / 30
+    hole = np.zeros(size, bool)
+    hole[3:-3, 4:-5] = True
+    hole[size[0] // 2, size[1] // 2] = False
+    found = harmonic(np.where(hole[..., None], 1e6, saddle), hole)
+    assert np.array_equal(found[~hole], saddle[~hole]) and np.abs(found - saddle).max() < 0.02 * np.ptp(saddle)
+    edge = np.zeros(size, bool)
+    edge[:, :7] = True
+    assert np.allclose(harmonic(np.where(edge[..., None], 9.0, 5.0 * np.ones((*size, 1))), edge), 5)
+    assert np.array_equal(harmonic(saddle, ~edge & edge), saddle) and np.isfinite(harmonic(saddle, edge | ~edge)).all()
+
+
+def test_pieces_continue_a_texture_and_never_hold_what_was_covered():
+    rng, hole = np.random.default_rng(0), np.zeros((64, 72), bool)
+    hole[20:40, 26:48] = True
+    texture = np.tile(rng.uniform(0, 255, (8, 8, 3)), (8, 9, 1))
+    covered = np.where(hole[..., None], -1e4, texture)
+    assert np.abs(exemplar(covered, hole) - texture).max() < 1e-3
+    large, wide = (np.kron(x, np.ones((3, 3, 1))) for x in (covered, hole[..., None]))
+    assert exemplar(large, wide[..., 0] > 0).min() >= 0  # found at a third of the size, copied at the full one
+    assert np.isfinite(exemplar(covered[:9, :9], np.eye(9) > 0)).all()  # too small for a whole piece
 
 
 # -- pipelines ------------------------------------------------------------------------------------------------------
@@ -629,7 +704,7 @@ def test_removes_on_the_picture_book_and_plain_blended_diffusion_does_not():
         outs = (dg.erase(pipe, c.image, c.marked, seed=i, steps=12, **settings) for i, c in enumerate(chosen))
         return [score(case, np.asarray(out, float)) for case, out in zip(chosen, outs, strict=True)]
 
-    ours, plain = scores(), scores(scale=0)
+    ours, plain = scores(), scores(scale=0, origin="picture")
     left, left_plain = (float(np.median([abs(s.left) for s in some])) for some in (ours, plain))
     assert left <= 0.15 and left <= left_plain / 2
     assert np.mean([s.psnr for s in ours]) > np.mean([s.psnr for s in plain]) + 1

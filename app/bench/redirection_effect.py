@@ -21,19 +21,31 @@ from ... import erase
 from ...attention.morphology import grow
 from .fills import FILLS
 from .judge import WEIGHTS, load_judge, look
-from .redirection_scores import FIRST, KINDS, Case, Score, cases, score
+from .redirection_scores import FIRST, KINDS, Case, Score, cases, score, textured
 from .rows import KEPT, Rows, fingerprint, scale_of, subject
 from .statistics import mean, paired_difference, share
 from .training import share_cores
 
-PLAIN, NAMED = "blended diffusion", "redirection, background named"
+PLAIN, CLEAN, PUBLISHED = "blended diffusion", "clean start (the default)", "redirection as published"
 BACKGROUND = "<background>"
+_AS_PUBLISHED: dict[str, Any] = {"origin": "picture"}
+_NAMED: dict[str, Any] = {"prompt": BACKGROUND, "guidance": 3.0}
 DIFFUSION: dict[str, dict[str, Any]] = {
-    PLAIN: {"scale": 0.0},
-    "redirection": {},
-    NAMED: {"prompt": BACKGROUND, "guidance": 3.0},
-    "redirection, inverted start": {"method": "dip"},
-    "redirection without suppression": {"suppression": 1.0},
+    PLAIN: _AS_PUBLISHED | {"scale": 0.0},
+    CLEAN: {},
+    "clean start, background named": _NAMED,
+    "clean start, noise alone in the hole": {"strength": 1.0, "scale": 9.0},
+    PUBLISHED: _AS_PUBLISHED,
+    f"{PUBLISHED}, background named": _AS_PUBLISHED | _NAMED,
+    f"{PUBLISHED}, inverted start": _AS_PUBLISHED | {"method": "dip"},
+    f"{PUBLISHED}, no suppression": _AS_PUBLISHED | {"suppression": 1.0},
+}
+SEVERAL = (PLAIN, CLEAN, PUBLISHED)
+"""What is measured with all seeds."""
+SPLITS: dict[str, Callable[[Case], bool]] = {
+    "plain": lambda case: case.scene.style == "plain",
+    "styled": lambda case: case.scene.style != "plain",
+    "textured": textured,
 }
 BATCH = 20
 Found = list[list[Score]]
@@ -55,11 +67,11 @@ class Bench:
         self.judge = load_judge() if WEIGHTS.exists() else None
 
     def measure(self, name: str, kind: str, scenes: int, seeds: int) -> Found:
-        """Scores of a fill by its name; but for the two that are compared, one seed a scene."""
+        """Scores of a fill by its name; but for those in `SEVERAL`, one seed a scene."""
         chosen, found = list(cases(scenes, kind)), [list[Score]() for _ in range(scenes)]
         bare = {"judge": self.key["judge"]}
         what = bare if name in FILLS else self.key | {"settings": DIFFUSION[name] | self.more}
-        for seed in range(seeds if name in (PLAIN, "redirection") else 1):
+        for seed in range(seeds if name in SEVERAL else 1):
             for start in range(0, scenes, BATCH):
                 part = chosen[start : start + BATCH]
                 key = {**what, "fill": name, "kind": kind, "scenes": [start, start + len(part)], "seed": seed}
@@ -126,6 +138,31 @@ def _judged(found: Found, chosen: Sequence[Case]) -> tuple[str, str]:
     return (share(stays).percent(), share(invented).percent()) if stays else ("-", "-")
 
 
+SPLIT_HEAD = (
+    "| scenes | fill | hole PSNR dB, mean / median / worst | against harmonic fill | at least 10% left "
+    "| judge sees another thing |\n|---|---|---|---|---|---|\n"
+)
+
+
+def by_split(found: dict[str, Found], chosen: Sequence[Case]) -> str:
+    """The table by kind of scene."""
+    text = SPLIT_HEAD
+    for split, belongs in SPLITS.items():
+        index = [i for i, case in enumerate(chosen) if belongs(case)]
+        some = [chosen[i] for i in index]
+        for name, scores in found.items() if index else ():
+            mine, smooth = ([of[i] for i in index] for of in (scores, found["harmonic"]))
+            psnr = [one.psnr for scene in mine for one in scene]
+            gain = paired_difference(_by_scene(mine, "psnr"), _by_scene(smooth, "psnr"))
+            left = share([abs(one.left) >= 0.1 for scene in mine for one in scene])
+            text += (
+                f"| {split} ({len(index)}) | {name} | {np.mean(psnr):.1f} / {np.median(psnr):.1f} / {min(psnr):.1f} "
+                f"| {gain.value:+.1f} ({gain.low:+.1f} to {gain.high:+.1f}) | {left.percent()} "
+                f"| {_judged(mine, some)[1]} |\n"
+            )
+    return text
+
+
 def run(full: bool, model: Path | None = None) -> None:
     """Print a table for each kind of mask: 100 scenes with 3 seeds, or 8 with one for a quick look."""
     sys.stdout.write(f"{scale_of(full)}: ")
@@ -137,9 +174,9 @@ def tables(bench: Bench, scenes: int, seeds: int) -> None:
     sys.stdout.write(f"{scenes} scenes, seeds: {seeds}\n")
     for kind in KINDS:
         sys.stdout.write(f"\nMasks: {kind}\n\n{HEAD}")
-        chosen = list(cases(scenes, kind))
-        reference = bench.measure(PLAIN, kind, scenes, seeds)
-        for name in [*(DIFFUSION if kind == "exact" else (PLAIN, "redirection")), *FILLS]:
-            found = reference if name == PLAIN else bench.measure(name, kind, scenes, seeds)
-            sys.stdout.write(row(name, found, None if name == PLAIN else reference, chosen))
+        chosen, found = list(cases(scenes, kind)), dict[str, Found]()
+        for name in [*(DIFFUSION if kind == "exact" else SEVERAL[:2]), *FILLS]:
+            found[name] = bench.measure(name, kind, scenes, seeds)
+            sys.stdout.write(row(name, found[name], None if name == PLAIN else found[PLAIN], chosen))
             sys.stdout.flush()
+        sys.stdout.write(f"\n{by_split(found, chosen)}")

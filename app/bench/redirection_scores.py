@@ -16,6 +16,8 @@ from ...attention.morphology import distance, grow
 from .world import FRESH, Scene, masks, render, scene
 
 FIRST = FRESH + 7_000_000
+STEP = 8
+"""Levels between neighbouring pixels that make an edge."""
 KINDS = ("exact", "grown", "box", "brush")
 
 
@@ -54,6 +56,17 @@ def cases(count: int, kind: str = "exact") -> Iterator[Case]:
         thing = masks(drawn)[0]
         marked = mark(thing, kind, random.Random(f"mark {i}"))
         yield Case(drawn, render(drawn), render(drawn.without(0)), thing, marked)
+
+
+def textured(case: Case) -> bool:
+    """Whether what is behind the thing is more than a smooth surface: tiles, printed dots, or an edge (a horizon, a
+    hill, waves, flowers) on at least a twentieth of it.
+    """
+    if case.scene.style in ("mosaic", "dots"):
+        return True
+    flat = np.asarray(render(case.scene.empty().in_style("plain")), float)
+    steps = np.maximum(*(np.abs(np.diff(flat, axis=axis, append=flat.take([-1], axis))).max(-1) for axis in (0, 1)))
+    return float((steps[case.thing] >= STEP).mean()) >= 0.05
 
 
 def mark(thing: Bools, kind: str, rng: random.Random) -> Bools:

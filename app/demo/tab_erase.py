@@ -20,7 +20,7 @@ from .told import told
 from .uploads import drawn, unread
 
 BRUSH = "#ff5a5f"
-STRENGTH = 0.8
+STRENGTH = 0.5
 EXAMPLES = [("moon", "night"), ("ball", "meadow"), ("flower", "desert")]
 
 
@@ -49,7 +49,7 @@ class EraseTab:
                 with gr.Accordion("Edges and strength", open=False):
                     grow = gr.Slider(0, 24, 2, step=1, label="Grow", info="Pixels around the paint that go too")
                     feather = gr.Slider(0, 24, 2, step=1, label="Soft edge", info="Pixels over which old and new mix")
-                    scale = gr.Slider(0, 20, 9, step=0.5, label="Redirection", info="Away from what was there")
+                    scale = gr.Slider(0, 20, 1, step=0.5, label="Redirection", info="Away from what was there")
                 knobs = parts.knobs(self.studio, steps=30, guidance=3.0, count=3)
                 tries = [[example(name), example(f"{name}-mask"), there] for name, there in EXAMPLES]
                 labels = [name for name, _ in EXAMPLES]
@@ -76,7 +76,7 @@ class EraseTab:
         prompt: str = "",
         grow: int = 2,
         feather: int = 2,
-        scale: float = 9.0,
+        scale: float = 1.0,
         steps: int = 30,
         guidance: float = 3.0,
         count: int = 3,

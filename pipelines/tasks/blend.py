@@ -85,17 +85,26 @@ class Blend:
 
 
 class StartAt(Plugin):
-    """Begins a run with the source's latents at its first noise level, whatever the pipeline prepared."""
+    """Begins a run with the source's latents at its first noise level, whatever the pipeline prepared.
 
-    def __init__(self, source: Source, scheduler: Any) -> None:
+    Args:
+        empty: [n, 1, h, w] boolean, where noise alone begins; `source` is a `Noised` then.
+    """
+
+    def __init__(self, source: Source, scheduler: Any, empty: torch.Tensor | None = None) -> None:
         super().__init__()
-        self._source, self._scheduler = source, scheduler
+        self._source, self._scheduler, self._empty = source, scheduler, empty
 
     def moves(self, step: Step) -> bool:
         return step.index == 0
 
     def latent(self, step: Step, latent: torch.Tensor, probe: Probe) -> torch.Tensor:
-        return self._source.at(self._scheduler, torch.as_tensor(step.timestep).flatten()[:1]).to(latent)
+        known = self._source.at(self._scheduler, torch.as_tensor(step.timestep).flatten()[:1]).to(latent)
+        if self._empty is None:
+            return known
+        assert isinstance(self._source, Noised)
+        noise = self._source.noise.to(latent) * self._scheduler.init_noise_sigma
+        return torch.where(self._empty.to(latent.device), noise, known)
 
 
 def sibling(pipe: Any) -> tuple[Any, bool]:

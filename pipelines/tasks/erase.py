@@ -2,57 +2,35 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 from PIL import Image
 
 from ...attention.errors import MaskError, SettingError, SettingTypeError
-from ...attention.masks import Bools, as_mask, as_masks
-from ...attention.morphology import drop_small, feather, fill_holes
-from ...attention.morphology import grow as grown
+from ...attention.masks import as_masks
 from ...attention.pictures import as_picture
 from ...plugins.base import Plugin, finite
 from ..families.base import has_ip_adapter
-from ..families.latents import native_side, side_multiple
 from .blend import sibling
-from .fill import Job, Sampling, sample
+from .candidates import Candidate, candidates, fill_all
+from .edges import Edges
+from .fill import Sampling
 from .generate import as_list, check_call, resolve_seed
-from .region import Region, hold, paste, plan_regions
 
-REACH = 24
-"""Pixels around the mask that `erase` changes at most unless told otherwise."""
+USUAL = {"clean": {"strength": 0.5, "scale": 1.0}, "picture": {"strength": 0.8, "scale": 9.0}}
+"""By origin: measured on the picture book, and (scale) the paper's."""
 
 
 def erase(
-    pipe: Any,
-    image: Any,
-    mask: Any,
-    *,
-    seed: int | None = None,
-    n: int = 1,
-    method: str = "sip",
-    prompt: str | Sequence[str] = "",
-    steps: int = 25,
-    strength: float = 0.8,
-    guidance: float = 1.0,
-    scale: float = 9.0,
-    suppression: float = 0.3,
-    suppression_steps: int = 10,
-    layers: str | Sequence[str | int] = "up",
-    start: float = 0.0,
-    end: float = 1.0,
-    grow: int | None = None,
-    feather: int | None = None,
-    fill: bool = False,
-    min_area: int = 0,
-    crop: bool = True,
-    batch_size: int = 1,
-    plugins: Sequence[Plugin] = (),
-    **call: Any,
-) -> Any:
+    pipe: Any, image: Any, mask: Any, *, seed: int | None = None, n: int = 1,
+    origin: Literal["clean", "picture"] = "clean", method: Literal["sip", "dip"] = "sip",
+    prompt: str | Sequence[str] = "", steps: int = 25, strength: float | None = None, guidance: float = 1.0,
+    scale: float | None = None, suppression: float = 0.3, suppression_steps: int = 10,
+    layers: str | Sequence[str | int] = "up", start: float = 0.0, end: float = 1.0,
+    grow: int | None = None, feather: int | None = None, fill: bool = False, min_area: int = 0,
+    crop: bool = True, batch_size: int = 1, plugins: Sequence[Plugin] = (), **call: Any,
+) -> Any:  # fmt: skip
     """Remove what a mask covers and continue the background.
 
     Args:
@@ -63,14 +41,19 @@ def erase(
             its members; for several images it holds the mask of each, as a batch does.
         seed: candidate i of picture j has the seed `seed + j * n + i`; None draws one.
         n: candidates of each picture.
-        method: "sip" starts from noise and gives another fill for every seed; "dip" starts from the picture's own
-            inversion and gives one. Both are the paper's.
+        origin: "clean" begins with the hole filled by pieces of the picture, so that neither the start nor what is
+            known around the hole has seen what was there, and spreads the difference along the rim into the hole, so
+            that no tint of the autoencoder is left; "picture" begins with the picture itself, as published.
+        method: "sip" starts from noise and gives another fill for every seed; "dip" starts from the inversion and
+            gives one. Both are the paper's.
         prompt: what is to be there instead, or a list with one for each image. Nothing, as published; naming the
             background, with `guidance` of 3 or so, helps a model that was trained on captions.
         steps, strength: of the pipeline's schedule; the first `1 - strength` of it is left out. The paper runs 50;
-            on the picture book 25 are no worse.
+            on the picture book 25 are no worse. strength=None is 0.5, which keeps the clean start's layout (measured
+            on the picture book), or 0.8 for origin="picture"; at 1 a clean start is noise alone.
         guidance: classifier-free guidance towards the prompt; 1 switches it off.
-        scale, suppression, suppression_steps, layers, start, end: as of `SelfAttentionRedirection`.
+        scale, suppression, suppression_steps, layers, start, end: as of `SelfAttentionRedirection`. scale=None is 1,
+            the redirected prediction itself (one row, not two), or the paper's 9 for origin="picture".
         grow: pixels by which the mask is grown first; None: a 64th of the shorter side, 2 ... 12.
         feather: pixels beyond that over which new fades into old, 0 is a hard edge; None: as the default of `grow`.
         fill: also remove what the mask encloses. min_area: parts of the mask with fewer pixels are specks to be left.
@@ -88,29 +71,37 @@ def erase(
             input comes back.
         SettingError: a setting outside its range. UnsupportedPipelineError: a pipeline without self-attention layers.
     """
+    strength, scale = _usual(origin, strength=strength, scale=scale)
     settings = {name: value for name, value in locals().items() if name in _SETTINGS}
     _check(method, n, steps, strength, batch_size)
-    finite(guidance, "guidance")
     runner, _ = sibling(pipe)  # refuses a pipeline before any work
     check_call(runner, call, _TAKEN)
     _check_shown(runner, call)
-    edges, first = _Edges(grow, feather, fill, min_area), resolve_seed(seed)
-    several, plugins = isinstance(image, (list, tuple)) or getattr(image, "ndim", 0) == 4, as_list(plugins)
+    redirection, plugins = {name: settings[name] for name in _REDIRECTION}, as_list(plugins)
+    sampling = Sampling(method, steps, strength, finite(guidance, "guidance"), redirection, plugins, call, origin)
+    edges, first = Edges(grow, feather, fill, min_area), resolve_seed(seed)
+    several = isinstance(image, (list, tuple)) or getattr(image, "ndim", 0) == 4
     images = list(cast("Sequence[Any]", image)) if several else [image]
-    mask = as_masks(mask) if several and hasattr(mask, "ndim") else mask
+    masks = as_masks(mask) if several and hasattr(mask, "ndim") else mask if several else [mask]
     groups = [
-        _candidates(pipe, as_picture(picture), marked, text, range(first + j * n, first + (j + 1) * n), edges, crop)
-        for j, (picture, marked, text) in enumerate(_wanted(images, mask if several else [mask], prompt))
-    ]
-    redirection = {name: settings[name] for name in _REDIRECTION}
-    sampling = Sampling(method, steps, strength, guidance, redirection, plugins, call)
-    _fill(pipe, [candidate for group in groups for candidate in group], sampling, batch_size)
+        candidates(pipe, as_picture(picture), marked, text, range(first + j * n, first + (j + 1) * n), edges, crop,
+                   origin == "clean")
+        for j, (picture, marked, text) in enumerate(_wanted(images, masks, prompt))
+    ]  # fmt: skip
+    fill_all(pipe, [candidate for group in groups for candidate in group], sampling, batch_size)
     made = [[_signed(pipe, candidate, settings, plugins) for candidate in group] for group in groups]
     results = [group if n > 1 else group[0] for group in made]
     return results if several else results[0]
 
 
-def _signed(pipe: Any, candidate: _Candidate, settings: dict[str, Any], plugins: Sequence[Plugin]) -> Image.Image:
+def _usual(origin: str, **given: float | None) -> tuple[float, ...]:
+    """What was given, or what is usual for this origin."""
+    if origin not in USUAL:
+        raise SettingError(f"origin={origin!r}: choose 'clean' (the hole filled first) or 'picture' (as published)")
+    return tuple(USUAL[origin][name] if value is None else value for name, value in given.items())
+
+
+def _signed(pipe: Any, candidate: Candidate, settings: dict[str, Any], plugins: Sequence[Plugin]) -> Image.Image:
     """The picture with the settings that make it again."""
     if candidate.regions:
         candidate.made.info["diffgraft"] = {
@@ -124,91 +115,7 @@ def _signed(pipe: Any, candidate: _Candidate, settings: dict[str, Any], plugins:
 
 _REDIRECTION = ("scale", "suppression", "suppression_steps", "layers", "start", "end")
 _TAKEN = ("guidance_scale", "latents", "mask_image", "masked_image_latents", "width", "height", "prompt_embeds")
-_SETTINGS = (*_REDIRECTION, "method", "steps", "strength", "guidance", "fill", "min_area", "crop")
-
-
-@dataclass
-class _Candidate:
-    """A picture on its way: `made` is what there is after some of the regions."""
-
-    made: Image.Image
-    hole: Bools
-    opacity: Any
-    regions: list[Region]
-    prompt: str
-    seed: int
-    used: dict[str, int]
-
-    def job(self, index: int) -> Job:
-        return Job(self.made, self.hole, self.regions[index], self.prompt, self.seed)
-
-    def take(self, index: int, generated: Image.Image) -> None:
-        region = self.regions[index]
-        left, top, right, bottom = region.box
-        self.made = paste(self.made, region.uncut(generated), (left, top), self.opacity[top:bottom, left:right])
-
-
-def _candidates(
-    pipe: Any, picture: Image.Image, mask: Any, prompt: str, seeds: Sequence[int], edges: _Edges, crop: bool
-) -> list[_Candidate]:
-    """One for each seed, without regions if nothing is to be done."""
-    marked = edges.clean(as_mask(mask, (picture.height, picture.width)))
-    regions: list[Region] = []
-    hole, opacity, used = edges.apply(marked)
-    if marked.any():
-        size = native_side(pipe), side_multiple(pipe), crop
-        regions = plan_regions(hole, *size)
-        if not hold(regions, opacity > 0):  # a wide feather would end at a region's border
-            regions = plan_regions(opacity > 0, *size)
-    else:
-        warnings.warn("the mask is empty: the picture comes back unchanged", stacklevel=3)
-    return [_Candidate(picture.copy(), hole, opacity, regions, prompt, seed, used) for seed in seeds]
-
-
-def _fill(pipe: Any, candidates: Sequence[_Candidate], sampling: Sampling, batch_size: int) -> None:
-    """All regions of all candidates: the first of each, then the second ones; batches are of one size in pixels."""
-    for index in range(max((len(candidate.regions) for candidate in candidates), default=0)):
-        waiting: dict[tuple[int, int], list[_Candidate]] = {}
-        for candidate in candidates:
-            if index < len(candidate.regions):
-                waiting.setdefault(candidate.regions[index].padded, []).append(candidate)
-        for alike in waiting.values():
-            for start in range(0, len(alike), batch_size):
-                batch = alike[start : start + batch_size]
-                generated = sample(pipe, [candidate.job(index) for candidate in batch], sampling)
-                for candidate, picture in zip(batch, generated, strict=True):
-                    candidate.take(index, picture)
-
-
-@dataclass(frozen=True)
-class _Edges:
-    """How a mask becomes a hole with an edge."""
-
-    grow: int | None
-    feather: int | None
-    fill: bool
-    min_area: int
-
-    def __post_init__(self) -> None:
-        for name in ("grow", "feather", "min_area"):
-            value = getattr(self, name)
-            if value is not None and finite(value, name, low=0) != int(value):
-                raise SettingError(f"{name}={value}: whole pixels are needed")
-
-    def clean(self, mask: Bools) -> Bools:
-        """Without specks and, if wanted, without holes."""
-        mask = drop_small(mask, self.min_area) if self.min_area > 1 else mask
-        return fill_holes(mask) if self.fill else mask
-
-    def apply(self, mask: Bools) -> tuple[Bools, Any, dict[str, int]]:
-        """(the hole, the opacity of what is generated, the pixels used for both)."""
-        usual = min(REACH // 2, max(2, min(mask.shape) // 64))
-        used = {
-            "grow": usual if self.grow is None else int(self.grow),
-            "feather": usual if self.feather is None else int(self.feather),
-        }
-        hole = grown(mask, used["grow"])
-        return hole, feather(hole, used["feather"]), used
+_SETTINGS = (*_REDIRECTION, "origin", "method", "steps", "strength", "guidance", "fill", "min_area", "crop")
 
 
 def _wanted(images: Sequence[Any], masks: Any, prompt: str | Sequence[str]) -> Iterator[tuple[Any, Any, str]]:

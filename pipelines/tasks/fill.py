@@ -35,23 +35,34 @@ class Sampling:
     redirection: dict[str, Any]
     plugins: Sequence[Plugin]
     call: dict[str, Any] = field(default_factory=dict[str, Any])
+    origin: str = "picture"
+
+    @property
+    def empty(self) -> bool:
+        """Whether a hole begins as noise alone: nothing of a picture is left at full strength."""
+        return self.origin == "clean" and self.method == "sip" and self.strength == 1
 
 
 @dataclass(frozen=True)
 class Job:
-    """A hole [h, w] in a picture of that size, the region to work on, and what is wanted there."""
+    """A hole [h, w] in a picture of that size, the region to work on, and what is wanted there.
+
+    Attributes:
+        start: the region to begin with, at its padded size; None cuts it from the picture.
+    """
 
     picture: Image.Image
     hole: Bools
     region: Region
     prompt: str
     seed: int
+    start: Image.Image | None = None
 
 
 def sample(pipe: Any, jobs: Sequence[Job], sampling: Sampling) -> list[Image.Image]:
     """The regions with their holes regenerated, RGB, at their padded size, which all have in common."""
     runner, inpainting = sibling(pipe)
-    parts = [job.region.cut(job.picture) for job in jobs]
+    parts = [job.start or job.region.cut(job.picture) for job in jobs]
     masks = [job.region.cut_mask(job.hole) for job in jobs]
     if inpainting and sampling.method == "dip":
         raise UnsupportedPipelineError("a UNet with 9 channels cannot be inverted without a mask: use method='sip'")
@@ -68,8 +79,8 @@ def sample(pipe: Any, jobs: Sequence[Job], sampling: Sampling) -> list[Image.Ima
         call |= _inpainting(pipe, parts, tokens)
     then = Blend(source, tokens, call.pop("callback_on_step_end", None))
     inputs = call.pop("callback_on_step_end_tensor_inputs", [])
-    if sampling.method == "dip":
-        plugins.insert(0, StartAt(source, pipe.scheduler))
+    if sampling.method == "dip" or sampling.empty:
+        plugins.insert(0, StartAt(source, pipe.scheduler, tokens if sampling.empty else None))
     with graft(pipe, *plugins):
         out = runner(
             prompt=[job.prompt for job in jobs], image=source.clean, strength=sampling.strength,
