@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from .pipelines.tasks.stylize import stylize as stylize
     from .plugins.base import Branch as Branch
     from .plugins.base import Plugin as Plugin
+    from .plugins.concept_block import ConceptBlock as ConceptBlock
     from .plugins.distillation import AttentionDistillation as AttentionDistillation
     from .plugins.losses import LOSSES as LOSSES
     from .plugins.losses import Maps as Maps
@@ -77,6 +78,7 @@ _HOMES = {
     "pipelines.tasks.seeds": ("rank_seeds",),
     "pipelines.tasks.stylize": ("stylize",),
     "plugins.base": ("Branch", "Plugin"),
+    "plugins.concept_block": ("ConceptBlock",),
     "plugins.distillation": ("AttentionDistillation",),
     "plugins.losses": ("LOSSES", "Maps"),
     "plugins.negative_away": ("NegativeAway",),

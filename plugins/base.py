@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, TypeVar, cast
 
 import torch
 
@@ -14,6 +14,7 @@ from ..attention.errors import SettingError, SettingTypeError
 from ..attention.layer import AttentionLayer
 from ..attention.step import Rows, Step
 
+Made = TypeVar("Made")
 Probe = Callable[[torch.Tensor], torch.Tensor | None]
 """probe(z) runs the denoiser on the conditional rows of latent z [n, C, h, w] and returns its prediction,
 or None if an edit ended it early."""
@@ -50,6 +51,7 @@ class Prompt:
         guided: whether this call runs classifier-free guidance.
         negative: the call's own `negative_prompt`, as given.
         from_noise: False where the call starts from a picture that it noises, as image-to-image and inpainting do.
+        second: whether a further text encoder was given a prompt of its own (`prompt_2`).
         part: where a task makes several calls, which of its prompts are this call's, and how many it has.
     """
 
@@ -60,6 +62,7 @@ class Prompt:
     guided: bool = False
     negative: Any = None
     from_noise: bool = True
+    second: bool = False
     part: tuple[Sequence[int], int] | None = None
 
     def share(self, prompts: int) -> tuple[Sequence[int], int]:
@@ -113,8 +116,25 @@ class Session(Protocol):
         """Width of the text embeddings that the running call gives to the denoiser."""
         ...
 
-    def encode(self, texts: Sequence[str]) -> Text:
-        """The texts by the pipeline's own encoders, as its denoiser takes them; remembered."""
+    @property
+    def text(self) -> torch.Tensor:
+        """The text embeddings that the running call gives to the denoiser, all rows, [B, L, D]: the same object as
+        long as the pipeline gives the same.
+        """
+        ...
+
+    def encode(self, texts: Sequence[str], *, keep: bool = True) -> Text:
+        """The texts by the pipeline's own encoders, as its denoiser takes them; remembered unless `keep` is False."""
+        ...
+
+    def remember(self, key: Any, make: Callable[[], Made]) -> Made:
+        """What `make` gives, made once for a key as long as the pipeline's text encoders stay what they are, over all
+        calls and grafts.
+        """
+        ...
+
+    def knows(self, text: str) -> bool:
+        """Whether the tokenizer reads the text without an unknown token."""
         ...
 
     def encode_text(self, texts: Sequence[str]) -> torch.Tensor:

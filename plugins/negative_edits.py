@@ -59,7 +59,7 @@ class Call:
     def projected(self, call: AttentionCall, number: int, rows: int) -> tuple[Any, ...]:
         """Keys, values and mask of a negative in this layer for `rows` rows; projected at the first use."""
         module = call.layer.module
-        mark = (call.q.dtype, call.q.device, *(_lora(getattr(module, name, None)) for name in ("to_k", "to_v")))
+        mark = (call.q.dtype, call.q.device, *(lora_state(getattr(module, name, None)) for name in ("to_k", "to_v")))
         kept = self.keys.get((call.layer.name, number))
         if kept is None or kept[0] != mark:
             assert call.project is not None
@@ -67,7 +67,7 @@ class Call:
             made = call.project(text.embeddings.to(call.q), _bias(text.mask, call.q.dtype))
             kept = self.keys[call.layer.name, number] = mark, made.k, made.v, made.mask
         cond = call.step.rows["cond"]
-        return tuple(_for_rows(tensor, rows, cond.stop - cond.start) for tensor in kept[1:])
+        return tuple(for_rows(tensor, rows, cond.stop - cond.start) for tensor in kept[1:])
 
     def _layer_text(self, number: int) -> Text:
         if not self.seen:
@@ -75,7 +75,7 @@ class Call:
         return self.seen[number]
 
 
-def _for_rows(tensor: torch.Tensor | None, rows: int, pictures: int) -> torch.Tensor | None:
+def for_rows(tensor: torch.Tensor | None, rows: int, pictures: int) -> torch.Tensor | None:
     """One row, or one a prompt, for every one of `rows`: the pictures, and the branches that copy them."""
     if tensor is None:
         return None
@@ -304,7 +304,7 @@ def _bias(mask: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
     return None if mask is None else (1 - mask.to(dtype))[:, None] * -10000.0
 
 
-def _lora(linear: Any) -> tuple[Any, ...]:
+def lora_state(linear: Any) -> tuple[Any, ...]:
     """Changes whenever the LoRA state of a projection does."""
     if not hasattr(linear, "active_adapters"):
         return ()

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 from ...attention.layer import AttentionLayer
 from ...attention.step import Step
-from ...plugins.base import Prompt, Text
+from ...plugins.base import Made, Prompt, Text
 from ..families import latents
 from ..families.running import part_for
 from .run import Run
@@ -49,7 +49,7 @@ class RunSession:
             texts, pictures, getattr(run.running.pipe, "guidance_scale", None),
             prompts if isinstance(prompts, int) else None,
             "uncond" in run.step.rows or run.adapter.guided_apart(run.running), asked.get("negative_prompt"),
-            "strength" not in asked, part_for(run.running.pipe),
+            "strength" not in asked, asked.get("prompt_2") not in (None, asked.get("prompt")), part_for(run.running.pipe),
         )  # fmt: skip
 
     @property
@@ -60,8 +60,18 @@ class RunSession:
     def text_width(self) -> int:
         return self._run.inputs[self._run.adapter.text].shape[-1]
 
-    def encode(self, texts: Sequence[str]) -> Text:
-        return self._texts.encode(texts, self._run.running)
+    @property
+    def text(self) -> torch.Tensor:
+        return self._run.inputs[self._run.adapter.text]
+
+    def encode(self, texts: Sequence[str], *, keep: bool = True) -> Text:
+        return self._texts.encode(texts, self._run.running, keep=keep)
+
+    def remember(self, key: Any, make: Callable[[], Made]) -> Made:
+        return self._texts.remember(key, make, self._run.running)
+
+    def knows(self, text: str) -> bool:
+        return self._texts.knows(text)
 
     def encode_text(self, texts: Sequence[str]) -> torch.Tensor:
         return self.encode(texts).embeddings

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
 
 from ...attention.errors import ConceptError, UnsupportedPipelineError
-from ...plugins.base import Text
+from ...plugins.base import Made, Text
 from ..families.base import Adapter
 from ..families.running import Running
 
 _LIMIT = 256
+_KEPT: WeakKeyDictionary[Any, dict[Any, Any]] = WeakKeyDictionary()
+_KEPT_LIMIT = 64
 _ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 _LORA = ("cross_attention_kwargs", "joint_attention_kwargs")
 
@@ -25,20 +28,46 @@ class Texts:
         self.adapter = adapter
         self._memo: dict[tuple[Any, ...], Text] = {}
 
-    def encode(self, texts: Sequence[str], running: Running) -> Text:
+    def encode(self, texts: Sequence[str], running: Running, *, keep: bool = True) -> Text:
         """The texts by the pipeline's encoders, with this call's `clip_skip`, LoRA scale and text length."""
-        scales = ((running.arguments.get(name) or {}).get("scale") for name in _LORA)
-        asked = (running.arguments.get(name) for name in ("max_sequence_length", "clean_caption"))
-        state = (running.clip_skip, *scales, *asked, _fingerprint(self.adapter.pipe))
+        if not keep:
+            return self._encoded(texts, running)
+        state = self._state(running)
         missing = [text for text in dict.fromkeys(texts) if (text, *state) not in self._memo]
         if missing:
-            self._need_encoder()
             if len(self._memo) > _LIMIT:
                 self._memo.clear()
-            with torch.inference_mode(False), torch.no_grad():  # remembered tensors outlive the caller's mode
-                encoded = self.adapter.encode_text(missing, running)
+            encoded = self._encoded(missing, running)
             self._memo |= {(text, *state): _row(encoded, i) for i, text in enumerate(missing)}
         return _stack([self._memo[(text, *state)] for text in texts])
+
+    def _encoded(self, texts: Sequence[str], running: Running) -> Text:
+        self._need_encoder()
+        with torch.inference_mode(False), torch.no_grad():  # remembered tensors outlive the caller's mode
+            return self.adapter.encode_text(list(texts), running)
+
+    def _state(self, running: Running) -> tuple[Any, ...]:
+        """Everything besides a text that its encoding depends on."""
+        scales = ((running.arguments.get(name) or {}).get("scale") for name in _LORA)
+        asked = (running.arguments.get(name) for name in ("max_sequence_length", "clean_caption"))
+        return (running.clip_skip, *scales, *asked, _fingerprint(self.adapter.pipe))
+
+    def remember(self, key: Any, make: Callable[[], Made], running: Running) -> Made:
+        """What `make` gives, made once for a key and a state of the encoders; it goes with the first of them."""
+        self._need_encoder()
+        encoder = next(e for name in _ENCODERS if (e := getattr(self.adapter.pipe, name, None)) is not None)
+        kept = _KEPT.setdefault(encoder, {})
+        whole = (key, self._state(running))
+        if whole not in kept:
+            while len(kept) >= _KEPT_LIMIT:
+                kept.pop(next(iter(kept)))
+            kept[whole] = make()
+        return kept[whole]
+
+    def knows(self, text: str) -> bool:
+        """Whether no token of the text is the unknown one."""
+        unknown = self._tokenizer().unk_token_id
+        return unknown is None or unknown in self._marks() or unknown not in self.ids(text)
 
     def ids(self, text: str, whole: bool = False) -> list[int]:
         """Token ids of a prompt, with start and end marks, cut off where the encoder cuts it off unless `whole`."""
@@ -95,10 +124,13 @@ class Texts:
         return True
 
     def _inner(self, ids: list[int]) -> range:
-        tokenizer = self._tokenizer()
-        marks = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}
+        marks = self._marks()
         words = [i for i, token in enumerate(ids) if token not in marks]
         return range(words[0], words[-1] + 1) if words else range(0)
+
+    def _marks(self) -> set[int | None]:
+        tokenizer = self._tokenizer()
+        return {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}
 
     def _need_encoder(self) -> None:
         pipe = self.adapter.pipe

@@ -1,0 +1,208 @@
+"""What a concept's words give at each position of a text, and what other words give there: encoded once a concept.
+
+A text "a a a star" says what "star" is behind three words; one such text for each position, for the concept and for a
+dozen other words, is the bank. Long contexts take some positions only: between them a word moves as "a" does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ..attention.errors import ConceptError
+from .base import Session
+from .concept_geometry import calibrated, phrase_nearness
+from .neutral_words import FUNCTION_WORDS, NEUTRAL_WORDS
+
+FILLER = "a"
+_NEAR, _KIN, _EXACT, _COARSE, _BATCH = 16, 8, 16, 8, 32
+_LONGEST_TAIL = 128
+
+
+@dataclass(frozen=True)
+class Places:
+    """One phrase at every position, columns as the denoiser takes them.
+
+    Attributes:
+        own: [m, L, D], token j of the phrase where that token stands at the column; zero where it never stands.
+        behind: [L, D], the column behind the phrase, over a few words that may follow.
+        tails: [L, L, D] or None: row n holds the columns behind the text's end if the phrase ends at column n.
+    """
+
+    own: torch.Tensor
+    behind: torch.Tensor
+    tails: torch.Tensor | None
+
+
+@dataclass(frozen=True)
+class Bank:
+    """One concept.
+
+    Attributes:
+        phrases: the concept's phrases. stand_ins: words that may stand in their place.
+        others: words that the concept is told apart from, marks and padding too, [N, L, D].
+        last: [P, D], embedding of each phrase's last word where it is the whole prompt.
+        threshold: of `phrase_nearness`. names: the stand-ins in words.
+    """
+
+    phrases: list[Places]
+    stand_ins: list[Places]
+    others: torch.Tensor
+    last: torch.Tensor
+    threshold: float
+    names: list[str]
+
+
+def make_bank(session: Session, phrases: Sequence[str], blocked: Sequence[str], replace: str | None) -> Bank:
+    """The bank of one concept.
+
+    Args:
+        phrases: the concept, and what means the same.
+        blocked: every phrase that is blocked; none of their words stands in for another.
+        replace: the one phrase to stand in, None for words of a list.
+    Raises:
+        ConceptError: a phrase without tokens, or with more than the text encoder reads.
+    """
+    encoder = _Encoder(session)
+    for phrase in phrases:
+        encoder.length_of(phrase)
+    words = encoder.single(NEUTRAL_WORDS, blocked)
+    near = _nearest(encoder, phrases[0], words)
+    chosen = [replace] if replace else near[min(_KIN, len(near)) // 2 : _KIN]
+    followers = [*encoder.single(FUNCTION_WORDS[1:3], blocked), *words[:2]]
+    own = [encoder.places(phrase, followers) for phrase in phrases]
+    function = encoder.single(FUNCTION_WORDS, blocked)
+    others = torch.stack([*(encoder.series(word)[-1] for word in (*near, *function)), *encoder.marks()])
+    threshold = _threshold(encoder, phrases, own, words, near, others)
+    last = torch.stack([encoder.encode([text])[0, encoder.start + encoder.length_of(text) - 1] for text in phrases])
+    stand_ins = [encoder.places(word, followers) for word in chosen]
+    return Bank(own, stand_ins, others, last, threshold, chosen)
+
+
+class _Encoder:
+    """Texts of fillers and words by the session's encoder, whose rows are not kept."""
+
+    def __init__(self, session: Session) -> None:
+        self.session = session
+        self.start = session.token_range(FILLER).start
+        filler = session.encode([FILLER], keep=False)
+        self.length, self.masked = filler.embeddings.shape[1], filler.mask is not None
+        stop = self.length - 1
+        exact = range(self.start, min(stop, self.start + _EXACT))
+        self.columns = [*exact, *range(exact.stop - 1 + _COARSE, stop, _COARSE)]
+        self.fillers = self.encode([self.text(stop - self.start)])[0]
+
+    def text(self, count: int, *words: str) -> str:
+        return " ".join([FILLER] * count + list(words))
+
+    def encode(self, texts: Sequence[str]) -> torch.Tensor:
+        """[n, L, D]."""
+        parts = [texts[i : i + _BATCH] for i in range(0, len(texts), _BATCH)]
+        return torch.cat([self.session.encode(part, keep=False).embeddings for part in parts])
+
+    def length_of(self, phrase: str) -> int:
+        found = self.session.token_range(phrase)
+        if not 0 < len(found) <= len(self.columns) // 2:
+            raise ConceptError(f"concept {phrase!r} is {len(found)} tokens: a word or a short phrase is needed")
+        return len(found)
+
+    def single(self, words: Sequence[str], blocked: Sequence[str]) -> list[str]:
+        """Those that are one known token and no part of what is blocked."""
+        parts = {part for phrase in blocked for part in phrase.lower().split()}
+        kept = [word for word in words if word not in parts]
+        return [word for word in kept if self.session.knows(word) and len(self.session.token_range(word)) == 1]
+
+    def series(self, phrase: str, follower: str = "") -> torch.Tensor:
+        """[m, L, D]: token j of the phrase, and of the follower, where it stands at each column."""
+        return self._columns(self._rows(phrase, follower)[0], self.length_of(phrase) + bool(follower))
+
+    def _rows(self, phrase: str, follower: str = "") -> tuple[torch.Tensor, list[int]]:
+        """Texts that end at each of `columns` that they reach, [P, L, D], and those columns."""
+        size = self.length_of(phrase) + bool(follower)
+        ends = [column for column in self.columns if column - self.start + 1 >= size]
+        words = [phrase, follower] if follower else [phrase]
+        return self.encode([self.text(end - self.start + 1 - size, *words) for end in ends]), ends
+
+    def _columns(self, rows: torch.Tensor, size: int) -> torch.Tensor:
+        ends = self.columns[-len(rows) :]
+        out = rows.new_zeros(size, self.length, rows.shape[-1])
+        for row, end in zip(rows, ends, strict=True):
+            for j in range(size):
+                out[j, end - size + 1 + j] = row[end - size + 1 + j]
+        last = self.columns[-1]
+        for token in out:
+            for column in range(self.start, self.length - 1):
+                if not token[column].any():
+                    known = [x for x in self.columns if x < column and token[x].any()]
+                    if known and column <= last + _COARSE:
+                        token[column] = token[known[-1]] + self.fillers[column] - self.fillers[known[-1]]
+        return out
+
+    def places(self, phrase: str, followers: Sequence[str]) -> Places:
+        """Everything about one phrase."""
+        rows, ends = self._rows(phrase)
+        behind = torch.stack([self.series(phrase, follower)[-1] for follower in followers]).mean(0)
+        return Places(self._columns(rows, self.length_of(phrase)), behind, self._tails(rows, ends))
+
+    def _tails(self, rows: torch.Tensor, ends: Sequence[int]) -> torch.Tensor | None:
+        if self.masked or self.length > _LONGEST_TAIL:
+            return None
+        place = torch.tensor([max(0, sum(end <= n for end in ends) - 1) for n in range(self.length)])
+        return rows[place.to(rows.device)]
+
+    def marks(self) -> list[torch.Tensor]:
+        """The end mark at each column, and padding there."""
+        texts = self.encode([self.text(column - self.start) for column in self.columns[1:]])
+        ends = texts.new_zeros(self.length, texts.shape[-1])
+        for text, column in zip(texts, self.columns[1:], strict=True):
+            ends[column] = text[column]
+        known = self.columns[1]
+        for column in range(known, self.length):
+            if not ends[column].any():
+                ends[column] = ends[known] + self.fillers[column] - self.fillers[known]
+            elif column in self.columns:
+                known = column
+        return [ends, texts[0]]
+
+
+def _nearest(encoder: _Encoder, phrase: str, words: Sequence[str]) -> list[str]:
+    """The words that are nearest to a phrase's last token, nearest first, around the mean of all words."""
+    counts = (2, 5)
+    rows = {word: encoder.encode([encoder.text(n, word) for n in counts]) for word in (phrase, *words)}
+    size = encoder.length_of(phrase)
+
+    def taken(word: str, length: int) -> torch.Tensor:
+        return torch.stack([rows[word][i, encoder.start + n + length - 1] for i, n in enumerate(counts)]).float()
+
+    found = {word: taken(word, 1) for word in words}
+    if len(found) < 2:
+        raise ConceptError("the text encoder knows no two words to compare a concept with: give replace=")
+    middle = torch.stack(list(found.values())).mean(0)
+    own = taken(phrase, size) - middle
+    near = {word: torch.cosine_similarity(x - middle, own, dim=-1).mean().item() for word, x in found.items()}
+    return sorted(near, key=lambda word: -near[word])[:_NEAR]
+
+
+def _threshold(
+    encoder: _Encoder, phrases: Sequence[str], own: Sequence[Places], words: Sequence[str], near: Sequence[str],
+    others: torch.Tensor,
+) -> float:  # fmt: skip
+    """Between texts with the concept and the same texts with other words in its place."""
+    places = [word for i, word in enumerate(words) if i % 4 == 0][:6]
+    frames = [
+        frame.replace("W", w).replace("V", v)
+        for w, v in zip(places, [*places[1:], places[0]], strict=True)
+        for frame in ("a X", "a W X", "a X W", "a W and a X", "a X and a W , V", "a V W and a V X")
+    ]
+
+    def scores(phrase: str, token: torch.Tensor) -> list[float]:
+        texts = [frame.replace("X", phrase) for frame in frames]
+        found = phrase_nearness(encoder.encode(texts), token, others)
+        stops = [encoder.session.token_range(text).stop for text in texts]
+        return [float(row[:stop].max()) for row, stop in zip(found, stops, strict=True)]
+
+    inside = [s for phrase, place in zip(phrases, own, strict=True) for s in scores(phrase, place.own)]
+    outside = [max(scores(word, place.own)) for word in (*near, *places) for place in own]
+    return calibrated(inside, outside)

@@ -1,0 +1,132 @@
+"""How a blocked concept leaves a cross-attention layer: its part of the text's values, computed once a call."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from ..attention.call import AttentionCall
+from ..attention.step import Step
+from .base import Session, Text
+from .concept_bank import Bank
+from .concept_find import Finding, Removal, find
+from .concept_geometry import adavd, contrast
+from .negative_edits import lora_state
+
+
+@dataclass
+class Blocking:
+    """What one pipeline call needs.
+
+    Attributes:
+        found: by picture, one a concept; a score alone where the picture's text does not hold it.
+        seen: the text that this was decided for. version: rises when it changes.
+        deltas: by layer, what is subtracted from the values of the whole batch.
+    """
+
+    session: Session
+    names: Sequence[str]
+    banks: Sequence[Bank]
+    settings: Finding
+    found: list[list[Removal | float]] = field(default_factory=list[list[Removal | float]])
+    seen: torch.Tensor | None = None
+    version: int = 0
+    deltas: dict[str, tuple[Any, torch.Tensor]] = field(default_factory=dict[str, tuple[Any, torch.Tensor]])
+
+    @property
+    def open(self) -> bool:
+        """Whether any picture's text holds a concept."""
+        return any(self.removals(i) for i in range(len(self.found)))
+
+    def removals(self, picture: int) -> list[Removal]:
+        """What is taken out of a picture's text."""
+        return [one for one in self.found[picture] if isinstance(one, Removal)]
+
+    def look(self, step: Step) -> None:
+        """Decide for the text that the denoiser gets; again only where it became another one."""
+        text = self.session.text
+        if text is self.seen:
+            return
+        rows, prompt = text.detach()[step.rows["cond"]], self.session.prompt
+        # Words of a second prompt, and of embeddings, may stand at any column.
+        known = None if prompt.second else prompt.texts
+        found: list[list[Removal | float]] = []
+        for i, row in enumerate(rows):
+            same = i > 0 and torch.equal(row, rows[i - 1])  # pictures of one prompt
+            end = None if known is None else self.session.token_range(known[i]).stop
+            found.append(found[-1] if same else [self._find(row, bank, end) for bank in self.banks])
+        self.found, self.seen, self.version = found, text, self.version + 1
+
+    def _find(self, row: torch.Tensor, bank: Bank, end: int | None) -> Removal | float:
+        """With its texts as the cross-attention layers get them."""
+        one = find(row, bank, self.settings, end)
+        if isinstance(one, float):
+            return one
+        return replace(one, texts=self.session.layer_text(Text(one.texts)).embeddings)
+
+    def delta(self, call: AttentionCall) -> torch.Tensor:
+        """What is to be subtracted from the call's values, [B, H, L, D]; zero in rows that are left alone."""
+        mark = (self.version, call.v.shape, call.v.dtype, call.v.device, *lora_state(call.layer.module.to_v))
+        kept = self.deltas.get(call.layer.name)
+        if kept is not None and kept[0] == mark and not (torch.is_grad_enabled() and call.v.requires_grad):
+            return kept[1]
+        delta = self._delta(call)
+        if not delta.requires_grad:
+            self.deltas[call.layer.name] = mark, delta
+        return delta
+
+    def _delta(self, call: AttentionCall) -> torch.Tensor:
+        rows = call.select("cond")
+        v, projected = joined_heads(call.v[rows]), self._projected(call)
+        taken: list[torch.Tensor] = []
+        for i, value in enumerate(v):
+            left = value
+            for removal in self.removals(i % len(self.found)):
+                left = self._without(left, projected[id(removal)], removal.weight)
+            taken.append((value - left).to(value.dtype))
+        delta = torch.zeros_like(call.v)
+        delta[rows] = torch.stack(taken).unflatten(-1, (call.v.shape[1], -1)).transpose(1, 2)
+        return delta
+
+    def _without(self, v: torch.Tensor, values: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        if self.settings.rule == "adavd":
+            return adavd(v, values, weight)
+        return contrast(v, values[0], values[1:].mean(0), weight)
+
+    def _projected(self, call: AttentionCall) -> dict[int, torch.Tensor]:
+        """Values [T, L, H * D] of each removal's texts in this layer, by its id; projected together."""
+        assert call.project is not None
+        every = {id(one): one for i in range(len(self.found)) for one in self.removals(i)}
+        texts = torch.cat([one.texts for one in every.values()]).to(call.v)
+        values = joined_heads(call.project(texts, None).v)
+        return dict(zip(every, values.split([len(one.texts) for one in every.values()]), strict=True))
+
+    def told(self, tokens: Sequence[Sequence[str]] | None) -> dict[str, str]:
+        """For the report: by picture, which tokens of which concept were touched.
+
+        Args:
+            tokens: of each picture's prompt, None for a call with embeddings.
+        """
+        return {
+            f"picture {i}": ", ".join(
+                _told(name, one, None if tokens is None else tokens[i])
+                for name, one in zip(self.names, found, strict=True)
+            )
+            for i, found in enumerate(self.found)
+        }
+
+
+def _told(name: str, one: Removal | float, tokens: Sequence[str] | None) -> str:
+    if not isinstance(one, Removal):
+        return f"{name}: not there (highest score {one:.2f})"
+    words = [f"{i} {tokens[i]}" if tokens and i < len(tokens) else str(i) for i in one.columns]
+    touched = int((one.weight != 0).sum())
+    return f"{name}: at {', '.join(words) or 'no column'} (score {one.score:.2f}), {touched} columns changed"
+
+
+def joined_heads(v: torch.Tensor) -> torch.Tensor:
+    """[n, H, L, D] as [n, L, H * D]."""
+    return v.transpose(1, 2).flatten(2)
