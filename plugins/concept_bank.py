@@ -17,7 +17,7 @@ from .concept_geometry import calibrated, phrase_nearness
 from .neutral_words import FUNCTION_WORDS, NEUTRAL_WORDS
 
 FILLER = "a"
-_NEAR, _KIN, _EXACT, _COARSE, _BATCH = 16, 8, 16, 8, 32
+_NEAR, _KIN, _EXACT, _BATCH = 16, 8, 16, 64
 _LONGEST_TAIL = 128
 
 
@@ -71,7 +71,7 @@ def make_bank(session: Session, phrases: Sequence[str], blocked: Sequence[str], 
     words = encoder.single(NEUTRAL_WORDS, blocked)
     near = _nearest(encoder, phrases[0], words)
     chosen = [replace] if replace else near[min(_KIN, len(near)) // 2 : _KIN]
-    followers = [*encoder.single(FUNCTION_WORDS[1:3], blocked), *words[:2]]
+    followers = [*encoder.single(FUNCTION_WORDS[1:3], blocked), words[0]]
     own = [encoder.places(phrase, followers) for phrase in phrases]
     function = encoder.single(FUNCTION_WORDS, blocked)
     others = torch.stack([*(encoder.series(word)[-1] for word in (*near, *function)), *encoder.marks()])
@@ -91,7 +91,9 @@ class _Encoder:
         self.length, self.masked = filler.embeddings.shape[1], filler.mask is not None
         stop = self.length - 1
         exact = range(self.start, min(stop, self.start + _EXACT))
-        self.columns = [*exact, *range(exact.stop - 1 + _COARSE, stop, _COARSE)]
+        coarse = 8 if self.length <= _LONGEST_TAIL else 64
+        self.columns = [*exact, *range(exact.stop - 1 + coarse, stop, coarse)]
+        self._kept: dict[tuple[str, str], torch.Tensor] = {}
         self.fillers = self.encode([self.text(stop - self.start)])[0]
 
     def text(self, count: int, *words: str) -> str:
@@ -116,54 +118,49 @@ class _Encoder:
 
     def series(self, phrase: str, follower: str = "") -> torch.Tensor:
         """[m, L, D]: token j of the phrase, and of the follower, where it stands at each column."""
-        return self._columns(self._rows(phrase, follower)[0], self.length_of(phrase) + bool(follower))
+        return self._columns(self._rows(phrase, follower), self.length_of(phrase) + bool(follower))
 
-    def _rows(self, phrase: str, follower: str = "") -> tuple[torch.Tensor, list[int]]:
-        """Texts that end at each of `columns` that they reach, [P, L, D], and those columns."""
-        size = self.length_of(phrase) + bool(follower)
-        ends = [column for column in self.columns if column - self.start + 1 >= size]
-        words = [phrase, follower] if follower else [phrase]
-        return self.encode([self.text(end - self.start + 1 - size, *words) for end in ends]), ends
+    def _rows(self, phrase: str, follower: str = "") -> torch.Tensor:
+        """Texts that end at each of `columns` that they reach, [P, L, D]."""
+        if (phrase, follower) not in self._kept:
+            size = self.length_of(phrase) + bool(follower)
+            counts = [column - self.start + 1 - size for column in self.columns]
+            words = [phrase, follower] if follower else [phrase]
+            self._kept[phrase, follower] = self.encode([self.text(n, *words) for n in counts if n >= 0])
+        return self._kept[phrase, follower]
 
     def _columns(self, rows: torch.Tensor, size: int) -> torch.Tensor:
-        ends = self.columns[-len(rows) :]
+        """The last `size` tokens of each text, where they stand; between, moved as fillers are."""
+        ends = torch.tensor(self.columns[-len(rows) :])
         out = rows.new_zeros(size, self.length, rows.shape[-1])
-        for row, end in zip(rows, ends, strict=True):
-            for j in range(size):
-                out[j, end - size + 1 + j] = row[end - size + 1 + j]
-        last = self.columns[-1]
-        for token in out:
-            for column in range(self.start, self.length - 1):
-                if not token[column].any():
-                    known = [x for x in self.columns if x < column and token[x].any()]
-                    if known and column <= last + _COARSE:
-                        token[column] = token[known[-1]] + self.fillers[column] - self.fillers[known[-1]]
+        for j in range(size):
+            at = ends - (size - 1 - j)
+            every = torch.arange(int(at[0]), self.length - 1)
+            known = torch.searchsorted(at, every, right=True) - 1
+            moved = self.fillers[every] - self.fillers[at[known]]
+            out[j, every] = rows[known, at[known]] + moved
         return out
 
     def places(self, phrase: str, followers: Sequence[str]) -> Places:
         """Everything about one phrase."""
-        rows, ends = self._rows(phrase)
+        rows = self._rows(phrase)
         behind = torch.stack([self.series(phrase, follower)[-1] for follower in followers]).mean(0)
-        return Places(self._columns(rows, self.length_of(phrase)), behind, self._tails(rows, ends))
+        return Places(self._columns(rows, self.length_of(phrase)), behind, self._tails(rows))
 
-    def _tails(self, rows: torch.Tensor, ends: Sequence[int]) -> torch.Tensor | None:
+    def _tails(self, rows: torch.Tensor) -> torch.Tensor | None:
         if self.masked or self.length > _LONGEST_TAIL:
             return None
-        place = torch.tensor([max(0, sum(end <= n for end in ends) - 1) for n in range(self.length)])
-        return rows[place.to(rows.device)]
+        ends = torch.tensor(self.columns[-len(rows) :])
+        return rows[(torch.searchsorted(ends, torch.arange(self.length), right=True) - 1).clamp_min(0)]
 
     def marks(self) -> list[torch.Tensor]:
         """The end mark at each column, and padding there."""
         texts = self.encode([self.text(column - self.start) for column in self.columns[1:]])
+        at = torch.tensor(self.columns[1:])
+        every = torch.arange(int(at[0]), self.length)
+        known = torch.searchsorted(at, every, right=True) - 1
         ends = texts.new_zeros(self.length, texts.shape[-1])
-        for text, column in zip(texts, self.columns[1:], strict=True):
-            ends[column] = text[column]
-        known = self.columns[1]
-        for column in range(known, self.length):
-            if not ends[column].any():
-                ends[column] = ends[known] + self.fillers[column] - self.fillers[known]
-            elif column in self.columns:
-                known = column
+        ends[every] = texts[known, at[known]]
         return [ends, texts[0]]
 
 
@@ -190,7 +187,7 @@ def _threshold(
     others: torch.Tensor,
 ) -> float:  # fmt: skip
     """Between texts with the concept and the same texts with other words in its place."""
-    places = [word for i, word in enumerate(words) if i % 4 == 0][:6]
+    places = words[:: max(1, len(words) // 3)][:3]
     frames = [
         frame.replace("W", w).replace("V", v)
         for w, v in zip(places, [*places[1:], places[0]], strict=True)
@@ -204,5 +201,5 @@ def _threshold(
         return [float(row[:stop].max()) for row, stop in zip(found, stops, strict=True)]
 
     inside = [s for phrase, place in zip(phrases, own, strict=True) for s in scores(phrase, place.own)]
-    outside = [max(scores(word, place.own)) for word in (*near, *places) for place in own]
+    outside = [max(scores(word, place.own)) for word in near[:6] for place in own]
     return calibrated(inside, outside)

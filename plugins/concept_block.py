@@ -21,7 +21,7 @@ from .concept_bank import Bank, make_bank
 from .concept_edits import Blocking
 from .concept_find import Finding
 from .negative_away import NegativeAway
-from .negative_edits import CrossAway
+from .negative_edits import CrossAway, Steering
 
 Rule = Literal["contrast", "adavd", "nasa"]
 Concepts = str | Sequence[str] | Mapping[str, Sequence[str]]
@@ -138,7 +138,7 @@ class BlockAway(CrossAway):
     """Steers away from the concept, in the rows whose text holds it."""
 
     def __init__(self, plugin: ConceptBlock, away: NegativeAway) -> None:
-        super().__init__(away)
+        super().__init__(Steering(away, away.rule, lambda layer: layer.kind == "cross"))
         self.block = plugin
 
     def active(self, layer: AttentionLayer, step: Step) -> bool:
@@ -170,7 +170,7 @@ def check_groups(concepts: Any) -> list[list[str]]:
     """
     if isinstance(concepts, Mapping):
         named = cast("Mapping[Any, Any]", concepts)
-        groups = [[key, *([more] if isinstance(more, str) else list(more))] for key, more in named.items()]
+        groups: list[list[Any]] = [[key, *([more] if isinstance(more, str) else more)] for key, more in named.items()]
     elif isinstance(concepts, Sequence) and not isinstance(concepts, (str, bytes)):
         groups = [[phrase] for phrase in cast("Sequence[Any]", concepts)]
     else:

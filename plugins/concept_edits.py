@@ -63,7 +63,7 @@ class Blocking:
     def _find(self, row: torch.Tensor, bank: Bank, end: int | None) -> Removal | float:
         """With its texts as the cross-attention layers get them."""
         one = find(row, bank, self.settings, end)
-        if isinstance(one, float):
+        if not isinstance(one, Removal):
             return one
         return replace(one, texts=self.session.layer_text(Text(one.texts)).embeddings)
 

@@ -49,7 +49,8 @@ class RunSession:
             texts, pictures, getattr(run.running.pipe, "guidance_scale", None),
             prompts if isinstance(prompts, int) else None,
             "uncond" in run.step.rows or run.adapter.guided_apart(run.running), asked.get("negative_prompt"),
-            "strength" not in asked, asked.get("prompt_2") not in (None, asked.get("prompt")), part_for(run.running.pipe),
+            "strength" not in asked, asked.get("prompt_2") not in (None, asked.get("prompt")),
+            part_for(run.running.pipe),
         )  # fmt: skip
 
     @property
