@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help picture test lint demo bench browser
+.PHONY: help picture test lint demo bench gpu-check browser
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -12,7 +12,7 @@ PICTURE := outputs/picture.png
 PYTEST ?= -n 2 --dist loadfile
 
 help:  ## say what there is to make
-	@awk -F ':.*##' '/^[a-z]+:.*##/ {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*##' '/^[a-z-]+:.*##/ {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 $(INSTALLED): pyproject.toml constraints.txt
 	@test -x $(BIN)/python || { echo "making .venv/ and installing into it, once; this takes some minutes"; $(PYTHON) -m venv .venv; }
@@ -51,3 +51,6 @@ demo: $(INSTALLED)  ## open the demo on http://127.0.0.1:7860
 
 bench: $(BENCH)  ## print the tables of the README again
 	@$(BIN)/python -m diffgraft.app.bench
+
+gpu-check: $(BENCH)  ## time, memory and kernels of grafts on this GPU, real shapes, no weights, eight minutes
+	@$(BIN)/python -m diffgraft.app.bench.gpu_check

@@ -1,0 +1,184 @@
+"""The rows of `gpu_check`: one model in one mode, plain, guided and with each plugin."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch._dynamo.utils import counters
+
+from ... import (
+    AttentionSegregation,
+    NegativeAway,
+    Plugin,
+    SelfAttentionRedirection,
+    StartpointFilter,
+    StyleInjection,
+    graft,
+)
+from ...attention.errors import GraftError
+from .gpu_measure import kernels, peak, quartiles, ratios, seconds
+from .gpu_shapes import Shape, Subject, make
+from .redirection_cost import square
+from .training import TimeBox
+
+MODES: Mapping[str, Mapping[str, Any] | None] = {
+    "eager": None, "compiled": {}, "CUDA graphs": {"mode": "reduce-overhead"},
+}  # fmt: skip
+"""What `compile_repeated_blocks` is told, None where it is not called."""
+Make = Callable[[Subject], Plugin]
+PLUGINS: Mapping[str, Make] = {
+    "NegativeAway, nasa": lambda s: NegativeAway(s.negative, rule="nasa"),
+    "NegativeAway, nag": lambda s: NegativeAway(s.negative, rule="nag"),
+    "AttentionSegregation": lambda s: AttentionSegregation([2, 5]),
+    "SelfAttentionRedirection": lambda s: SelfAttentionRedirection(square(s.side, 0.1)),
+    "StartpointFilter": lambda s: StartpointFilter(),
+    "StyleInjection": lambda s: StyleInjection(s.style()),
+}
+REFUSED = (GraftError, torch.OutOfMemoryError, torch._dynamo.exc.TorchDynamoException)
+
+
+@dataclass
+class Row:
+    """One line of a table. What was not measured is None, and `note` says why.
+
+    Attributes:
+        ratio: quartiles of the time to the plain call in the same mode. memory: peak bytes beyond what was there.
+        kernels: attention kernels of one call. graphs, breaks: what torch.compile made for this row.
+        restored: whether the plain call gives the same bytes again afterwards.
+        error, plain_error: of bfloat16 against float32, with the plugin and without.
+    """
+
+    shape: str
+    mode: str
+    what: str
+    steps: int = 0
+    seconds: float | None = None
+    ratio: tuple[float, float, float] | None = None
+    memory: int | None = None
+    kernels: dict[str, int] | None = None
+    graphs: int | None = None
+    breaks: int | None = None
+    restored: bool | None = None
+    error: float | None = None
+    plain_error: float | None = None
+    note: str = ""
+
+
+class Bench:
+    """One model on one device in one mode."""
+
+    def __init__(self, shape: Shape, subject: Subject, mode: str, steps: int, most: int = 15) -> None:
+        self.shape, self.subject, self.mode, self.steps, self.most = shape, subject, mode, steps, most
+        self.device = next(subject.denoiser.parameters()).device
+
+    def rows(self, box: TimeBox) -> Iterator[Row]:
+        """Plain, guided, and with each plugin, within the box; if the plain call cannot run, nothing else is tried."""
+        todo: dict[str, tuple[dict[str, Any], Make | None]] = {
+            "plain": (self.subject.call, None), "guidance": (self.subject.guided, None),
+            **{name: (self.subject.call, build) for name, build in PLUGINS.items()},
+        }  # fmt: skip
+        for number, (what, (call, build)) in enumerate(todo.items()):
+            row = Row(self.shape.name, self.mode, what, self.steps, note=self.subject.note if what == "plain" else "")
+            if box.fraction >= 1:
+                row.note = "left out: the time is over"
+            else:
+                self._fill(row, call, build, TimeBox((box.total - box.spent) / 60 / (len(todo) - number)))
+            yield row
+            if what == "plain" and row.seconds is None:
+                return
+
+    def _fill(self, row: Row, call: dict[str, Any], build: Make | None, box: TimeBox) -> None:
+        """Measure; what is refused says why."""
+        try:
+            plugins = [build(self.subject)] if build else []
+            with counted(row):
+                before = self.draw(self.subject.call)
+                with grafted(self.subject.pipe, plugins):
+                    self.draw(call)
+                    row.kernels = kernels(lambda: self.draw(call), self.device)
+                    row.memory = peak(lambda: self.draw(call), self.device)
+            row.seconds = min(self.timed(call, plugins) for _ in range(2))
+            if row.what != "plain":
+                pair = [lambda: self.timed(self.subject.call, []), lambda: self.timed(call, plugins)]
+                row.ratio = quartiles(ratios(pair[0], pair[1], box, most=self.most))
+            row.restored = torch.equal(before, self.draw(self.subject.call))
+        except REFUSED as error:
+            row.note = short(error)
+
+    def draw(self, call: dict[str, Any]) -> torch.Tensor:
+        """Latents of one call, always the same noise."""
+        noise = torch.Generator().manual_seed(0)
+        return self.subject.pipe(**call, num_inference_steps=self.steps, generator=noise).images
+
+    def timed(self, call: dict[str, Any], plugins: Sequence[Plugin]) -> float:
+        """Seconds of one call; putting on and taking off are not in them."""
+        with grafted(self.subject.pipe, plugins):
+            return seconds(lambda: self.draw(call), self.device)
+
+
+def grafted(pipe: Any, plugins: Sequence[Plugin]) -> AbstractContextManager[Any]:
+    """Nothing at all without plugins: even an empty graft would show in the times."""
+    return graft(pipe, *plugins) if plugins else nullcontext()
+
+
+@contextmanager
+def counted(row: Row) -> Generator[None]:
+    """Notes what torch.compile makes inside."""
+    counters.clear()
+    yield
+    if row.mode != "eager":
+        row.graphs = int(counters["stats"]["unique_graphs"])
+        row.breaks = sum(counters["graph_break"].values())
+
+
+@contextmanager
+def compiled(denoiser: Any, mode: str, backend: str) -> Generator[None]:
+    """The denoiser's repeated blocks are compiled inside, as diffusers advises; eager again afterwards."""
+    options = MODES[mode]
+    if options is None:
+        yield
+        return
+    torch._dynamo.reset()
+    denoiser.compile_repeated_blocks(**({"backend": backend} if backend != "inductor" else options))
+    try:
+        yield
+    finally:
+        for module in denoiser.modules():
+            module._compiled_call_impl = None
+        torch._dynamo.reset()
+
+
+def exactness(shape: Shape, device: torch.device, side: int, little: bool) -> Iterator[Row]:
+    """How far bfloat16 is from float32 on a small picture and few layers, with each plugin and without."""
+    call = dict[str, dict[str, torch.Tensor]]()
+    notes = dict[str, str]()
+    for dtype in (torch.float32, torch.bfloat16):
+        subject = make(shape, device, dtype, side=side, little=little, fewest=True)
+        bench = Bench(shape, subject, "eager", 2)
+        for what, build in {"plain": None, **PLUGINS}.items():
+            try:
+                with grafted(subject.pipe, [build(subject)] if build else []):
+                    call.setdefault(what, {})[str(dtype)] = bench.draw(subject.call).float()
+            except REFUSED as error:
+                notes[what] = short(error)
+    plain = _apart(call.get("plain", {}))
+    for what in ("plain", *PLUGINS):
+        error = _apart(call.get(what, {}))
+        yield Row(shape.name, "exactness", what, 2, error=error, plain_error=plain, note=notes.get(what, ""))
+
+
+def _apart(found: Mapping[str, torch.Tensor]) -> float | None:
+    """Relative distance of the two precisions."""
+    if len(found) < 2:
+        return None
+    exact, other = found.values()
+    return float((other - exact).norm() / exact.norm())
+
+
+def short(error: BaseException) -> str:
+    """One line of it."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
