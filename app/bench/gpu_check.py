@@ -27,6 +27,7 @@ from .rows import KEPT
 from .training import TimeBox
 
 MINUTES = 8.0
+STEPS = 4
 SMALL = 256
 """Pixels of the pictures on which bfloat16 is held against float32."""
 SHARES = {"eager": 0.5, "compiled": 0.35, "CUDA graphs": 0.15}
@@ -58,7 +59,7 @@ class Check:
                 torch.cuda.empty_cache()
 
     def _of_shape(self, shape: Shape, modes: Sequence[str], minutes: float) -> Iterator[Row]:
-        small = 64 if self.little else SMALL
+        small = 128 if self.little else SMALL
         yield from exactness(shape, self.device, small, self.little)
         side = small if self.little else None
         subject = make(shape, self.device, torch.bfloat16, side=side, little=self.little)
@@ -67,7 +68,7 @@ class Check:
                 yield Row(shape.name, mode, "plain", note=f"{self.device.type} has no CUDA graphs")
                 continue
             with compiled(subject.denoiser, mode, self.backend):
-                bench = Bench(shape, subject, mode, 2 if self.little else 4, self.most)
+                bench = Bench(shape, subject, mode, 1 if self.little else STEPS, self.most)
                 yield from bench.rows(TimeBox(minutes * SHARES[mode]))
 
 

@@ -30,15 +30,15 @@ def seconds(call: Call, device: torch.device) -> float:
 
 
 def ratios(
-    plain: Callable[[], float], other: Callable[[], float], box: TimeBox, least: int = 3, most: int = 15
+    plain: Callable[[], float], other: Callable[[], float], box: TimeBox, most: int, least: int = 3
 ) -> list[float]:
     """Seconds of `other` to those of `plain`, taken in turns, so that a machine that slows down slows both.
 
     Args:
-        box: measuring stops when it is over, but not before `least` pairs.
+        box: measuring stops when it is over, but not before `least` pairs. most: pairs.
     """
     found = list[float]()
-    while len(found) < least or (len(found) < most and box.fraction < 1):
+    while len(found) < min(least, most) or (len(found) < most and box.fraction < 1):
         before = plain()
         found.append(other() / before)
     return found

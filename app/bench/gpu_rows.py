@@ -36,7 +36,7 @@ PLUGINS: Mapping[str, Make] = {
     "AttentionSegregation": lambda s: AttentionSegregation([2, 5]),
     "SelfAttentionRedirection": lambda s: SelfAttentionRedirection(square(s.side, 0.1)),
     "StartpointFilter": lambda s: StartpointFilter(),
-    "StyleInjection": lambda s: StyleInjection(s.style()),
+    "StyleInjection, a set of two": lambda s: StyleInjection(None, method="stylealigned"),
 }
 REFUSED = (GraftError, torch.OutOfMemoryError, torch._dynamo.exc.TorchDynamoException)
 
@@ -74,13 +74,13 @@ class Bench:
     def __init__(self, shape: Shape, subject: Subject, mode: str, steps: int, most: int = 15) -> None:
         self.shape, self.subject, self.mode, self.steps, self.most = shape, subject, mode, steps, most
         self.device = next(subject.denoiser.parameters()).device
+        self.before: torch.Tensor | None = None
 
     def rows(self, box: TimeBox) -> Iterator[Row]:
         """Plain, guided, and with each plugin, within the box; if the plain call cannot run, nothing else is tried."""
-        todo: dict[str, tuple[dict[str, Any], Make | None]] = {
-            "plain": (self.subject.call, None), "guidance": (self.subject.guided, None),
-            **{name: (self.subject.call, build) for name, build in PLUGINS.items()},
-        }  # fmt: skip
+        plain, guided = self.subject.call, self.subject.guided
+        todo: dict[str, tuple[dict[str, Any], Make | None]] = {"plain": (plain, None), "guidance": (guided, None)}
+        todo |= {name: (self.own(name), build) for name, build in PLUGINS.items()}
         for number, (what, (call, build)) in enumerate(todo.items()):
             row = Row(self.shape.name, self.mode, what, self.steps, note=self.subject.note if what == "plain" else "")
             if box.fraction >= 1:
@@ -91,21 +91,26 @@ class Bench:
             if what == "plain" and row.seconds is None:
                 return
 
+    def own(self, what: str) -> dict[str, Any]:
+        """The call of a plugin: a set of pictures has two."""
+        return self.subject.call | ({"num_images_per_prompt": 2} if what.endswith("a set of two") else {})
+
     def _fill(self, row: Row, call: dict[str, Any], build: Make | None, box: TimeBox) -> None:
         """Measure; what is refused says why."""
         try:
             plugins = [build(self.subject)] if build else []
             with counted(row):
-                before = self.draw(self.subject.call)
+                self.before = self.draw(self.subject.call) if self.before is None else self.before
                 with grafted(self.subject.pipe, plugins):
                     self.draw(call)
                     row.kernels = kernels(lambda: self.draw(call), self.device)
                     row.memory = peak(lambda: self.draw(call), self.device)
-            row.seconds = min(self.timed(call, plugins) for _ in range(2))
+            row.seconds = self.timed(call, plugins)
             if row.what != "plain":
-                pair = [lambda: self.timed(self.subject.call, []), lambda: self.timed(call, plugins)]
-                row.ratio = quartiles(ratios(pair[0], pair[1], box, most=self.most))
-            row.restored = torch.equal(before, self.draw(self.subject.call))
+                base = call if plugins else self.subject.call
+                pairs = ratios(lambda: self.timed(base, []), lambda: self.timed(call, plugins), box, self.most)
+                row.ratio = quartiles(pairs)
+            row.restored = torch.equal(self.before, self.draw(self.subject.call))
         except REFUSED as error:
             row.note = short(error)
 
@@ -154,28 +159,29 @@ def compiled(denoiser: Any, mode: str, backend: str) -> Generator[None]:
 
 def exactness(shape: Shape, device: torch.device, side: int, little: bool) -> Iterator[Row]:
     """How far bfloat16 is from float32 on a small picture and few layers, with each plugin and without."""
-    call = dict[str, dict[str, torch.Tensor]]()
-    notes = dict[str, str]()
-    for dtype in (torch.float32, torch.bfloat16):
-        subject = make(shape, device, dtype, side=side, little=little, fewest=True)
+    exact = make(shape, device, torch.float32, side=side, little=little, fewest=True)
+    other = make(shape, device, torch.bfloat16, side=side, little=little, fewest=True)
+    other.denoiser.load_state_dict(exact.denoiser.state_dict())  # drawn in bfloat16, they would be other weights
+    found, notes = dict[str, list[torch.Tensor]](), dict[str, str]()
+    for subject in (exact, other):
         bench = Bench(shape, subject, "eager", 2)
         for what, build in {"plain": None, **PLUGINS}.items():
             try:
                 with grafted(subject.pipe, [build(subject)] if build else []):
-                    call.setdefault(what, {})[str(dtype)] = bench.draw(subject.call).float()
+                    found.setdefault(what, []).append(bench.draw(bench.own(what)).float())
             except REFUSED as error:
                 notes[what] = short(error)
-    plain = _apart(call.get("plain", {}))
+    plain = _apart(found.get("plain", []))
     for what in ("plain", *PLUGINS):
-        error = _apart(call.get(what, {}))
+        error = _apart(found.get(what, []))
         yield Row(shape.name, "exactness", what, 2, error=error, plain_error=plain, note=notes.get(what, ""))
 
 
-def _apart(found: Mapping[str, torch.Tensor]) -> float | None:
+def _apart(found: Sequence[torch.Tensor]) -> float | None:
     """Relative distance of the two precisions."""
     if len(found) < 2:
         return None
-    exact, other = found.values()
+    exact, other = found
     return float((other - exact).norm() / exact.norm())
 
 

@@ -117,12 +117,6 @@ class Subject:
     def denoiser(self) -> Any:
         return getattr(self.pipe, "unet", None) or self.pipe.transformer
 
-    def style(self) -> torch.Tensor:
-        """Latents of a picture that is none, for `StyleInjection`: [1, C, h, w]."""
-        weight = next(self.denoiser.parameters())
-        size = (1, self.denoiser.config.in_channels, self.side // 8, self.side // 8)
-        return torch.randn(size, generator=torch.Generator().manual_seed(3)).to(weight.device, weight.dtype)
-
 
 def make(shape: Shape, device: torch.device, dtype: torch.dtype, *, side: int | None = None, little: bool = False,
          fewest: bool = False) -> Subject:  # fmt: skip

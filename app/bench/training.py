@@ -37,7 +37,7 @@ class TimeBox:
     @property
     def fraction(self) -> float:
         """Share of the box that is gone, 1 or more when it is over."""
-        return self.spent / self.total
+        return self.spent / self.total if self.total > 0 else 1.0
 
     def rate(self, step: int, hold: float = 0.4, warm: int = 100) -> float:
         """Share of the peak learning rate: warm-up over `warm` steps, constant until `hold`, then down to 1% in a
