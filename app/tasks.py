@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from .errors import ImageError
 from .images import load_image, load_mask
 from .metadata import encode_png
 from .models import open_model, shown_name, suits
-from .outputs import output_folder, write_whole
+from .outputs import output_folder, same_file_key, write_whole
 from .techniques import build, check
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".tif", ".tiff", ".bmp")
@@ -118,11 +119,22 @@ def matching(images: Path, masks: Path, what: str) -> list[tuple[Path, Path]]:
     pictures = pictures_of(images)
     if not masks.is_dir():
         return [(picture, masks) for picture in pictures]
-    by_stem = {path.stem: path for path in pictures_of(masks)}
-    missing = [picture.name for picture in pictures if picture.stem not in by_stem]
+    by_stem: dict[str, list[Path]] = {}
+    for path in pictures_of(masks):
+        by_stem.setdefault(stem_of(path), []).append(path)
+    missing = [picture.name for picture in pictures if stem_of(picture) not in by_stem]
     if missing:
         raise ImageError(f"no {what} of the same name for {', '.join(missing[:5])} in {str(masks)!r}")
-    return [(picture, by_stem[picture.stem]) for picture in pictures]
+    for picture in pictures:
+        found = by_stem[stem_of(picture)]
+        if len(found) > 1:
+            raise ImageError(f"{found[0].name} or {found[1].name}: which is the {what} of {picture.name}?")
+    return [(picture, by_stem[stem_of(picture)][0]) for picture in pictures]
+
+
+def stem_of(path: Path) -> str:
+    """The name by which a picture and its mask belong together: a letter with an accent is written in two ways."""
+    return unicodedata.normalize("NFC", path.stem)
 
 
 def pictures_of(folder: Path) -> list[Path]:
@@ -131,7 +143,9 @@ def pictures_of(folder: Path) -> list[Path]:
     Raises:
         ImageError: there is none.
     """
-    found = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
+    named = (path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
+    # what a Mac leaves beside each file (._photo.png), thumbnails and folders are nobody's pictures
+    found = sorted(path for path in named if not path.name.startswith(".") and not path.is_dir())
     if not found:
         raise ImageError(f"{str(folder)!r} holds no pictures ({', '.join(SUFFIXES)})")
     return found
@@ -142,9 +156,9 @@ def _numbered(path: Path, n: int) -> list[Path]:
 
 
 def _targets(pairs: Sequence[tuple[Path, Path]], out: Path) -> Iterator[Path]:
-    stems = [source.stem for source, _ in pairs]
-    for source, _ in pairs:  # a.png and a.jpg of one folder must not become one file
-        yield out / (f"{source.name}.png" if stems.count(source.stem) > 1 else f"{source.stem}.png")
+    stems = [same_file_key(source.stem) for source, _ in pairs]
+    for source, _ in pairs:  # a.png and A.jpg of one folder must not become one file
+        yield out / (f"{source.name}.png" if stems.count(same_file_key(source.stem)) > 1 else f"{source.stem}.png")
 
 
 def _png(path: Path) -> Path:

@@ -134,7 +134,8 @@ def test_rows_that_edit_pictures(folder):
     assert code == 0, summary
     assert all(Image.open(folder.out / name).size == (64, 64) for name in ("e-0.png", "e-1.png", "s.png"))
     assert read_settings(folder.out / "e-1.png")["seed"] == 2 and read_settings(folder.out / "s.png")["strength"] == 0.5
-    assert folder.lines("metadata.jsonl")[1]["image"] == "a.png" and folder.lines("metadata.jsonl")[2]["steps"] == 2
+    told = folder.lines("metadata.jsonl")
+    assert told[1]["input_image"] == "a.png" and told[2]["steps"] == 2
     mask.paste(255, (0, 0, 8, 8))
     mask.save(folder.root / "mask.png")
     assert folder.run(defaults={"steps": 2, "guidance": 1.0})[1]["done"] == 1  # the mask has changed

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import csv
+import codecs
 import io
-import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,10 +14,9 @@ import yaml
 from ..errors import ManifestError
 from ..outputs import safe_name, same_file_key
 from .schema import Row, make_row, unknown
+from .spreadsheet import csv_rows
+from .texts import DEEPEST, LONGEST_LINE, array, check_whole, decoded, depth, is_wide, json_value
 
-LONGEST_LINE = 2**20
-LARGEST_YAML = 16 * 2**20
-DEEPEST = 50
 NOT_PLAIN = "only texts, numbers, lists and named fields are taken: put anything else in quotes"
 
 
@@ -48,7 +46,7 @@ def read_manifest(path: Path, defaults: Mapping[str, Any]) -> Manifest:
     """Read and check every row of a manifest.
 
     Args:
-        path: .jsonl (also .ndjson, .json with an object a line), .csv, .yaml or .yml.
+        path: .jsonl (also .ndjson, .json with an object a line or one array of them), .csv (also .tsv), .yaml or .yml.
         defaults: fields for rows that do not have them.
 
     Raises:
@@ -57,7 +55,7 @@ def read_manifest(path: Path, defaults: Mapping[str, Any]) -> Manifest:
     """
     readers = {
         ".jsonl": _json_lines, ".ndjson": _json_lines, ".json": _json_lines,
-        ".csv": _csv, ".yaml": _yaml, ".yml": _yaml,
+        ".csv": csv_rows, ".tsv": csv_rows, ".yaml": _yaml, ".yml": _yaml,
     }  # fmt: skip
     reader = readers.get(path.suffix.lower())
     if reader is None:
@@ -67,7 +65,7 @@ def read_manifest(path: Path, defaults: Mapping[str, Any]) -> Manifest:
     _known(defaults, "the defaults")
     try:
         for line, given in reader(path, defaults):
-            _add(manifest, line, given, defaults, strict=reader is not _csv)
+            _add(manifest, line, given, defaults, strict=reader is not csv_rows)
     except OSError as error:
         raise ManifestError(f"{str(path)!r} cannot be read: {error.strerror}") from None
     if not manifest.rows and not manifest.bad:
@@ -113,11 +111,19 @@ Found = Iterator[tuple[int, Any]]
 
 def _json_lines(path: Path, defaults: dict[str, Any]) -> Found:
     with path.open("rb") as file:
-        for line, data in enumerate(_lines(file), 1):
+        start = file.read(200)
+        file.seek(0)
+        wide = decoded(path) if is_wide(start) else None
+        first = start.decode("utf-8", "ignore") if wide is None else wide
+        if path.suffix.lower() == ".json" and first.lstrip("\ufeff \t\r\n").startswith("["):
+            yield from array(path)
+            return
+        lines: Iterable[bytes] = _lines(file) if wide is None else wide.encode("utf-8", "surrogatepass").splitlines()
+        for line, data in enumerate(lines, 1):
             if line == 1:
-                data = data.removeprefix(b"\xef\xbb\xbf")
+                data = data.removeprefix(codecs.BOM_UTF8)
             if data.strip():
-                yield line, _json(data)
+                yield line, json_value(data)
 
 
 def _lines(file: io.BufferedReader) -> Iterator[bytes]:
@@ -125,79 +131,6 @@ def _lines(file: io.BufferedReader) -> Iterator[bytes]:
         yield data
         while len(data) > LONGEST_LINE and not data.endswith(b"\n"):  # the rest of a line that is too long
             data = file.readline(LONGEST_LINE + 1)
-
-
-def _json(data: bytes) -> Any:
-    if len(data) > LONGEST_LINE:
-        return ManifestError(f"a line longer than {LONGEST_LINE} bytes")
-    try:
-        value = json.loads(data.decode("utf-8"), parse_constant=_no_constant, object_pairs_hook=_unique)
-        return value if _depth(value) <= DEEPEST else ManifestError("nested too deeply")
-    except UnicodeDecodeError:
-        return ManifestError("not UTF-8 text")
-    except ManifestError as error:
-        return error
-    except json.JSONDecodeError as error:
-        return ManifestError(f"not JSON: {error.msg} at column {error.colno}")
-    except (ValueError, RecursionError):
-        return ManifestError("not JSON that can be used: nested too deeply, or a number too long")
-
-
-def _no_constant(name: str) -> Any:
-    raise ManifestError(f"{name} is not a number that can be used")
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise ManifestError("a field is given twice")
-    return found
-
-
-def _depth(value: Any, level: int = 0) -> int:
-    if level > DEEPEST or not isinstance(value, (dict, list)):
-        return level
-    children = value.values() if isinstance(value, dict) else value
-    return max((_depth(child, level + 1) for child in children), default=level)
-
-
-def _csv(path: Path, defaults: dict[str, Any]) -> Found:
-    try:
-        text = path.read_text("utf-8-sig")
-    except UnicodeDecodeError:
-        raise ManifestError(f"{path.name} is not UTF-8 text") from None
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
-    try:
-        names = next(reader, [])
-    except csv.Error as error:
-        raise ManifestError(f"{path.name}:1: not CSV: {error}") from None
-    wrong = [name for name in names if name not in Row.model_fields]
-    if wrong:
-        raise ManifestError(f"{path.name}:1: {unknown(wrong[0])}; columns are {', '.join(Row.model_fields)}")
-    if len(set(names)) < len(names):
-        raise ManifestError(f"{path.name}:1: a column is given twice")
-    while True:
-        line = reader.line_num + 1
-        try:
-            cells = next(reader)
-        except StopIteration:
-            return
-        except csv.Error as error:  # the reader goes on with the next line
-            yield line, ManifestError(f"not CSV: {error}")
-            continue
-        if cells:
-            yield line, _cells(names, cells)
-
-
-def _cells(names: Sequence[str], cells: Sequence[str]) -> Any:
-    if len(cells) > len(names):
-        return ManifestError("more cells than columns; quote text that has commas in it")
-    given: dict[str, Any] = {name: cell for name, cell in zip(names, cells, strict=False) if cell}
-    for name in {"plugins", "settings"} & set(given):
-        given[name] = _json(given[name].encode("utf-8", "surrogatepass"))
-        if isinstance(given[name], ManifestError):
-            return ManifestError(f"{name}: {given[name]}")
-    return given
 
 
 class _Loader(yaml.SafeLoader):
@@ -223,10 +156,10 @@ class _Loader(yaml.SafeLoader):
 
 def _yaml(path: Path, defaults: dict[str, Any]) -> Found:
     """A list of rows, or {defaults: {...}, rows: [...]}."""
-    if path.stat().st_size > LARGEST_YAML:
-        raise ManifestError(f"{path.name} is larger than {LARGEST_YAML // 2**20} MB; write it as .jsonl")
+    check_whole(path)
+    text = decoded(path)
     try:
-        loader = _Loader(path.read_text("utf-8-sig"))
+        loader = _Loader(text)
         top = loader.get_single_node()
         if isinstance(top, yaml.MappingNode):
             parts = {key.value: node for key, node in top.value}
@@ -243,15 +176,13 @@ def _yaml(path: Path, defaults: dict[str, Any]) -> Found:
         rows = [(node.start_mark.line + 1, loader.construct_document(node)) for node in top.value]
     except ManifestError:
         raise
-    except UnicodeDecodeError:
-        raise ManifestError(f"{path.name} is not UTF-8 text") from None
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise ManifestError(f"{path.name}:{line}: {error.problem}") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ManifestError(f"{path.name} is not YAML that can be used: {str(error)[:200]}") from None
     for line, row in rows:
-        deep = _depth(row) > DEEPEST
+        deep = depth(row) > DEEPEST
         yield line, ManifestError("nested too deeply") if deep else row if _plain(row) else ManifestError(NOT_PLAIN)
 
 

@@ -84,8 +84,9 @@ def make_row(given: Mapping[str, Any], defaults: Mapping[str, Any], line: int, *
     Raises:
         ManifestError: everything that is wrong with the row, in one line.
     """
+    given, defaults = _said_fields(given), _said_fields(defaults)
     task = given.get("task", defaults.get("task", "generate"))
-    takes = fields_of(task) if task in REQUIRED else set(Row.model_fields)
+    takes = fields_of(task) if isinstance(task, str) and task in REQUIRED else set(Row.model_fields)
     merged = {name: value for name, value in defaults.items() if name in takes} | given
     merged.setdefault("id", str(line))
     try:
@@ -96,6 +97,14 @@ def make_row(given: Mapping[str, Any], defaults: Mapping[str, Any], line: int, *
     if wrong:
         raise ManifestError("; ".join(wrong))
     return row
+
+
+def _said_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """A null says nothing, in a row, in its settings and in the defaults."""
+    said = {name: value for name, value in fields.items() if value is not None}
+    if isinstance(said.get("settings"), Mapping):
+        said["settings"] = {name: value for name, value in said["settings"].items() if value is not None}
+    return said
 
 
 @cache
@@ -117,7 +126,7 @@ def _fits_task(row: Row, given: Mapping[str, Any], takes: set[str]) -> Iterator[
     missing = [name for name in REQUIRED[row.task] if getattr(row, name) is None]
     if missing:
         yield f"task {row.task!r} needs {', '.join(missing)}"
-    foreign = [name for name, value in given.items() if name not in takes and value is not None]
+    foreign = [name for name in given if name not in takes]
     if foreign:
         yield f"task {row.task!r} takes no {', '.join(foreign)}"
         return

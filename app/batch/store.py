@@ -15,6 +15,7 @@ import psutil
 from ..errors import OutputError
 from ..metadata import KEY
 from ..outputs import TEMPORARY, write_whole
+from .schema import FILES, Row
 
 LOCK = ".diffgraft-lock"
 Record = dict[str, Any]
@@ -122,9 +123,29 @@ class Store:
         )
 
     def write_metadata(self, records: Iterable[Record]) -> None:
-        """metadata.jsonl: a line for each picture, `file_name` first (the ImageFolder layout)."""
-        lines = (_line(picture) for record in records for picture in record.get("pictures", ()))
+        """metadata.jsonl: a line for each picture, `file_name` first (the ImageFolder layout, see `_flat`)."""
+        lines = (_line(_flat(picture)) for record in records for picture in record.get("pictures", ()))
         write_whole(self.folder / "metadata.jsonl", "".join(lines).encode())
+
+
+def _flat(picture: Mapping[str, Any]) -> dict[str, Any]:
+    """A picture's settings as columns of one type each, whatever the rows of a table are.
+
+    ImageFolder calls the picture itself `image`, so that inputs get a name of their own; what differs in kind from row
+    to row, plugins and further settings, is one JSON text.
+    """
+    flat: dict[str, Any] = {}
+    further: dict[str, Any] = {}
+    for name, value in picture.items():
+        if name in FILES:
+            flat[f"input_{name}"] = value
+        elif name == "plugins":
+            flat[name] = json.dumps(value)
+        elif name in Row.model_fields or name == "file_name":
+            flat[name] = value
+        else:
+            further[name] = value
+    return flat | ({"settings": json.dumps(further)} if further else {})
 
 
 def _line(value: Mapping[str, Any]) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DataError
-from ..tasks import matching, pictures_of
+from ..tasks import matching, pictures_of, stem_of
 from .cases import Case
 
 
@@ -22,12 +22,12 @@ def removals(data: Path) -> list[Case]:
     """
     images, masks, truths = (data / name for name in ("image", "mask", "truth"))
     _need(data, images, masks)
-    known = {path.stem: path for path in pictures_of(truths)} if truths.is_dir() else {}
+    known = {stem_of(path): path for path in pictures_of(truths)} if truths.is_dir() else {}
     told = _told(data / "rows.jsonl")
     return [
         Case(
             image.stem, data.name, prompt=told.get(image.name, {}).get("prompt", ""), image=image, mask=mask,
-            truth=known.get(image.stem), gone=told.get(image.name, {}).get("gone", ""),
+            truth=known.get(stem_of(image)), gone=told.get(image.name, {}).get("gone", ""),
         )
         for image, mask in matching(images, masks, "mask")
     ]  # fmt: skip
