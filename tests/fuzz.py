@@ -1,4 +1,4 @@
-"""What holds for every input, however odd. `python tests/fuzz.py MINUTES` looks for one for which it does not.
+"""What holds for every input, however odd. `python tests/fuzz.py MINUTES [PROPERTY ...]` looks for an exception.
 
 tests/test_fuzz.py runs the same for some seconds.
 """
@@ -16,9 +16,12 @@ from typing import Any
 
 import numpy as np
 import odd_pictures
+import odd_tables
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from PIL import Image
 
+from diffgraft.app.batch.manifest import read_manifest
+from diffgraft.app.errors import ManifestError
 from diffgraft.app.images import load_image, load_mask
 from diffgraft.attention.errors import GraftError, MaskError
 from diffgraft.attention.masks import as_mask
@@ -90,10 +93,51 @@ def a_mask_is_its_truth(odd: odd_pictures.OddMask) -> None:
             assert odd.is_ is not None and np.array_equal(found, odd.is_), odd.said
 
 
+FIELDS = ("id", "prompt", "steps", "guidance", "seed", "negative", "width", "model")
+
+
+def a_table_loses_no_row(odd: odd_tables.OddTable) -> None:
+    """Every row comes in as it was meant, or is told as a bad one; or the whole file is refused."""
+    COUNTS["tables"] += 1
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / odd.name
+        path.write_bytes(odd.data)
+        try:
+            manifest = read_manifest(path, {"steps": 5})
+        except ManifestError as error:
+            assert not odd.whole, (odd.said, str(error))
+            return
+    found = {row.id: row for _, row in manifest.rows}
+    assert len(manifest.rows) + len(manifest.bad) == len(odd.rows), (odd.said, manifest)
+    for number, row in enumerate(odd.rows):
+        name = f"r{number}"
+        if row is None or name not in found:
+            assert name not in found and (row is None or not odd.whole), (odd.said, row, manifest.bad)
+            continue
+        said = {"steps": 5} | {key: value for key, value in row.items() if value is not None}
+        assert {key: getattr(found[name], key) for key in FIELDS} == {key: said.get(key) for key in FIELDS}, odd.said
+
+
+def a_damaged_table_is_a_typed_error(odd: tuple[str, bytes]) -> None:
+    COUNTS["damaged tables"] += 1
+    name, data = odd
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / name
+        path.write_bytes(data)
+        try:
+            manifest = read_manifest(path, {})
+        except ManifestError:
+            return
+    for _, row in manifest.rows:
+        assert row.id and row.prompt is not None
+
+
 PROPERTIES = [
     (odd_pictures.pictures(), a_picture_is_what_it_shows),
     (odd_pictures.damaged(), a_damaged_file_is_a_typed_error),
     (odd_pictures.masks(), a_mask_is_its_truth),
+    (odd_tables.tables(), a_table_loses_no_row),
+    (odd_tables.damaged_tables(), a_damaged_table_is_a_typed_error),
 ]
 
 
@@ -114,8 +158,9 @@ def check(strategy: Any, holds: Any, examples: int, number: int | None = None) -
 def main(minutes: float) -> None:
     """Look until the time is over; each failure is told once, by where it was raised."""
     end, number, told = time.monotonic() + 60 * minutes, int(time.time()), set[str]()
+    wanted = [one for one in PROPERTIES if not sys.argv[2:] or one[1].__name__ in sys.argv[2:]]
     while time.monotonic() < end:
-        for strategy, holds in PROPERTIES:
+        for strategy, holds in wanted:
             number += 1
             try:
                 check(strategy, holds, 400, number)

@@ -136,6 +136,12 @@ def test_an_array_in_a_json_file(write):
     assert len(read_manifest(lines, {}).rows) == 2
 
 
+def test_letters_in_two_halves_are_whole_in_every_format(write):
+    row = json.dumps({"prompt": "a \U0001f388 ball"})
+    for name, text in (("a.jsonl", row), ("a.json", f"[{row}]"), ("a.yaml", f"- {row}")):
+        assert read_manifest(write(text, name), {}).rows[0][1].prompt == "a \U0001f388 ball"
+
+
 @pytest.mark.parametrize(
     ("text", "where"),
     [

@@ -183,7 +183,21 @@ def _yaml(path: Path, defaults: dict[str, Any]) -> Found:
         raise ManifestError(f"{path.name} is not YAML that can be used: {str(error)[:200]}") from None
     for line, row in rows:
         deep = depth(row) > DEEPEST
-        yield line, ManifestError("nested too deeply") if deep else row if _plain(row) else ManifestError(NOT_PLAIN)
+        yield (
+            line,
+            ManifestError("nested too deeply") if deep else _joined(row) if _plain(row) else ManifestError(NOT_PLAIN),
+        )
+
+
+def _joined(value: Any) -> Any:
+    """With letters that JSON escapes as two halves (emoji) made whole, which YAML leaves as halves."""
+    if isinstance(value, dict):
+        return {key: _joined(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_joined(one) for one in value]
+    if isinstance(value, str) and any("\ud800" <= letter <= "\udfff" for letter in value):
+        return value.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "surrogatepass")
+    return value
 
 
 def _plain(value: Any) -> bool:
