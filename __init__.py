@@ -28,6 +28,11 @@ if TYPE_CHECKING:
     from .attention.processor import edit_processors as edit_processors
     from .attention.seam import stop_probe as stop_probe
     from .attention.step import Step as Step
+    from .pipelines.families.family import Along as Along
+    from .pipelines.families.family import Family as Family
+    from .pipelines.families.family import Latent as Latent
+    from .pipelines.families.family import Meet as Meet
+    from .pipelines.families.table import declare_family as declare_family
     from .pipelines.grafting.graft import Graft as Graft
     from .pipelines.grafting.graft import graft as graft
     from .pipelines.load import load as load
@@ -70,6 +75,8 @@ _HOMES = {
     "attention.step": ("Step",),
     "pipelines.tasks.erase": ("erase",),
     "pipelines.tasks.generate": ("generate",),
+    "pipelines.families.family": ("Along", "Family", "Latent", "Meet"),
+    "pipelines.families.table": ("declare_family",),
     "pipelines.grafting.graft": ("Graft", "graft"),
     "pipelines.tasks.inversion": ("Inversion", "invert"),
     "pipelines.load": ("load",),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,8 +16,23 @@ from .step import Rows, Step
 Kernel = Callable[..., torch.Tensor]
 """Anything with the signature of `torch.nn.functional.scaled_dot_product_attention`."""
 
-Project = Callable[[torch.Tensor, torch.Tensor | None], "AttentionCall"]
-"""project(text [n, L, C], mask None or [n, 1, L]): the call that the layer would make for another text."""
+Project = Callable[[torch.Tensor, Mapping[str, Any]], "AttentionCall"]
+"""project(text [n, L, C], other arguments of the layer, such as its mask): the call that it would make for that."""
+
+
+@dataclass(frozen=True)
+class TextCall:
+    """How a layer asks its text.
+
+    Attributes:
+        own: which of its attention calls does it.
+        whole: it rotates its queries, or its keys hold the image too, so a text is projected beside the whole image.
+        through: what the block does with the text before the layer gets it, None for nothing.
+    """
+
+    own: int = 0
+    whole: bool = False
+    through: Callable[[torch.Tensor], torch.Tensor] | None = None
 
 
 @dataclass
@@ -29,14 +44,16 @@ class AttentionCall:
         q, k, v: [B, H, L, D] after every projection, norm, rotary embedding and LoRA of the model.
         mask: None, boolean (True attends) or additive, broadcastable to [B, H, Lq, Lk].
         scale: factor of the logits.
-        number: how many attention calls this layer made before in this forward. 0 is the layer's own; an IP-Adapter
-            adds one for each image prompt.
+        number: how many attention calls this layer made before in this forward. One of them, mostly 0, is the layer's
+            own; an IP-Adapter adds one for each image prompt.
         step: where in the run.
-        text: columns of the text tokens in a joint sequence, None elsewhere.
+        text: columns of the text tokens in a joint sequence, or among the keys of a layer of kind "keys"; None
+            elsewhere.
         kernel: computes attention for every row that needs no explicit probabilities.
         project: runs the layer's own projections, norms and masks on another text and gives that call, without
             attending; its k and v are what matters, its q belongs to one token.
         aside: notes that an edit keeps from one stage to the next.
+        streams: columns of further texts in a joint sequence, in front of the prompt's.
     """
 
     layer: AttentionLayer
@@ -53,6 +70,7 @@ class AttentionCall:
     kernel: Kernel = F.scaled_dot_product_attention
     project: Project | None = None
     aside: dict[Any, Any] = field(default_factory=dict[Any, Any])
+    streams: tuple[slice, ...] = ()
 
     @property
     def rows(self) -> Rows:
@@ -66,7 +84,8 @@ class AttentionCall:
     @property
     def grid(self) -> tuple[int, int]:
         """(height, width) of the image tokens of this layer, from the model's real sizes, any aspect."""
-        tokens = self.q.shape[-2] - (self.text.stop - self.text.start if self.text else 0)
+        joint = self.text is not None and self.layer.kind == "joint"
+        tokens = self.q.shape[-2] - (self.text.stop - self.text.start if joint and self.text else 0)
         return level_grid(tokens, self.step.size)
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
@@ -81,5 +100,5 @@ class AttentionCall:
             mask = mask[rows]
         return AttentionCall(
             self.layer, self.q[rows], self.k[rows], self.v[rows], mask, self.scale, self.number, self.step, self.text,
-            self.causal, self.gqa, self.kernel, self.project, self.aside,
+            self.causal, self.gqa, self.kernel, self.project, self.aside, self.streams,
         )  # fmt: skip

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-Kind = Literal["self", "cross", "joint"]
+Kind = Literal["self", "cross", "joint", "keys", "text"]
 Place = Literal["down", "mid", "up", "block"]
 _ORDER: tuple[Place, ...] = ("down", "mid", "up", "block")
 
@@ -19,7 +19,8 @@ class AttentionLayer:
     Attributes:
         name: its path in the denoiser, as in `named_modules()`.
         module: the module itself (an `nn.Module`); call its projections, never read their weights (LoRA, offload).
-        kind: "self" (image with itself), "cross" (image with text), "joint" (one sequence of both).
+        kind: "self" (image with itself), "cross" (image with text), "joint" (one sequence of both), "keys" (the image
+            attends to text and image, the text to nothing), "text" (text with itself).
         place: "down", "mid" or "up" of a UNet, "block" of a transformer.
         index: position in execution order among the layers of its kind; in a UNet the number of its transformer
             block, as papers count it (SDXL: 0-23 down, 24-33 mid, 34-69 up).

@@ -13,8 +13,8 @@ import functools
 import inspect
 import math
 import threading
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -22,11 +22,12 @@ import torch.nn.functional as F
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from .call import AttentionCall, Kernel, Project
+from .call import AttentionCall, Kernel, Project, TextCall
 from .edit import Edit, attend
 from .errors import AttentionNotReachedError
 from .layer import AttentionLayer
 from .memo import TextMemo
+from .sequence import Columns
 from .step import Step
 
 _SDPA = F.scaled_dot_product_attention
@@ -40,13 +41,22 @@ class StopForward(BaseException):
 
 @dataclass
 class Work:
-    """What a source wants done in one run of a layer."""
+    """What a source wants done in one run of a layer.
+
+    Attributes:
+        step: where in the run. edits: sorted by their order. kernel: for rows without explicit probabilities.
+        text: columns of the text in a joint sequence. memo: keeps the products of an unchanged text.
+        columns: where further texts stand beside the prompt's: one for all rows, or one a row where they differ.
+        asks: how the layer asks its text.
+    """
 
     step: Step
     edits: Sequence[Edit]
     kernel: Kernel = _SDPA
     text: slice | None = None
     memo: TextMemo | None = None
+    columns: Sequence[Columns] = ()
+    asks: TextCall = TextCall()
 
 
 class Source(Protocol):
@@ -73,27 +83,72 @@ class Tap(TorchFunctionMode):
             return func(*args, **(kwargs or {}))
         given: dict[str, Any] = dict(zip(_ARGUMENTS, args, strict=False)) | (kwargs or {})
         number, self.calls = self.calls, self.calls + 1
-        edits = [edit for edit in self.task.edits if number == 0 or edit.every_call]
+        edits = [edit for edit in self.task.edits if number == self.task.asks.own or edit.every_call]
         if not edits:
             return self.task.kernel(*args, **(kwargs or {}))
-        return attend(self._call(given, number), edits)
+        if len(self.task.columns) > 1:
+            return self._by_row(given, number, edits)
+        call = self._call(given, number)
+        if self.task.columns:
+            call.text, call.streams = self.task.columns[0].text, self.task.columns[0].streams
+        return attend(call, edits)
+
+    def _by_row(self, given: dict[str, Any], number: int, edits: Sequence[Edit]) -> torch.Tensor:
+        """Rows whose texts differ in length, one at a time and without their padding."""
+        step, outs = self.task.step, list[torch.Tensor]()
+        for row, columns in enumerate(self.task.columns):
+            kept, whole = columns.kept()
+            own = dict(given, attn_mask=_mask_of(given.get("attn_mask"), row, kept))
+            own |= {name: given[name][row : row + 1, :, kept] for name in ("query", "key", "value")}
+            call = self._call(own, number)
+            rows = {name: slice(0, 1) for name, held in step.rows.items() if held.start <= row < held.stop}
+            call.step, call.text, call.streams = replace(step, rows=rows), whole.text, whole.streams
+            out = attend(call, edits)
+            place = torch.tensor(kept, device=out.device)
+            padded = out.new_zeros(1, out.shape[1], given["query"].shape[-2], out.shape[-1])
+            outs.append(padded.index_copy(2, place, out))
+        return torch.cat(outs)
 
     def _call(self, given: dict[str, Any], number: int) -> AttentionCall:
-        q, scale = given["query"], given.get("scale")
+        q, k, v, scale = given["query"], given["key"], given["value"], given.get("scale")
+        step = _by_frame(self.task.step, len(q))
+        if given.get("enable_gqa") and k.shape[1] != q.shape[1]:  # no kernel that gives the log-sum-exp knows groups
+            k, v = (tensor.repeat_interleave(q.shape[1] // k.shape[1], 1) for tensor in (k, v))
         return AttentionCall(
-            self.layer, q, given["key"], given["value"], given.get("attn_mask"),
-            1 / math.sqrt(q.shape[-1]) if scale is None else scale, number, self.task.step, self.task.text,
-            given.get("is_causal", False), given.get("enable_gqa", False), self.task.kernel, self.project,
+            self.layer, q, k, v, given.get("attn_mask"), 1 / math.sqrt(q.shape[-1]) if scale is None else scale,
+            number, step, self.task.text, given.get("is_causal", False), False, self.task.kernel,
+            self.project,
         )  # fmt: skip
 
 
+def _by_frame(step: Step, batch: int) -> Step:
+    """The step with its rows as a layer has them that takes a film's frames one by one: each row so many times."""
+    total = max((rows.stop for rows in step.rows.values()), default=batch)
+    if batch <= total or batch % total:
+        return step
+    n = batch // total
+    return replace(step, rows={name: slice(rows.start * n, rows.stop * n) for name, rows in step.rows.items()})
+
+
+def _mask_of(mask: torch.Tensor | None, row: int, kept: list[int]) -> torch.Tensor | None:
+    """One row's mask over its kept columns, None where it hides nothing."""
+    if mask is None:
+        return None
+    own = (mask[row : row + 1] if len(mask) > 1 else mask)[..., kept]
+    own = own[..., kept, :] if own.shape[-2] > 1 else own
+    return None if own.dtype == torch.bool and bool(own.all()) else own
+
+
 class _Listener(Tap):
-    """Keeps the first attention call and ends the forward there."""
+    """Keeps the layer's own attention call and ends the forward there."""
 
     heard: AttentionCall | None = None
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is not _SDPA:
+            return func(*args, **(kwargs or {}))
+        number, self.calls = self.calls, self.calls + 1
+        if number != self.task.asks.own:
             return func(*args, **(kwargs or {}))
         self.heard = self._call(dict(zip(_ARGUMENTS, args, strict=False)) | (kwargs or {}), 0)
         raise StopForward
@@ -101,19 +156,25 @@ class _Listener(Tap):
 
 def project_text(
     layer: AttentionLayer, work: Work, forward: Callable[..., Any], arguments: dict[str, Any],
-    text: torch.Tensor, mask: torch.Tensor | None,
+    text: torch.Tensor, others: Mapping[str, Any],
 ) -> AttentionCall:  # fmt: skip
-    """The attention call that a layer would make for another text: its own processor runs on one image token, up to
-    its attention, so LoRA, norms, fused projections and mask handling are the layer's own.
+    """The attention call that a layer would make for another text.
+
+    Its own processor runs on one image token, or on one row of them where it rotates queries, up to its attention, so
+    LoRA, norms, fused projections and mask handling are the layer's own.
 
     Args:
         forward, arguments: what is running, and its arguments by name.
-        text: [n, L, C] as this layer takes it. mask: None or additive [n, 1, L].
+        text: [n, L, C] as the layer's block takes it. others: arguments of the layer that go with it, its
+            `attention_mask` among them.
     """
+    asks = work.asks
+    text = text if asks.through is None else asks.through(text)
     given = arguments.get("encoder_hidden_states")
     other = (text, *given[1:]) if isinstance(given, tuple) else text  # the rest is an IP-Adapter's
-    hidden = arguments["hidden_states"][:1, :1].expand(len(text), -1, -1)
-    changed = {"hidden_states": hidden, "encoder_hidden_states": other, "attention_mask": mask}
+    image = arguments["hidden_states"][:1] if asks.whole else arguments["hidden_states"][:1, :1]
+    changed = {"hidden_states": image.expand(len(text), -1, -1), "encoder_hidden_states": other}
+    changed |= {name: value for name, value in others.items() if value is not None or name in arguments}
     with _Listener(layer, work) as listener, contextlib.suppress(StopForward):
         forward(**(arguments | changed))
     assert listener.heard is not None
@@ -140,8 +201,8 @@ def run_edited(layer: AttentionLayer, work: Work, forward: Callable[..., Any], *
         AttentionNotReachedError: the layer's processor never called scaled dot-product attention.
     """
 
-    def project(text: torch.Tensor, mask: torch.Tensor | None) -> AttentionCall:
-        return project_text(layer, work, forward, _named(forward, args, kwargs), text, mask)
+    def project(text: torch.Tensor, others: Mapping[str, Any]) -> AttentionCall:
+        return project_text(layer, work, forward, _named(forward, args, kwargs), text, others)
 
     with Tap(layer, work, project, _text_of(kwargs) if work.memo else None) as tap:
         out = forward(*args, **kwargs)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
 
@@ -24,3 +26,33 @@ def placed(tensor: torch.Tensor, rows: slice | list[int], new: torch.Tensor) -> 
     tensor = tensor.clone()
     tensor[rows] = new
     return tensor
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Where everything stands in the joint sequence of one batch row, or of all that are alike.
+
+    Attributes:
+        text: the prompt's tokens. streams: other texts' tokens, in front of the prompt's. image: the picture's.
+    """
+
+    text: slice
+    streams: tuple[slice, ...]
+    image: slice
+
+    @property
+    def shape(self) -> tuple[tuple[int, int], ...]:
+        """What two rows must share to be computed at once."""
+        return tuple((part.start, part.stop) for part in (self.text, *self.streams, self.image))
+
+    def kept(self) -> tuple[list[int], Columns]:
+        """The columns that this row really has, in order, and the same row without its padding."""
+        parts = sorted((self.text, *self.streams, self.image), key=lambda part: part.start)
+        lengths = [part.stop - part.start for part in parts]
+
+        def moved(part: slice) -> slice:
+            start = sum(lengths[: parts.index(part)])
+            return slice(start, start + part.stop - part.start)
+
+        whole = Columns(moved(self.text), tuple(map(moved, self.streams)), moved(self.image))
+        return [column for part in parts for column in range(part.start, part.stop)], whole

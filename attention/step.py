@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import torch
 
-Phase = Literal["latent", "predict"]
+Phase = Literal["latent", "predict", "listen"]
 Rows = dict[str, slice]
 
 
@@ -22,9 +22,12 @@ class Step:
         size: (height, width) of the token grid at the denoiser's full resolution.
         rows: batch rows by group: "cond", "uncond" under guidance, and a group a branch.
         likes: for a branch, the group that it copies.
-        phase: "latent" while a plugin probes for a gradient, "predict" in the call that the pipeline made.
+        phase: "latent" while a plugin probes for a gradient, "predict" in the call that the pipeline made, "listen"
+            while another text is heard.
         probing: True while a probe's own forward runs; False when gradient checkpointing runs a layer again.
         may_stop: whether an edit may end that forward early, see `diffgraft.attention.seam.stop_probe`.
+        heard: further texts of this call, by the identity of what their plugin gave, as the blocks get them whose
+            layers attend across, each with the other arguments of the layer that go with it, its mask among them.
         notes: what plugins keep of this pipeline call, each under itself; emptied when the call is over.
     """
 
@@ -37,6 +40,7 @@ class Step:
     phase: Phase = "predict"
     probing: bool = False
     may_stop: bool = True
+    heard: dict[int, tuple[torch.Tensor, dict[str, Any]]] = field(default_factory=dict[int, Any])
     notes: dict[Any, Any] = field(default_factory=dict[Any, Any])
 
     def within(self, start: float, end: float) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar, cast
 
 import torch
@@ -75,12 +75,14 @@ class Text:
     """Encoded texts.
 
     Attributes:
-        embeddings: [n, L, D] as the denoiser takes them.
+        embeddings: [n, L, D] as the denoiser takes them; [n, L, layers, D] for those that take several layers'.
         mask: [n, L] boolean, False at padding that the model hides from attention; None where it hides none.
+        more: the denoiser's other arguments that belong to these texts, by name, [n, ...].
     """
 
     embeddings: torch.Tensor
     mask: torch.Tensor | None = None
+    more: Mapping[str, torch.Tensor] = field(default_factory=dict[str, torch.Tensor])
 
 
 class Session(Protocol):
@@ -117,6 +119,11 @@ class Session(Protocol):
         ...
 
     @property
+    def text_dims(self) -> int:
+        """Dimensions of the text embeddings, rows included: 3, or 4 where the denoiser takes several layers of them."""
+        ...
+
+    @property
     def text(self) -> torch.Tensor:
         """The text embeddings that the running call gives to the denoiser, all rows, [B, L, D]: the same object as
         long as the pipeline gives the same.
@@ -142,7 +149,7 @@ class Session(Protocol):
         ...
 
     def layer_text(self, text: Text) -> Text:
-        """`text` as the cross-attention layers get it, behind the denoiser's own caption projection."""
+        """`text` as the blocks get it whose layers attend across, behind the denoiser's own projection of captions."""
         ...
 
     def token_spans(self, text: str, phrase: str) -> list[list[int]]:
@@ -217,10 +224,11 @@ class Plugin:
         return ()
 
     def streams(self, step: Step) -> Sequence[Text]:
-        """Texts, n = 1 or one a prompt, that a joint-attention model carries beside the prompt's own at this step.
+        """Texts, n = 1 or one a prompt, that the model is to hear beside the prompt's own at this step.
 
-        Their tokens are appended to the text of the sequence, so that the model's own layers see them; the plugin's
-        edits must keep them out of everybody's attention.
+        Where text and image are one sequence, their tokens stand in front of the prompt's (`AttentionCall.streams`),
+        so that the model's own layers see them; the plugin's edits must keep them out of everybody's attention.
+        Elsewhere they are in `Step.heard`, as the layers that attend to text get them.
         """
         return ()
 

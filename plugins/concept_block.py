@@ -16,7 +16,7 @@ from ..attention.edit import Edit
 from ..attention.errors import SettingError, SettingTypeError, UnsupportedPipelineError
 from ..attention.layer import AttentionLayer
 from ..attention.step import Step
-from .base import Plugin, Session, finite
+from .base import Plugin, Session, Text, finite
 from .concept_bank import Bank, make_bank
 from .concept_edits import Blocking
 from .concept_find import Finding
@@ -107,6 +107,9 @@ class ConceptBlock(Plugin):
         self._told = state.told(None if texts is None else [session.tokens(text) for text in texts])
         if self.away is not None:
             self.away.begin(session, step)
+
+    def streams(self, step: Step) -> Sequence[Text]:
+        return () if self.away is None else self.away.streams(step)
 
     def call(self, step: Step) -> Blocking:
         """What the pipeline call of this step holds."""

@@ -101,7 +101,7 @@ class Blocking:
         assert call.project is not None
         every = {id(one): one for i in range(len(self.found)) for one in self.removals(i)}
         texts = torch.cat([one.texts for one in every.values()]).to(call.v)
-        values = joined_heads(call.project(texts, None).v)
+        values = joined_heads(call.project(texts, {"attention_mask": None}).v)
         return dict(zip(every, values.split([len(one.texts) for one in every.values()]), strict=True))
 
     def told(self, tokens: Sequence[Sequence[str]] | None) -> dict[str, str]:

@@ -19,9 +19,11 @@ from ..attention.layer import AttentionLayer
 from ..attention.step import Step
 from .base import Plugin, Prompt, Session, Text, finite, listed
 from .negative_defaults import Default, default
-from .negative_edits import Call, CrossAway, CutStreams, JointAway, Steering
+from .negative_edits import Call, CrossAway, CutStreams, JointAway, KeysAway, Steering
 
 Negative = str | Sequence[str] | Mapping[str, float] | torch.Tensor | None
+
+_TEXT_KINDS = ("cross", "joint", "keys")
 
 
 def nasa(
@@ -131,7 +133,7 @@ class NegativeAway(Plugin):
         self.offset = finite(offset, "offset")
         self.layers = None if layers is None else listed(layers)
         self._used: dict[str, Any] = {}
-        self._joint = False
+        self._kinds: frozenset[str] = frozenset()
 
     @property
     def neutral(self) -> bool:
@@ -140,14 +142,14 @@ class NegativeAway(Plugin):
         return self.negative is None or silent or off or self.layers == []
 
     def bind(self, session: Session) -> None:
-        self._joint = _in_sequence(session)
-        if self._joint and not self.neutral and any(layer.place != "block" for layer in session.layers):
+        self._kinds = frozenset(layer.kind for layer in session.layers)
+        if "joint" in self._kinds and not self.neutral and any(layer.place != "block" for layer in session.layers):
             raise UnsupportedPipelineError(
                 "NegativeAway cannot steer a UNet whose layers attend to text and image at once, as those of "
                 "DeepFloyd IF and Kandinsky do: use a pipeline of Stable Diffusion or a transformer's"
             )
         for wanted in self.layers or ():
-            if not any(_named(layer, wanted) for layer in session.layers if layer.kind in ("cross", "joint")):
+            if not any(_named(layer, wanted) for layer in session.layers if layer.kind in _TEXT_KINDS):
                 raise SettingError(f"layers: no text-attention layer is called {wanted!r} here")
 
     def begin(self, session: Session, step: Step) -> None:
@@ -158,20 +160,19 @@ class NegativeAway(Plugin):
         known = default(self.rule, session.family, prompt.guided)
         scale = known.scale if self.scale is None else self.scale
         strength = scale if self.rule == "vsf" else scale * sum(weights)
-        step.notes[self] = Call(
-            session.layer_text, texts, weights, self.rule, self._combine(known, strength), self.joint,
-            _in_sequence(session),
-        )  # fmt: skip
+        step.notes[self] = Call(texts, weights, self.rule, self._combine(known, strength), self.joint)
         given = self.scale is not None
         self._used = {"rule": self.rule, "scale": scale, "scale_from": "given" if given else known.source}
 
     def streams(self, step: Step) -> Sequence[Text]:
         call: Call = step.notes[self]
-        return call.texts if call.in_sequence else ()
+        return call.texts
 
     def edits(self) -> Sequence[Edit]:
         steering = Steering(self, self.rule, self._chooses)
-        return (CutStreams(steering), JointAway(steering)) if self._joint else (CrossAway(steering),)
+        if "joint" in self._kinds:
+            return CutStreams(steering), JointAway(steering)
+        return (KeysAway(steering) if "keys" in self._kinds else CrossAway(steering),)
 
     def report(self) -> Mapping[str, Any]:
         return dict(self._used)
@@ -193,7 +194,7 @@ class NegativeAway(Plugin):
         """One text a negative, its rows one or one a prompt, with its weight."""
         negative, prompt = self.negative, session.prompt
         if isinstance(negative, torch.Tensor):
-            embeddings = negative if negative.ndim == 3 else negative[None]
+            embeddings = negative[None] if negative.ndim == session.text_dims - 1 else negative
             own = _own(len(embeddings), prompt)
             mask = None if self.mask is None else self.mask.expand(len(embeddings), -1)[own]
             return [Text(embeddings[own], mask)], [1.0]
@@ -220,7 +221,7 @@ def _checked(negative: Any) -> str | list[str] | dict[str, float] | torch.Tensor
     if negative is None or isinstance(negative, str):
         return negative
     if isinstance(negative, torch.Tensor):
-        if negative.ndim not in (2, 3) or not negative.is_floating_point() or not negative.numel():
+        if negative.ndim not in (2, 3, 4) or not negative.is_floating_point() or not negative.numel():
             raise SettingError(f"negative embeddings {list(negative.shape)}: give floats [L, D] or [prompts, L, D]")
         if not bool(negative.isfinite().all()):
             raise SettingError("the negative embeddings hold NaN or infinity")
@@ -265,11 +266,6 @@ def _check_width(texts: Sequence[Text], width: int) -> None:
         found = text.embeddings.shape[-1]
         if found != width:
             raise SettingError(f"negative embeddings of width {found}: this model takes {width}")
-
-
-def _in_sequence(session: Session) -> bool:
-    """Whether the model has text and image in one sequence."""
-    return any(layer.kind == "joint" for layer in session.layers)
 
 
 def _named(layer: AttentionLayer, wanted: int | str) -> bool:

@@ -2,9 +2,12 @@
 
 Cross-attention: the layer itself projects the negative's keys and values, once a pipeline call, and they are kept.
 
-Joint attention: the negative's tokens ride behind the prompt's through the whole model, so every norm, gate and MLP of
-the text side serves them as it is. In attention they are cut out again, the image attends to itself once, and its
-attention over the prompt and over the negative are merged with that by log-sum-exp. No image token is computed twice.
+Joint attention: the negative's tokens ride in front of the prompt's through the whole model, so every norm, gate and
+MLP of the text side serves them as it is. In attention they are cut out again, the image attends to itself once, and
+its attention over the prompt and over the negative are merged with that by log-sum-exp. No image token is computed
+twice.
+
+Attention of the image over keys of both, in which no text asks: the layer projects the negative beside the image.
 """
 
 from __future__ import annotations
@@ -32,21 +35,16 @@ class Call:
     """What one pipeline call needs of its negatives.
 
     Attributes:
-        layer_text: brings a text to the form that cross-attention layers get.
         texts, weights: one a negative; rows of a text are one, or one a prompt.
         rule, combine: the rule's name and its function of the four tensors, settings bound.
         joint: NASA's form in a joint sequence.
-        in_sequence: whether the model has text and image in one sequence.
     """
 
-    layer_text: Callable[[Text], Text]
     texts: list[Text]
     weights: list[float]
     rule: str
     combine: Callable[..., torch.Tensor]
     joint: str
-    in_sequence: bool
-    seen: list[Text] = field(default_factory=list[Text])
     keys: dict[tuple[str, int], tuple[Any, ...]] = field(default_factory=dict[tuple[str, int], tuple[Any, ...]])
 
     def steer(self, positive: torch.Tensor, lse: torch.Tensor | None, negatives: Sequence[Partial]) -> torch.Tensor:
@@ -58,21 +56,16 @@ class Call:
 
     def projected(self, call: AttentionCall, number: int, rows: int) -> tuple[Any, ...]:
         """Keys, values and mask of a negative in this layer for `rows` rows; projected at the first use."""
-        module = call.layer.module
-        mark = (call.q.dtype, call.q.device, *(lora_state(getattr(module, name, None)) for name in ("to_k", "to_v")))
+        module, (words, others) = call.layer.module, call.step.heard[id(self.texts[number])]
+        lora = (lora_state(getattr(module, name, None)) for name in ("to_k", "to_v"))
+        mark = (id(words), call.q.dtype, call.q.device, *lora)
         kept = self.keys.get((call.layer.name, number))
         if kept is None or kept[0] != mark:
             assert call.project is not None
-            text = self._layer_text(number)
-            made = call.project(text.embeddings.to(call.q), _bias(text.mask, call.q.dtype))
+            made = call.project(words.to(call.q), others)
             kept = self.keys[call.layer.name, number] = mark, made.k, made.v, made.mask
         cond = call.step.rows["cond"]
         return tuple(for_rows(tensor, rows, cond.stop - cond.start) for tensor in kept[1:])
-
-    def _layer_text(self, number: int) -> Text:
-        if not self.seen:
-            self.seen = [self.layer_text(text) for text in self.texts]
-        return self.seen[number]
 
 
 def for_rows(tensor: torch.Tensor | None, rows: int, pictures: int) -> torch.Tensor | None:
@@ -170,6 +163,48 @@ class CrossAway(_TextEdit):
         return Partial(out, out.new_empty(0))
 
 
+class KeysAway(CrossAway):
+    """Steers a layer in which the image attends to text and image at once and the text asks nothing."""
+
+    kind = "keys"
+
+    def qkv(self, call: AttentionCall) -> None:
+        """Nothing is kept: the parts are computed apart."""
+
+    def out(self, call: AttentionCall, out: torch.Tensor) -> torch.Tensor:
+        rows, state = call.select("cond"), self.steering.call(call.step)
+        some, n = call.narrow(rows), call.q.shape[-2]
+        first = call.text is not None and call.text.start == 0
+        seen, own = _apart(some, some.k, some.v, some.mask, n, first)
+        negatives = list[Partial]()
+        for number in range(len(state.texts)):
+            k, v, mask = state.projected(call, number, len(some.q))
+            word = _apart(some, k, v, mask, n, first)[1]
+            negatives.append(_negative(state, word, seen))
+        return placed(out, rows, state.steer(out[rows], merge([seen, own]).lse, negatives))
+
+
+def _apart(
+    call: AttentionCall, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, image: int, first: bool
+) -> tuple[Partial, Partial]:
+    """Attention of all queries over the image's keys and over the text's; `first`: the text stands in front."""
+    length = k.shape[-2] - image
+    words, picture = (slice(0, length), slice(length, None)) if first else (slice(image, None), slice(0, image))
+
+    def over(part: slice) -> Partial:
+        seen = None if mask is None else mask[..., part]
+        return attend_with_lse(call.q, k[:, :, part], v[:, :, part], seen, call.scale)
+
+    return over(picture), over(words)
+
+
+def _negative(state: Call, word: Partial, image: Partial) -> Partial:
+    """What the rule takes as Z-, of the attention over the negative's words and over the image."""
+    if state.rule == "nasa" and state.joint == "text":
+        return Partial(sum_weighted([word], torch.logaddexp(word.lse, image.lse)), word.lse)
+    return word if state.rule == "vsf" else merge([word, image])
+
+
 class CutStreams(_TextEdit):
     """Takes the negatives' tokens out of a joint layer before any other edit sees it, and shares the image's part."""
 
@@ -177,12 +212,12 @@ class CutStreams(_TextEdit):
 
     def qkv(self, call: AttentionCall) -> None:
         assert call.text is not None
-        lengths = [text.embeddings.shape[1] for text in self.steering.call(call.step).texts]
-        start, stop = call.text.stop - sum(lengths), call.text.stop
-        call.aside[_STREAMS] = [_columns(call, start + sum(lengths[:i]), n) for i, n in enumerate(lengths)]
-        call.q, call.k, call.v = (without(t, slice(start, stop), -2) for t in (call.q, call.k, call.v))
-        call.mask = None if call.mask is None else without(call.mask, slice(start, stop), -1)
-        call.text = slice(call.text.start, start)
+        start, text = call.streams[0].start, call.text
+        call.aside[_STREAMS] = [_stream(call, span, slice(start, text.stop)) for span in call.streams]
+        cut = slice(start, text.start)
+        call.q, call.k, call.v = (without(t, cut, -2) for t in (call.q, call.k, call.v))
+        call.mask = _cut_mask(call.mask, cut)
+        call.text, call.streams = slice(start, start + text.stop - text.start), ()
         call.kernel = _sharing_image(call)
 
 
@@ -193,31 +228,25 @@ class JointAway(_TextEdit):
 
     def out(self, call: AttentionCall, out: torch.Tensor) -> torch.Tensor:
         assert call.text is not None
-        rows, text = call.select("cond"), call.text
-        streams = [stream.narrow(rows) for stream in call.aside.pop(_STREAMS)]
-        if self.steering.chooses(call.layer):
-            steered = self._steered(call, without(out, text, -2), rows, streams)
-            out = joined(out[:, :, text], steered, text)
-        own = placed(
-            out.new_zeros(len(out), out.shape[1], sum(s.q.shape[-2] for s in streams), out.shape[-1]),
-            rows, torch.cat([_own_attention(call.narrow(rows), stream) for stream in streams], -2),
-        )  # fmt: skip
-        return torch.cat([out[:, :, : text.stop], own, out[:, :, text.stop :]], -2)
+        rows, text, streams = call.select("cond"), call.text, call.aside.pop(_STREAMS)
+        own = out.new_zeros(len(out), out.shape[1], sum(s.q.shape[-2] for s in streams), out.shape[-1])
+        if rows != []:  # a row by itself may be guidance's
+            streams = [stream.narrow(rows) for stream in streams]
+            if self.steering.chooses(call.layer):
+                steered = self._steered(call, without(out, text, -2), rows, streams)
+                out = joined(out[:, :, text], steered, text)
+            own = placed(own, rows, torch.cat([_own_attention(call.narrow(rows), stream) for stream in streams], -2))
+        return torch.cat([out[:, :, : text.start], own, out[:, :, text.start :]], -2)
 
     def _steered(
-        self, call: AttentionCall, out: torch.Tensor, rows: slice | list[int], streams: list[AttentionCall]
+        self, call: AttentionCall, out: torch.Tensor, rows: slice | list[int], streams: list[_Stream]
     ) -> torch.Tensor:
         """Image tokens of all rows, those of `rows` steered."""
         state = self.steering.call(call.step)
         image, positive = _shared_for(call, rows)
         q = _image(call.narrow(rows).q, call.text)
-        words = [attend_with_lse(q, s.k, s.v, s.mask, s.scale) for s in streams]
-        if state.rule == "nasa" and state.joint == "text":
-            negatives = [Partial(sum_weighted([w], torch.logaddexp(w.lse, image.lse)), w.lse) for w in words]
-        elif state.rule == "vsf":
-            negatives = words
-        else:
-            negatives = [merge([w, image]) for w in words]
+        words = [attend_with_lse(q, s.k, s.v, s.by_image, s.scale) for s in streams]
+        negatives = [_negative(state, word, image) for word in words]
         return placed(out, rows, state.steer(out[rows], positive.lse, negatives))
 
 
@@ -244,9 +273,9 @@ def _sharing_image(call: AttentionCall) -> Kernel:
     def kernel(
         q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, attn_mask: torch.Tensor | None = None, **rest: Any
     ) -> torch.Tensor:
-        image, positive = _in_parts(_image(q, text), k, v, attn_mask, rest["scale"], text)
+        image, positive = _in_parts(_image(q, text), k, v, _for_queries(attn_mask, text, True), rest["scale"], text)
         aside[_SHARED] = image, positive
-        words = plain(q[:, :, text], k, v, attn_mask=attn_mask, **rest)
+        words = plain(q[:, :, text], k, v, attn_mask=_for_queries(attn_mask, text, False), **rest)
         return joined(words, positive.out, text)
 
     return kernel
@@ -270,38 +299,70 @@ def _shared_for(call: AttentionCall, rows: slice | list[int]) -> tuple[Partial, 
         image, positive = kept
         return Partial(image.out[rows], image.lse[rows]), Partial(positive.out[rows], positive.lse[rows])
     some = call.narrow(rows)
-    return _in_parts(_image(some.q, call.text), some.k, some.v, some.mask, some.scale, call.text)
+    mask = _for_queries(some.mask, call.text, True)
+    return _in_parts(_image(some.q, call.text), some.k, some.v, mask, some.scale, call.text)
 
 
-def _own_attention(call: AttentionCall, stream: AttentionCall) -> torch.Tensor:
+def _own_attention(call: AttentionCall, stream: _Stream) -> torch.Tensor:
     """A stream's tokens attend to themselves and the image, as the prompt's do."""
     assert call.text is not None
     k, v = (torch.cat([a, _image(b, call.text)], -2) for a, b in ((stream.k, call.k), (stream.v, call.v)))
-    mask = None
-    if call.mask is not None and stream.mask is not None:
-        mask = torch.cat([stream.mask, without(call.mask, call.text, -1)], -1)
-    return stream.attend(stream.q, k, v, mask)
+    return stream.attend(stream.q, k, v, stream.mask)
 
 
 # -- tensors of a sequence -----------------------------------------------------------------------------------------
 
 
-def _columns(call: AttentionCall, start: int, length: int) -> AttentionCall:
-    """The call for some of its tokens, as it arrived."""
-    part = replace(call, aside={})
-    part.q, part.k, part.v = (t[:, :, start : start + length] for t in (call.q, call.k, call.v))
-    part.mask = None if call.mask is None else call.mask[..., start : start + length]
-    return part
+@dataclass
+class _Stream(AttentionCall):
+    """The call for a further text's tokens, as it arrived; its mask is theirs over [themselves, image].
+
+    Attributes:
+        by_image: the mask of the image's queries over these tokens.
+    """
+
+    by_image: torch.Tensor | None = None
+
+    def narrow(self, rows: slice | list[int]) -> _Stream:
+        part = replace(self, q=self.q[rows], k=self.k[rows], v=self.v[rows])
+        part.mask, part.by_image = (_rows_of(mask, rows, len(self.q)) for mask in (self.mask, self.by_image))
+        return part
+
+
+def _rows_of(mask: torch.Tensor | None, rows: slice | list[int], batch: int) -> torch.Tensor | None:
+    return mask[rows] if mask is not None and mask.ndim == 4 and mask.shape[0] == batch else mask
+
+
+def _stream(call: AttentionCall, span: slice, texts: slice) -> _Stream:
+    """The tokens of `span`; `texts` are the columns of all texts."""
+    q, k, v = (tensor[:, :, span] for tensor in (call.q, call.k, call.v))
+    mask, own, by_image = call.mask, None, None
+    if mask is not None:
+        by_image = _for_queries(mask[..., span], texts, True)
+        own = torch.cat([mask[..., span], without(mask, texts, -1)], -1)
+        own = own[..., span, :] if own.shape[-2] > 1 else own
+    return _Stream(
+        call.layer, q, k, v, own, call.scale, call.number, call.step, kernel=call.kernel, by_image=by_image
+    )  # fmt: skip
+
+
+def _for_queries(mask: torch.Tensor | None, text: slice, image: bool) -> torch.Tensor | None:
+    """The part of a mask for the image's queries or for the text's; the whole one where all queries share it."""
+    if mask is None or mask.shape[-2] == 1:
+        return mask
+    return without(mask, text, -2) if image else mask[..., text, :]
+
+
+def _cut_mask(mask: torch.Tensor | None, columns: slice) -> torch.Tensor | None:
+    if mask is None:
+        return None
+    mask = without(mask, columns, -1)
+    return without(mask, columns, -2) if mask.shape[-2] > 1 else mask
 
 
 def _image(tensor: torch.Tensor, text: slice | None) -> torch.Tensor:
     assert text is not None
     return without(tensor, text, -2)
-
-
-def _bias(mask: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
-    """Padding as diffusers' cross-attention models write it, [n, 1, L]."""
-    return None if mask is None else (1 - mask.to(dtype))[:, None] * -10000.0
 
 
 def lora_state(linear: Any) -> tuple[Any, ...]:

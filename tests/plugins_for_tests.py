@@ -140,7 +140,7 @@ def fingerprint(pipe):
             for name, m in unet.named_modules()
             if m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or hasattr(m, "_diffusers_hook")
         ],
-        "processors": {name: id(p) for name, p in unet.attn_processors.items()},
+        "processors": {name: id(p) for name, p in getattr(unet, "attn_processors", {}).items()},
         "grads": [p.requires_grad for p in unet.parameters()],
         "scheduler": sorted(pipe.scheduler.__dict__),
         "state": sorted(unet.state_dict()),

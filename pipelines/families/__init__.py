@@ -1,43 +1,70 @@
-"""One small adapter a model family, chosen by the denoiser's class."""
+"""How a model is called: one table of families, and the adapter that reads it."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
 from ...attention.errors import UnsupportedPipelineError
 from .base import Adapter
-from .flux import FluxAdapter
-from .pixart import PixArtAdapter
-from .qwen import QwenAdapter
-from .sana import SanaAdapter
-from .sd3 import SD3Adapter
-from .unet import UNetAdapter
+from .declared import DeclaredAdapter
+from .family import Family, Refused
+from .table import FAMILIES
 
-ADAPTERS: dict[str, type[Adapter]] = {
-    "UNet2DConditionModel": UNetAdapter,
-    "PixArtTransformer2DModel": PixArtAdapter,
-    "SanaTransformer2DModel": SanaAdapter,
-    "FluxTransformer2DModel": FluxAdapter,
-    "SD3Transformer2DModel": SD3Adapter,
-    "QwenImageTransformer2DModel": QwenAdapter,
-}
-"""Denoiser class name -> adapter. A subclass of a listed class is served too."""
+
+def adapters_for(pipe: Any) -> list[Adapter]:
+    """One adapter for each of a pipeline's denoisers, the first one it runs first.
+
+    Raises:
+        UnsupportedPipelineError: not a diffusers pipeline, or a denoiser that nobody declared, or that is refused.
+    """
+    found = [(name, getattr(pipe, name, None)) for name in ("unet", "transformer", "transformer_2")]
+    held = [(name, _bare(module)) for name, module in found if isinstance(_bare(module), nn.Module)]
+    if not held:
+        raise _unknown(pipe, None)
+    family = _family(pipe, held[0][1])
+    adapters: list[Adapter] = []
+    for name, denoiser in held:
+        if name in family.denoisers:
+            kind = family.adapter
+            adapter = DeclaredAdapter(pipe, denoiser, _family(pipe, denoiser)) if kind is None else kind(pipe, denoiser)
+            if adapters:
+                adapter.layers = [replace(layer, name=f"{name}.{layer.name}") for layer in adapter.layers]
+            adapters.append(adapter)
+    if not adapters:
+        raise _unknown(pipe, held[0][1])
+    return adapters
 
 
 def adapter_for(pipe: Any) -> Adapter:
-    """The adapter for a pipeline's denoiser (its `unet` or `transformer`, compiled or not).
+    """The adapter for a pipeline's first denoiser, compiled or not; see `adapters_for`."""
+    return adapters_for(pipe)[0]
 
-    Raises:
-        UnsupportedPipelineError: not a diffusers pipeline, or a family without an adapter.
-    """
-    denoiser = getattr(pipe, "unet", None)
-    denoiser = getattr(pipe, "transformer", None) if denoiser is None else denoiser
-    denoiser = getattr(denoiser, "_orig_mod", denoiser)  # torch.compile(unet) wraps it
-    if isinstance(denoiser, nn.Module):
-        for base in type(denoiser).__mro__:
-            if base.__name__ in ADAPTERS:
-                return ADAPTERS[base.__name__](pipe, denoiser)
+
+def _family(pipe: Any, denoiser: nn.Module) -> Family:
+    """What is said of this very class; of a subclass that somebody else made, what is said of the nearest base."""
+    kinds = type(denoiser).__mro__
+    own = type(denoiser).__module__.startswith("diffusers.")
+    said = next((FAMILIES[kind.__name__] for kind in kinds[: 1 if own else None] if kind.__name__ in FAMILIES), None)
+    if isinstance(said, Refused):
+        name = type(denoiser).__name__
+        raise UnsupportedPipelineError(f"{type(pipe).__name__} with {name} is not supported: {said.reason}")
+    if said is None:
+        raise _unknown(pipe, denoiser)
+    return said
+
+
+def _bare(module: Any) -> Any:
+    return getattr(module, "_orig_mod", module)  # torch.compile(unet) wraps it
+
+
+def _unknown(pipe: Any, denoiser: nn.Module | None) -> UnsupportedPipelineError:
     found = type(pipe).__name__ + (f" with {type(denoiser).__name__}" if denoiser is not None else "")
-    raise UnsupportedPipelineError(f"{found} is not supported; diffgraft edits pipelines on {', '.join(ADAPTERS)}")
+    names = ", ".join(name for name, said in FAMILIES.items() if isinstance(said, Family))
+    more = "" if denoiser is None else (
+        f'; if its text meets the image in one of the usual ways, say so: diffgraft.declare_family('
+        f'"{type(denoiser).__name__}", diffgraft.Family(...))'
+    )  # fmt: skip
+    return UnsupportedPipelineError(f"{found} is not supported; diffgraft edits pipelines on {names}{more}")

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import torch
 from torch import nn
 from torch.utils._pytree import tree_map
 
-from ...attention.errors import SettingError, UnsupportedPipelineError
+from ...attention.call import TextCall
+from ...attention.errors import UnsupportedPipelineError
 from ...attention.layer import AttentionLayer, find_layers
 from ...attention.step import Rows
 from ...plugins.base import Text
+from .rows import looks_guided
 from .running import Running
 
 Inputs = dict[str, Any]
@@ -102,7 +104,7 @@ class Adapter:
         if running.found:  # PixArt keeps it in a local variable
             flag = getattr(running.pipe, "do_classifier_free_guidance", False)
             return bool(running.arguments.get("do_classifier_free_guidance", flag))
-        return _looks_guided(inputs[self.sample], inputs[self.text])
+        return looks_guided(inputs[self.sample], inputs[self.text])
 
     def guided_apart(self, running: Running) -> bool:
         """Whether the pipeline runs guidance in a denoiser call of its own."""
@@ -112,44 +114,47 @@ class Adapter:
         """(height, width) of the image tokens at full resolution."""
         raise NotImplementedError
 
+    def batch(self, inputs: Inputs) -> int:
+        """Rows of this call."""
+        return len(inputs[self.sample])
+
+    def device(self, inputs: Inputs) -> torch.device:
+        """Where this call runs."""
+        sample = inputs[self.sample]
+        return (sample if isinstance(sample, torch.Tensor) else sample[0]).device
+
+    def text_shape(self, inputs: Inputs) -> tuple[int, ...]:
+        """Shape of the text embeddings of this call, [n, L, D] or [n, L, layers, D]."""
+        text = inputs[self.text]
+        text = text[0] if isinstance(text, tuple) else text  # the rest is an IP-Adapter's
+        return tuple(text.shape) if isinstance(text, torch.Tensor) else (len(text), *text[0].shape)
+
     # -- text in the sequence ----------------------------------------------------------------------------------
 
     def text_slice(self, layer: AttentionLayer, inputs: Inputs) -> slice | None:
         """Columns of the text in a joint layer's sequence, None in other layers."""
         return None
 
-    def text_length(self, inputs: Inputs) -> int:
-        """Text tokens of this call."""
-        return inputs[self.text].shape[1]
+    def text_call(self, layer: AttentionLayer) -> TextCall:
+        """How a layer asks its text."""
+        return TextCall()
 
-    def extend_text(self, inputs: Inputs, texts: Sequence[Text]) -> Inputs:
-        """The same call with the texts' tokens behind the prompt's; their rows are those of the batch.
-
-        Raises:
-            SettingError: a text with padding to be masked, on a model that attends to all of its text.
-        """
-        if any(text.mask is not None for text in texts):
-            raise SettingError(
-                f"{type(self.denoiser).__name__} masks no padding: leave mask= out, and cut the padding off the "
-                "negative's embeddings"
-            )
-        words = inputs[self.text]
-        return {**inputs, self.text: torch.cat([words, *(text.embeddings.to(words) for text in texts)], 1)}
-
-    def layer_text(self, text: Text) -> Text:
-        """A text as the cross-attention layers get it: moved to the denoiser, behind its caption projection."""
-        return self.to_denoiser(text)
+    def layer_text(self, text: Text) -> tuple[torch.Tensor, dict[str, Any]]:
+        """A text as the cross-attention layers get it, with its mask; for a denoiser that hands it on unchanged."""
+        text = self.to_denoiser(text)
+        mask = None if text.mask is None else (1 - text.mask.to(text.embeddings))[:, None] * -10000.0
+        return text.embeddings, {"attention_mask": mask}
 
     def to_denoiser(self, text: Text) -> Text:
         """A text on the denoiser's device in the dtype that it computes in."""
         like: Any = self.denoiser
-        mask = None if text.mask is None else text.mask.to(self.pipe._execution_device)
-        return Text(text.embeddings.to(self.pipe._execution_device, like.dtype), mask)
+        device = self.pipe._execution_device
 
-    def hooks(self, run: Callable[[], Any]) -> Sequence[Callable[[], None]]:
-        """Hooks that this family needs on its denoiser while grafted, as their undos; `run()` is the run whose
-        denoiser call this thread makes, None where it makes none."""
-        return ()
+        def moved(value: torch.Tensor) -> torch.Tensor:
+            return value.to(device, like.dtype) if value.is_floating_point() else value.to(device)
+
+        more = {name: moved(value) for name, value in text.more.items()}
+        return Text(moved(text.embeddings), None if text.mask is None else text.mask.to(device), more)
 
     # -- branches ----------------------------------------------------------------------------------------------
 
@@ -181,16 +186,19 @@ class Adapter:
             f"{type(self.pipe).__name__} encodes no text that diffgraft knows of: pass embeddings instead of strings"
         )
 
-    def encode_prompt(self, running: Running, *texts: Sequence[str], **options: Any) -> tuple[Any, ...]:
+    def encode_prompt(self, running: Running, *texts: Sequence[str], **options: Any) -> Any:
         """The pipeline's `encode_prompt` with the running call's text settings, as far as it takes them."""
         if not hasattr(self.pipe, "encode_prompt"):
             self._refuse_texts()
-        taken = inspect.signature(self.pipe.encode_prompt).parameters
-        asked = {"device": self.pipe._execution_device, "num_images_per_prompt": 1}
+        asked = {"device": self.pipe._execution_device, "num_images_per_prompt": 1, "num_videos_per_prompt": 1}
         asked |= {"do_classifier_free_guidance": False, "clip_skip": running.clip_skip}
-        asked |= {k: v for k, v in running.arguments.items() if k in ("max_sequence_length", "clean_caption")}
-        given = {k: v for k, v in (asked | options).items() if k in taken}
-        return self.pipe.encode_prompt(*map(list, texts), **given)
+        given = asked | self.text_settings(running) | options
+        taken = inspect.signature(self.pipe.encode_prompt).parameters
+        return self.pipe.encode_prompt(*map(list, texts), **{k: v for k, v in given.items() if k in taken})
+
+    def text_settings(self, running: Running) -> dict[str, Any]:
+        """What the running call told its `encode_prompt` beside prompts, by parameter."""
+        return {name: value for name, value in running.arguments.items() if name in running.encoding}
 
     def tokenizer(self) -> Any:
         """The tokenizer whose tokens are the columns of the text embeddings."""
@@ -201,6 +209,13 @@ class Adapter:
         return running.arguments.get("prompt")
 
     # -- refusals ----------------------------------------------------------------------------------------------
+
+    def check_inputs(self, inputs: Inputs) -> None:
+        """Refuse a call that cannot be served.
+
+        Raises:
+            UnsupportedPipelineError: with the reason and what to do instead.
+        """
 
     def check(self) -> None:
         """Refuse what would skip or change edited layers silently.
@@ -223,15 +238,6 @@ class Adapter:
                 f"{type(self.denoiser).__name__} has layerwise casting, under which no gradient reaches the latent: "
                 "load it in float16 or bfloat16 instead"
             )
-
-
-def _looks_guided(sample: torch.Tensor, text: Any) -> bool:
-    """Guidance in a hand-written loop: the same latents twice, with different text."""
-    text = text[0] if isinstance(text, tuple) else text
-    n, odd = divmod(len(sample), 2)
-    if odd or not n or not torch.equal(sample[:n], sample[n:]):
-        return False
-    return not torch.equal(text[:n], text[n:])
 
 
 def _obstacle(denoiser: Any) -> str | None:

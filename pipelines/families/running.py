@@ -7,6 +7,8 @@ there nothing is seen but by us: a mark that goes with the call.
 
 from __future__ import annotations
 
+import inspect
+import re
 import sys
 import weakref
 from collections.abc import Generator, Mapping, Sequence
@@ -21,7 +23,9 @@ from torch import nn
 _ASKED = (
     "prompt", "negative_prompt", "negative_prompt_embeds", "batch_size", "clip_skip", "height", "width",
     "max_sequence_length", "clean_caption", "cross_attention_kwargs", "joint_attention_kwargs",
-    "do_classifier_free_guidance", "do_true_cfg", "strength", "prompt_2", "original_attn_proc",
+    "do_classifier_free_guidance", "do_true_cfg", "strength", "prompt_2", "original_attn_proc", "apply_cfg",
+    "context_name", "prompt_embeds", "negative_prompt_embeds_qwen", "prompt_embeds_qwen", "prompt_image",
+    "condition_images",
 )  # fmt: skip
 """What adapters and plugins read of a call; a frame holds more, and keeping its latents would keep their memory."""
 
@@ -33,18 +37,28 @@ class Mark:
     """Lies among the local variables of a pipeline call, and goes with them however the call ends."""
 
 
+_NO_SETTING = re.compile(
+    r"prompt(_\d)?$|embeds|mask|^device$|^dtype$|num_|batch_size|do_|lora|latents|ids$|^self$|cu_seqlens|"
+    r"instruction|chi_|image|"
+    r"^guidance|^text_encoder_index"
+)
+"""In names of parameters of `encode_prompt` that are no settings."""
+
+
 @dataclass(frozen=True)
 class Running:
     """The pipeline on the stack; `found` is False in a loop that somebody wrote by hand.
 
     Attributes:
-        arguments: what adapters and plugins read of the call. mark: one for each call, None in a loop by hand.
+        arguments: its call's, and what it made of them. encoding: those that are settings of its `encode_prompt`.
+        mark: one for each call, None in a loop by hand.
     """
 
     pipe: Any
     found: bool
     arguments: dict[str, Any] = field(default_factory=dict[str, Any])
     mark: weakref.ref[Mark] | None = None
+    encoding: frozenset[str] = frozenset()
 
     @property
     def steps(self) -> int | None:
@@ -98,11 +112,18 @@ def find_running(denoiser: nn.Module, pipe: Any) -> Running:
         if frame.f_code.co_name == "__call__" and "self" in frame.f_code.co_varnames:
             caller = frame.f_locals.get("self")
             if isinstance(caller, DiffusionPipeline) and owns(caller, denoiser):
-                known = frame.f_locals
+                known, encoding = frame.f_locals, _settings(caller)
                 mark = known.setdefault(_MARK, Mark())
-                return Running(caller, True, {k: v for k, v in known.items() if k in _ASKED}, weakref.ref(mark))
+                told = {k: v for k, v in known.items() if k in _ASKED or k in encoding}
+                return Running(caller, True, told, weakref.ref(mark), encoding)
         frame = frame.f_back
     return Running(pipe, False)
+
+
+def _settings(pipe: Any) -> frozenset[str]:
+    """Parameters of a pipeline's `encode_prompt` that are settings: no prompt, embeddings, device or count."""
+    taken = inspect.signature(pipe.encode_prompt).parameters if hasattr(pipe, "encode_prompt") else ()
+    return frozenset(name for name in taken if not _NO_SETTING.search(name))
 
 
 def owns(pipe: DiffusionPipeline, denoiser: nn.Module) -> bool:

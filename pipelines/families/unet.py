@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,13 +23,11 @@ _GUIDED_OTHERWISE = ("InstructPix2Pix", "SemanticStableDiffusion", "StableDiffus
 class UNetAdapter(Adapter):
     """UNet2DConditionModel: rows [uncond, cond], or [cond] without guidance; PAG adds [perturbed]."""
 
-    positional = (
-        "sample", "timestep", "encoder_hidden_states", "class_labels", "timestep_cond", "attention_mask",
-        "cross_attention_kwargs", "added_cond_kwargs", "down_block_additional_residuals",
-        "mid_block_additional_residual", "down_intrablock_additional_residuals", "encoder_attention_mask",
-        "return_dict",
-    )  # fmt: skip
-    batched = tuple(name for name in positional if name not in ("cross_attention_kwargs", "return_dict"))
+    def __init__(self, pipe: Any, denoiser: nn.Module) -> None:
+        super().__init__(pipe, denoiser)
+        self.positional = tuple(inspect.signature(type(denoiser).forward).parameters)[1:]
+        others = ("cross_attention_kwargs", "return_dict")
+        self.batched = tuple(name for name in self.positional if name not in others)
 
     def groups(self, inputs: Inputs, running: Running) -> Rows:
         name = type(running.pipe).__name__
@@ -81,12 +80,10 @@ class UNetAdapter(Adapter):
         width = width if isinstance(width, int) else width[0]
         return {128: "picturebook", 768: "sd15", 1024: "sd2", 2048: "sdxl"}.get(width, "unet")
 
-    def layer_text(self, text: Text) -> Text:
+    def layer_text(self, text: Text) -> tuple[torch.Tensor, dict[str, Any]]:
         unet: Any = self.denoiser
-        text = self.to_denoiser(text)
-        if unet.config.encoder_hid_dim_type == "text_proj":
-            return Text(unet.encoder_hid_proj(text.embeddings), text.mask)
-        return text
+        words, others = super().layer_text(text)
+        return (unet.encoder_hid_proj(words) if unet.config.encoder_hid_dim_type == "text_proj" else words), others
 
     def encode_text(self, texts: Sequence[str], running: Running) -> Text:
         pipe = self.pipe

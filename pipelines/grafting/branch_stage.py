@@ -23,11 +23,10 @@ def add_rows(run: Run, placed: Placed, active: Sequence[Plugin], session: Sessio
     if "perturbed" in run.step.rows:
         raise UnsupportedPipelineError("PAG splits the batch in three itself: use the pipeline without PAG")
     one_for_all = any(branch.shared for branch in branches) and _alike(run, placed, session, inputs)
-    sample = inputs[run.adapter.sample]
-    index = torch.tensor(_name_rows(run, branches, one_for_all), device=sample.device)
+    index = torch.tensor(_name_rows(run, branches, one_for_all), device=run.adapter.device(inputs))
     block = placed.join_block(branches)
     if block and run.adapter.can_join_late(inputs, block):
-        run.late = Late(index, block, len(sample))
+        run.late = Late(index, block, run.adapter.batch(inputs))
         return inputs
     return _own_inputs(run, run.adapter.take(inputs, index), branches)
 

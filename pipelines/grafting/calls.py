@@ -83,6 +83,7 @@ class Calls:
 
     def _begin(self, run: Run, inputs: Inputs) -> None:
         adapter, scheduler = run.adapter, run.running.pipe.scheduler
+        adapter.check_inputs(inputs)
         self.link(scheduler)
         timestep = inputs[adapter.timestep]
         fresh = run.clock.start(scheduler, timestep, run.running.mark)

@@ -20,8 +20,8 @@ from ...attention.hook import in_use
 from ...attention.layer import AttentionLayer
 from ...attention.seam import Work, install
 from ...plugins.base import Plugin
-from ..families import adapter_for
-from ..families.base import Inputs
+from ..families import adapters_for
+from ..families.base import Adapter, Inputs
 from ..families.running import Running, find_running
 from .blocks import Block, block_here, complaint, holders, is_suspended
 from .branch_stage import arriving
@@ -35,6 +35,7 @@ from .run import Late, Run
 from .runs import Local, Runs
 from .scheduler_link import follow, leave
 from .session import RunSession
+from .stream_stage import hook_meetings
 from .text import Texts
 
 _INSTALLED: WeakSet[Graft] = WeakSet()  # weak: a forgotten attached graft goes with its model
@@ -54,7 +55,8 @@ class Graft:
     Attributes:
         pipe: the pipeline, unchanged in class, config and signature.
         plugins: in the order given.
-        layers: every attention layer of the denoiser in execution order.
+        layers: every attention layer of the denoiser in execution order; of a second denoiser behind the first's,
+            their names under its own.
         runs: the state of threads and blocks that are alive; it goes with them.
     """
 
@@ -63,8 +65,9 @@ class Graft:
         for plugin in self.plugins:
             if not isinstance(plugin, Plugin):
                 raise SettingTypeError(f"{plugin!r} is not a plugin: give instances such as NegativeAway('blurry')")
-        self.adapter = adapter_for(pipe)
-        self.layers = self.adapter.layers
+        self.adapters = adapters_for(pipe)
+        self.adapter = self.adapters[0]
+        self.layers = [layer for adapter in self.adapters for layer in adapter.layers]
         self.texts = Texts(self.adapter)
         self.backend = select(backend, device=_device(pipe), strict=strict)
         self.runs = Runs()
@@ -140,6 +143,11 @@ class Graft:
         """Whether the plugins are on."""
         return self._stack is not None
 
+    @property
+    def denoisers(self) -> set[int]:
+        """Identities of the modules that carry this graft."""
+        return {id(adapter.denoiser) for adapter in self.adapters}
+
     def report(self) -> Report:
         """What was done since the last attach: layers, calls, backend, updates, skipped ones, displaced processors."""
         moved = [name for name, found in self._present().items() if found is not self._processors.get(name)]
@@ -168,7 +176,7 @@ class Graft:
 
     def _take_off(self) -> None:
         """Take everything off, unless somebody has a block open; waits for the calls that still run under the graft."""
-        while not self._wanted and in_use(self.adapter.denoiser, self._flying):
+        while not self._wanted and any(in_use(adapter.denoiser, self._flying) for adapter in self.adapters):
             time.sleep(_WAIT)
         with _LOCK:
             if self._wanted:
@@ -188,7 +196,7 @@ class Graft:
         owner = None if here is None else here[0].owner
         for other in _INSTALLED:
             # Grafts of other threads are inert here; only one that this context would also run is a conflict.
-            same = other is not self and other.adapter.denoiser is self.adapter.denoiser
+            same = other is not self and bool(other.denoisers & self.denoisers)
             if same and (other._everywhere is not None or owner is other):
                 raise AlreadyGraftedError(
                     f"the {type(self.adapter.denoiser).__name__} already carries a graft here: give all plugins to one "
@@ -212,27 +220,32 @@ class Graft:
         return block.close()
 
     def _bind(self, stack: ExitStack) -> None:
-        self.adapter = adapter_for(self.pipe)
-        self.adapter.check()
-        self.layers, self.texts.adapter = self.adapter.layers, self.adapter
+        self.adapters = adapters_for(self.pipe)
+        for adapter in self.adapters:
+            adapter.check()
+        self.adapter = self.adapters[0]
+        self.layers = [layer for adapter in self.adapters for layer in adapter.layers]
+        self.texts.adapter = self.adapter
+        self._homes = {layer.name: adapter for adapter in self.adapters for layer in adapter.layers}
         self.runs, self._local, self._processors = Runs(), Local(), self._present()
         for plugin in self.plugins:
             stack.callback(plugin.unbind)
             plugin.bind(RunSession(self.run, self.texts))
-        self._calls = Calls(place(self.adapter, self.plugins), self.texts, self.link)
+        self._calls = Calls(place(self.adapters, self.plugins), self.texts, self.link)
 
     def _hook(self, stack: ExitStack) -> None:
-        placed, denoiser = self._calls.placed, self.adapter.denoiser
+        placed = self._calls.placed
         for layer in self.layers:
             if layer.name in placed.edits:
                 stack.callback(install(layer, self))
-        stack.callback(hook_denoiser(denoiser, self._before, self._after))
-        stack.callback(self._unlink)
-        for undo in self.adapter.hooks(self._running):
-            stack.callback(undo)
-        if placed.brings_rows:
-            for name, block in self.adapter.late_blocks():
+        for adapter in self.adapters:
+            denoiser = adapter.denoiser
+            stack.callback(hook_denoiser(denoiser, functools.partial(self._before, adapter), self._after))
+            for undo in hook_meetings(adapter, self._running) if placed.brings_texts else ():
+                stack.callback(undo)
+            for name, block in adapter.late_blocks() if placed.brings_rows else ():
                 stack.callback(hook_block(denoiser, block, functools.partial(self._arriving, name)))
+        stack.callback(self._unlink)
 
     # -- what hooks ask ----------------------------------------------------------------------------------------
 
@@ -273,7 +286,7 @@ class Graft:
         calls = self._local.calls
         return calls[-1] if calls else None
 
-    def _before(self, args: tuple[Any, ...], kwargs: Inputs) -> Inputs | None:
+    def _before(self, adapter: Adapter, args: tuple[Any, ...], kwargs: Inputs) -> Inputs | None:
         run, calls = self._running(), self._local.calls
         if run is not None and run.step.probing:
             return None
@@ -282,6 +295,7 @@ class Graft:
             calls.append(None) if calls else self._note_stray()
             return None
         here[0].count()
+        here[1].adapter = adapter
         calls.append(here[1])
         self._flying.add(threading.get_ident())
         return self._calls.before(here[1], args, kwargs)
@@ -314,7 +328,9 @@ class Graft:
             return None
         run.tally.layers[layer.name] += 1
         memo = run.memo if any(edit.keeps_text for edit in edits) else None
-        return Work(step, edits, self.backend.kernel, run.text_slice(layer), memo)
+        adapter, columns = self._homes[layer.name], run.joined.columns() if run.joined and layer.kind == "joint" else ()
+        text = None if columns else adapter.text_slice(layer, run.inputs)
+        return Work(step, edits, self.backend.kernel, text, memo, columns, adapter.text_call(layer))
 
     def link(self, scheduler: Any) -> None:
         """Follow this scheduler's steps until the graft comes off."""

@@ -34,6 +34,11 @@ class Placed:
         """Whether a plugin may ask for extra rows."""
         return any(type(plugin).branches is not Plugin.branches for plugin in self.plugins)
 
+    @property
+    def brings_texts(self) -> bool:
+        """Whether a plugin may want further texts heard."""
+        return any(type(plugin).streams is not Plugin.streams for plugin in self.plugins)
+
     def active(self, step: Step) -> list[Plugin]:
         """Plugins whose window holds this step."""
         return [plugin for plugin in self.plugins if step.within(plugin.start, plugin.end)]
@@ -53,17 +58,17 @@ class Placed:
             yield from placed
 
 
-def place(adapter: Adapter, plugins: Sequence[Plugin]) -> Placed:
+def place(adapters: Sequence[Adapter], plugins: Sequence[Plugin]) -> Placed:
     """Ask every plugin for its edits and put them on the layers that they select.
 
     Raises:
         UnsupportedPipelineError: an edit that selects no layer.
     """
     effective = tuple(plugin for plugin in plugins if not plugin.neutral)
-    placed = Placed(effective, blocks=("", *(name for name, _ in adapter.late_blocks())))
+    placed = Placed(effective, blocks=("", *(name for name, _ in adapters[0].late_blocks())))
     for plugin in effective:
         for edit in plugin.edits():
-            chosen = _chosen(adapter, plugin, edit)
+            chosen = _chosen(adapters, plugin, edit)
             for layer in chosen:
                 placed.edits.setdefault(layer.name, []).append((plugin, edit))
             for group in {*(edit.rows or ()), edit.owns} - {None}:
@@ -73,13 +78,14 @@ def place(adapter: Adapter, plugins: Sequence[Plugin]) -> Placed:
     return placed
 
 
-def _chosen(adapter: Adapter, plugin: Plugin, edit: Edit) -> list[AttentionLayer]:
-    chosen = [layer for layer in adapter.layers if edit.selects(layer)]
+def _chosen(adapters: Sequence[Adapter], plugin: Plugin, edit: Edit) -> list[AttentionLayer]:
+    layers = [layer for adapter in adapters for layer in adapter.layers]
+    chosen = [layer for layer in layers if edit.selects(layer)]
     if not chosen:
-        kinds = sorted({layer.kind for layer in adapter.layers})
+        kinds = sorted({layer.kind for layer in layers})
         raise UnsupportedPipelineError(
-            f"{type(plugin).__name__} found no layer to edit in {type(adapter.denoiser).__name__} "
-            f"(it has {len(adapter.layers)} attention layers: {', '.join(kinds)}); choose other layers"
+            f"{type(plugin).__name__} found no layer to edit in {type(adapters[0].denoiser).__name__} "
+            f"(it has {len(layers)} attention layers: {', '.join(kinds)}); choose other layers"
         )
     return chosen
 

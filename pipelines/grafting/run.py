@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-from ...attention.layer import AttentionLayer
 from ...attention.memo import TextMemo
 from ...attention.step import Step
 from ..families.base import Adapter, Inputs
+from ..families.join import Joined
 from ..families.running import Running
 from .clock import Clock
 
@@ -59,8 +59,7 @@ class Run:
         inputs: of the denoiser call that runs, by name; empty between calls.
         pending: a moved latent that the scheduler's step has not started from yet.
         deltas: what plugins add to the prediction of this step.
-        late: rows that join on the way. streams: lengths of the texts of a joint-attention model, the prompt's first;
-            empty without others.
+        late: rows that join on the way. joined: further texts in the sequence of a joint-attention model.
         memo, notes: what is kept over the steps of a pipeline call.
         stranded: whether a pipeline call ended with a moved latent that no step had started from.
         tally: for the report.
@@ -74,20 +73,16 @@ class Run:
     pending: torch.Tensor | None = None
     deltas: list[torch.Tensor] = field(default_factory=list[torch.Tensor])
     late: Late | None = None
-    streams: list[int] = field(default_factory=list[int])
+    joined: Joined | None = None
     memo: TextMemo = field(default_factory=TextMemo)
     notes: dict[Any, Any] = field(default_factory=dict[Any, Any])
     stranded: bool = False
     tally: Tally = field(default_factory=Tally)
     _mark: Any = None
 
-    def text_slice(self, layer: AttentionLayer) -> slice | None:
-        """Columns of the text in a joint layer."""
-        return self.adapter.text_slice(layer, self.inputs)
-
     def narrow(self) -> None:
         """A denoiser call begins or is over: nothing joins it."""
-        self.late, self.streams = None, []
+        self.late, self.joined = None, None
 
     def follow(self, running: Running) -> None:
         """Note who calls the denoiser; what belongs to a pipeline call is forgotten when that is gone, however."""

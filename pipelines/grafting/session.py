@@ -13,6 +13,7 @@ from ...plugins.base import Made, Prompt, Text
 from ..families import latents
 from ..families.running import part_for
 from .run import Run
+from .stream_stage import heard_across
 from .text import Texts
 
 
@@ -59,7 +60,11 @@ class RunSession:
 
     @property
     def text_width(self) -> int:
-        return self._run.inputs[self._run.adapter.text].shape[-1]
+        return self._run.adapter.text_shape(self._run.inputs)[-1]
+
+    @property
+    def text_dims(self) -> int:
+        return len(self._run.adapter.text_shape(self._run.inputs))
 
     @property
     def text(self) -> torch.Tensor:
@@ -78,7 +83,7 @@ class RunSession:
         return self.encode(texts).embeddings
 
     def layer_text(self, text: Text) -> Text:
-        return self._run.adapter.layer_text(text)
+        return Text(heard_across(self._run, text), text.mask)
 
     def tokens(self, text: str) -> list[str]:
         return self._texts.tokens(text)

@@ -1,42 +1,116 @@
-"""The stream stage: texts that ride beside the prompt's through a joint-attention model."""
+"""The stream stage: further texts are heard by the model itself and join the running call where text meets image."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
+from torch import nn
 
 from ...attention.errors import SettingError
+from ...attention.hook import hook_after, hook_before
 from ...plugins.base import Plugin, Text
-from ..families.base import Inputs
+from ..families.base import Adapter, Inputs
+from ..families.declared import DeclaredAdapter
+from ..families.family import Meet
+from ..families.hear import Heard, blocks, hear, named
+from ..families.join import Joined
 from .run import Run
 
 
 def add_streams(run: Run, active: Sequence[Plugin], inputs: Inputs) -> Inputs:
-    """Append the streams of text that a plugin carries beside the prompt's.
+    """Let the model hear the texts that plugins want beside the prompt's.
 
     Raises:
-        SettingError: two plugins bring some.
+        SettingError: two plugins bring some where all texts are in one sequence.
     """
-    step, adapter = run.step, run.adapter
-    wanted = [texts for plugin in active if (texts := plugin.streams(step))]
+    wanted = [texts for plugin in active if (texts := plugin.streams(run.step))]
     if not wanted:
+        return inputs
+    adapter = run.adapter
+    if not isinstance(adapter, DeclaredAdapter) or adapter.spec.how != "joint":
+        run.step.heard = {id(text): _across(run, adapter, text, inputs) for texts in wanted for text in texts}
         return inputs
     if len(wanted) > 1:
         raise SettingError(
             "two plugins steer away from negatives at once on a joint-attention model: give all negatives to one "
             "NegativeAway({'first': 1.0, 'second': 1.0})"
         )
-    pictures = step.rows["cond"].stop - step.rows["cond"].start
-    rows = [_by_picture(text, len(inputs[adapter.sample]), pictures) for text in wanted[0]]
-    run.streams = [adapter.text_length(inputs), *(text.embeddings.shape[1] for text in rows)]
-    return adapter.extend_text(inputs, rows)
+    heard, cond = [_kept(run, adapter, text, inputs) for text in wanted[0]], run.step.rows["cond"]
+    run.joined = Joined(adapter, heard, inputs, cond.stop - cond.start)
+    added = {name: inputs[name] for name in adapter.spec.residuals if inputs.get(name) is not None}
+    return inputs | {name: _widened(run.joined, value) for name, value in added.items()}
 
 
-def _by_picture(text: Text, batch: int, pictures: int) -> Text:
-    """Rows of texts, one or one a prompt, for every row of a batch whose groups hold `pictures` rows each."""
-    if len(text.embeddings) == 1:
-        mask = None if text.mask is None else text.mask.expand(batch, -1)
-        return Text(text.embeddings.expand(batch, -1, -1), mask)
-    index = torch.arange(batch, device=text.embeddings.device) % pictures // (pictures // len(text.embeddings))
-    return Text(text.embeddings[index], None if text.mask is None else text.mask[index])
+def _across(run: Run, adapter: Adapter, text: Text, inputs: Inputs) -> tuple[torch.Tensor, dict[str, Any]]:
+    """A text for layers that attend across, with what they take with it."""
+    if isinstance(adapter, DeclaredAdapter):
+        heard = _kept(run, adapter, text, inputs)
+        return heard.words, heard.others
+    key = ("heard", id(adapter), id(text))
+    kept = run.notes.get(key)
+    if kept is None:
+        kept = run.notes[key] = text, adapter.layer_text(text)
+    return kept[1]
+
+
+def _kept(run: Run, adapter: DeclaredAdapter, text: Text, inputs: Inputs) -> Heard:
+    """The text as heard before in this pipeline call, where nothing that it depends on changes from step to step."""
+    key = ("heard", id(adapter), id(text), run.step.size)
+    kept = run.notes.get(key) if adapter.spec.still else None
+    if kept is None:
+        cond, n = run.step.rows["cond"], len(text.embeddings)
+        rows = [cond.start + i * ((cond.stop - cond.start) // n) for i in range(n)]
+        kept = run.notes[key] = text, hear(adapter, inputs, text, rows, run.step)
+    return kept[1]
+
+
+def heard_across(run: Run, text: Text) -> torch.Tensor:
+    """A text as the blocks get it whose layers attend across, [n, L, C]."""
+    if not isinstance(run.adapter, DeclaredAdapter):
+        return run.adapter.layer_text(text)[0]
+    rows = [run.step.rows["cond"].start] * len(text.embeddings)
+    return hear(run.adapter, run.inputs, text, rows, run.step).words
+
+
+def _widened(joined: Joined, value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: joined.widened(residual) for name, residual in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(joined.widened(residual) for residual in value)
+    return joined.widened(value)
+
+
+def hook_meetings(adapter: Adapter, here: Callable[[], Run | None]) -> list[Callable[[], None]]:
+    """Hooks by which heard texts join and leave, as their undos; `here()` is the run that is edited now."""
+    if not isinstance(adapter, DeclaredAdapter) or adapter.spec.how != "joint":
+        return []
+    denoiser, undos = adapter.denoiser, list[Callable[[], None]]()
+    for number, meet in enumerate(adapter.spec.meets):
+        for place, block in enumerate(blocks(denoiser, meet)):
+            undos.append(hook_before(denoiser, block, _arrival(block, meet, number == place == 0, here)))
+    if adapter.spec.cut:
+        undos.append(hook_after(denoiser, blocks(denoiser, adapter.spec.meets[-1])[-1], _departure(here)))
+    return undos
+
+
+def _arrival(block: nn.Module, meet: Meet, first: bool, here: Callable[[], Run | None]) -> Callable[..., Any]:
+    def before(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        joined = _joined(here)
+        return None if joined is None else ((), joined.join(meet, first, named(block, args, kwargs)))
+
+    return before
+
+
+def _departure(here: Callable[[], Run | None]) -> Callable[..., Any]:
+    def after(args: Any, kwargs: Any, output: Any) -> Any:
+        joined = _joined(here)
+        return None if joined is None or output is None else joined.cut(output)
+
+    return after
+
+
+def _joined(here: Callable[[], Run | None]) -> Joined | None:
+    run = here()
+    return None if run is None or run.step.probing else run.joined

@@ -1,0 +1,184 @@
+"""Every denoiser class of diffusers that paints or films from text: declared, or refused with the reason."""
+
+from __future__ import annotations
+
+from ...attention.errors import SettingTypeError
+from . import odd
+from .family import TEXT, Alone, Along, Family, Latent, Meet, Refused
+from .unet import UNetAdapter
+
+_ROPE = (Along("image_rotary_emb"),)
+_MASK4 = (Along("attention_mask", 3),)
+_FILM = Latent("film")
+_REFINED: tuple[tuple[str, Alone], ...] = (("context_refiner", "text"), ("noise_refiner", "self"))
+_CONTEXT: tuple[tuple[str, Alone], ...] = (("context_embedder", "text"),)
+
+
+def _two(along: tuple[Along, ...] = (), later: str | None = TEXT) -> tuple[Meet, Meet]:
+    """Blocks with two streams, then blocks with one."""
+    return Meet("transformer_blocks", along=along), Meet("single_transformer_blocks", text=later, along=along)
+
+
+def _across(path: str, along: tuple[Along, ...] = (), **more: object) -> tuple[Meet]:
+    return (Meet(path, "cross", along=along, **more),)  # pyright: ignore[reportArgumentType]
+
+
+_M = "encoder_attention_mask"
+_TEXT_MASK = (Along(_M, 2),)
+_WAN = _across("blocks", own=odd.second_if_picture)
+_EXPERTS = ("transformer", "transformer_2")
+
+FAMILIES: dict[str, Family | Refused] = {
+    # -- pictures ------------------------------------------------------------------------------------------------
+    "UNet2DConditionModel": Family("unet", sample="sample", denoisers=("unet",), adapter=UNetAdapter),
+    "FluxTransformer2DModel": Family(
+        "flux", _two(_ROPE), ids=("txt_ids", ()), encode=odd.with_lora(2), guidance="apart", flag="do_true_cfg",
+        tokenizer="tokenizer_2", prompt="prompt_2", latent=Latent("packed"),
+    ),
+    "SD3Transformer2DModel": Family(
+        "sd3", (Meet("transformer_blocks", layers=(".attn",)),), text_first=False, encode=odd.with_lora(3)
+    ),
+    "QwenImageTransformer2DModel": Family(
+        "qwen",
+        (Meet("transformer_blocks", along=(Along("image_rotary_emb", 0, 1, "text"),
+                                           Along("encoder_hidden_states_mask", 1, of="text"))),),
+        mask="encoder_hidden_states_mask", encoded={TEXT: 0, "encoder_hidden_states_mask": 1},
+        settings={"image": "prompt_image|condition_images"}, guidance="apart", flag="do_true_cfg",
+        latent=Latent("packed", cells=True),
+    ),
+    "PixArtTransformer2DModel": Family(
+        "pixart", _across("transformer_blocks", (Along("encoder_attention_mask", 2),)), mask="encoder_attention_mask",
+        encoded={TEXT: 0, "encoder_attention_mask": 1},
+    ),
+    "SanaTransformer2DModel": Family(
+        "sana", _across("transformer_blocks", _TEXT_MASK), mask="encoder_attention_mask",
+        encoded={TEXT: 0, "encoder_attention_mask": 1},
+    ),
+    "ZImageTransformer2DModel": Family(
+        "z-image",
+        (Meet("layers", text=None, sequence="x", along=(Along("freqs_cis", 1, rope=True), Along("attn_mask", 1))),),
+        sample="x", timestep="t", text="cap_feats", text_first=False, alone=_REFINED, guidance="cond, uncond",
+        flag="apply_cfg", encode=odd.z_image_encode, place=odd.z_image_place, lengths=odd.z_image_lengths,
+        tokens=odd.z_image_tokens, latent=Latent("list"), residuals=("controlnet_block_samples",),
+        refuse=((odd.nested, "mixes several texts and pictures in its omni mode: use ZImagePipeline"),),
+    ),
+    "Flux2Transformer2DModel": Family(
+        "flux2", _two(_ROPE, None), ids=("txt_ids", (3,)), cut=True, guidance="apart", latent=Latent("tokens"),
+        refuse=((odd.keeps_keys, "keeps keys of its references from step to step, where a negative would go wrong in "
+                                 "silence: use Flux2KleinPipeline"),),
+    ),
+    "ChromaTransformer2DModel": Family(
+        "chroma", _two((*_ROPE, Along("attention_mask", 1)), None), mask="attention_mask",
+        encoded={TEXT: 0, "attention_mask": 2}, place=odd.chroma_place, guidance="apart", latent=Latent("packed"),
+    ),
+    "Lumina2Transformer2DModel": Family(
+        "lumina2",
+        (Meet("layers", text=None, along=(Along("image_rotary_emb", 1, rope=True), Along("attention_mask", 1))),),
+        mask="encoder_attention_mask", encoded={TEXT: 2, "encoder_attention_mask": 3}, as_negative=True, cut=True,
+        alone=_REFINED, guidance="apart", lengths=odd.mask_lengths, tokens=odd.patches, masked=True,
+    ),
+    "Krea2Transformer2DModel": Family(
+        "krea2", (Meet("transformer_blocks", text=None, along=(*_ROPE, Along("attention_mask", 3))),),
+        mask="encoder_attention_mask", encoded={TEXT: 0, "encoder_attention_mask": 1}, cut=True,
+        alone=(("text_fusion", "text"),), place=odd.krea_place, guidance="apart", latent=Latent("packed"),
+    ),
+    "AuraFlowTransformer2DModel": Family(
+        "auraflow", (Meet("joint_transformer_blocks"), Meet("single_transformer_blocks", text=None)), registers=8
+    ),
+    "CogView3PlusTransformer2DModel": Family("cogview3", (Meet("transformer_blocks"),)),
+    "CogView4Transformer2DModel": Family("cogview4", (Meet("transformer_blocks"),), guidance="apart"),
+    "HunyuanImageTransformer2DModel": Family(
+        "hunyuan-image", _two(_MASK4), mask=_M, encoded={TEXT: 0, _M: 1, f"{TEXT}_2": 2, f"{_M}_2": 3},
+        guidance="apart", text_first=False, alone=_CONTEXT, still=False, columns=False,
+    ),
+    "HunyuanDiT2DModel": Family(
+        "hunyuan-dit", _across("blocks", whole=True), encode=odd.clip_and_t5,
+    ),
+    "BriaTransformer2DModel": Family("bria", _two(_ROPE), ids=("txt_ids", ()), latent=Latent("packed")),
+    "OvisImageTransformer2DModel": Family(
+        "ovis", _two(_ROPE), ids=("txt_ids", (1, 2)), guidance="apart", latent=Latent("packed")
+    ),
+    "LongCatImageTransformer2DModel": Family(
+        "longcat", _two(_ROPE), ids=("txt_ids", (1, 2)), guidance="apart", latent=Latent("packed")
+    ),
+    "GlmImageTransformer2DModel": Family("glm-image", (Meet("transformer_blocks"),), guidance="apart", columns=False),
+    "Kandinsky5Transformer3DModel": Family(
+        "kandinsky5", (Meet("visual_transformer_blocks", "cross", text="text_embed", layers=("cross_attention",)),),
+        alone=(("text_transformer_blocks", "text"),), still=False, guidance="apart",
+        negative="negative_prompt_embeds_qwen", place=odd.kandinsky_place, latent=_FILM,
+    ),
+    "LuminaNextDiT2DModel": Family(
+        "lumina", _across("layers", (Along("encoder_mask", 1),), through="norm1_context", whole=True),
+        mask="encoder_mask", encoded={TEXT: 0, "encoder_mask": 1}, guidance="cond, uncond", masked=True,
+    ),
+    "PRXTransformer2DModel": Family(
+        "prx", (Meet("blocks", "keys", layers=("attention",), along=(Along("attention_mask", 1),)),),
+        mask="attention_mask", encoded={TEXT: 0, "attention_mask": 1},
+    ),
+    "NucleusMoEImageTransformer2DModel": Family(
+        "nucleus", (Meet("transformer_blocks", "keys", layers=("attn",), through="encoder_proj",
+                          along=(Along("image_rotary_emb"), Along("attention_kwargs"))),), text_first=False,
+        mask="encoder_hidden_states_mask", encoded={TEXT: 0, "encoder_hidden_states_mask": 1}, guidance="apart",
+        latent=Latent("packed", cells=True),
+    ),
+    # -- films ---------------------------------------------------------------------------------------------------
+    "WanTransformer3DModel": Family("wan", _WAN, _EXPERTS, guidance="apart", latent=_FILM),
+    "WanVACETransformer3DModel": Family("wan-vace", _WAN, _EXPERTS, guidance="apart", latent=_FILM),
+    "WanAnimateTransformer3DModel": Family("wan-animate", _WAN, guidance="apart", latent=_FILM),
+    "ChronoEditTransformer3DModel": Family("chronoedit", _WAN, guidance="apart", latent=_FILM),
+    "SkyReelsV2Transformer3DModel": Family("skyreels", _WAN, guidance="apart", latent=_FILM),
+    "AnyFlowTransformer3DModel": Family("anyflow", _WAN, latent=_FILM),
+    "HeliosTransformer3DModel": Family("helios", _across("blocks"), guidance="apart", latent=_FILM),
+    "LTXVideoTransformer3DModel": Family(
+        "ltx", _across("transformer_blocks", _TEXT_MASK), mask=_M, encoded={TEXT: 0, _M: 1}, latent=_FILM
+    ),
+    "SanaVideoTransformer3DModel": Family(
+        "sana-video", _across("transformer_blocks", _TEXT_MASK), mask=_M, encoded={TEXT: 0, _M: 1}, latent=_FILM
+    ),
+    "AllegroTransformer3DModel": Family(
+        "allegro", _across("transformer_blocks", _TEXT_MASK, whole=True), mask=_M, encoded={TEXT: 0, _M: 1},
+        latent=_FILM,
+    ),
+    "LatteTransformer3DModel": Family("latte", _across("transformer_blocks"), latent=_FILM),
+    "CosmosTransformer3DModel": Family("cosmos", _across("transformer_blocks"), guidance="apart", latent=_FILM),
+    "HunyuanVideoTransformer3DModel": Family(
+        "hunyuan-video", _two(_MASK4), mask=_M, encoded={TEXT: 0, _M: 2}, guidance="apart", text_first=False,
+        alone=_CONTEXT, still=False, columns=False, latent=_FILM,
+    ),
+    "HunyuanVideo15Transformer3DModel": Family(
+        "hunyuan-video-1.5", (Meet("transformer_blocks", along=(Along("attention_mask", 1, of="text"),)),), mask=_M,
+        encoded={TEXT: 0, _M: 1, f"{TEXT}_2": 2, f"{_M}_2": 3}, guidance="apart", text_first=False, alone=_CONTEXT,
+        still=False, columns=False, latent=_FILM,
+    ),
+    "CogVideoXTransformer3DModel": Family("cogvideox", (Meet("transformer_blocks"),), latent=_FILM),
+    "ConsisIDTransformer3DModel": Family("consisid", (Meet("transformer_blocks"),), latent=_FILM),
+    "MotifVideoTransformer3DModel": Family(
+        "motif", _two(_MASK4), mask=_M, encoded={TEXT: 0, _M: 2}, guidance="apart", text_first=False, still=False,
+        columns=False, latent=_FILM,
+    ),
+    "UNetMotionModel": Family(
+        "animatediff", sample="sample", denoisers=("unet",), latent=_FILM, adapter=UNetAdapter
+    ),
+}  # fmt: skip
+
+
+def declare_family(class_name: str, family: Family | Refused) -> None:
+    """Make a denoiser class known, or say something else about a known one.
+
+    Args:
+        class_name: the class's name, as `type(pipe.transformer).__name__`.
+        family: see `Family`.
+    Raises:
+        SettingTypeError: not a name and a `Family`.
+    Example:
+        A model whose blocks `blocks` attend from the image to the text that they get as `context`:
+
+        >>> import diffgraft as dg
+        >>> dg.declare_family(
+        ...     "MyTransformer2DModel",
+        ...     dg.Family("mine", (dg.Meet("blocks", "cross", text="context"),), guidance="apart"),
+        ... )
+    """
+    if not isinstance(class_name, str) or not isinstance(family, (Family, Refused)):
+        raise SettingTypeError(f"declare_family({class_name!r}, ...): a class name and a Family are needed")
+    FAMILIES[class_name] = family
