@@ -125,7 +125,8 @@ class MapCapture(Edit):
         tokens: int = CROSS_TOKENS,
         choice: LayerChoice = "auto",
     ) -> None:
-        self.layers, self.phase = layers, phase
+        self.layers = layers
+        self.phase: Phase = phase
         self.kind: Kind = kind_of_maps(layers, kind)
         self.tokens = tokens
         self.choice: LayerChoice = choice
@@ -163,6 +164,10 @@ class MapCapture(Edit):
         """Forget what was recorded, and with it the graph that it holds."""
         self.maps = {}
 
+    def fresh(self) -> MapCapture:
+        """Another one of the same settings, for a pipeline call of its own."""
+        return MapCapture(self.layers, self.phase, kind=self.kind, tokens=self.tokens, choice=self.choice)
+
     def averaged(self) -> torch.Tensor:
         """Mean over layers and heads: [n, L, h, w] for cross-attention.
 
@@ -175,6 +180,29 @@ class MapCapture(Edit):
             )
         mean = sum(self.maps.values(), torch.zeros(())) / len(self.maps)
         return mean.transpose(1, 2).unflatten(2, self.grid)
+
+
+class ByCall(Edit):
+    """Records into the capture of the pipeline call that runs, so that calls at once do not mix.
+
+    Args:
+        like: a capture of the same settings, which selects the layers.
+        of: the call's capture, by its step.
+    """
+
+    order = MapCapture.order
+
+    def __init__(self, like: MapCapture, of: Callable[[Step], MapCapture]) -> None:
+        self.like, self.of = like, of
+
+    def selects(self, layer: AttentionLayer) -> bool:
+        return self.like.selects(layer)
+
+    def active(self, layer: AttentionLayer, step: Step) -> bool:
+        return self.like.active(layer, step)
+
+    def qkv(self, call: AttentionCall) -> None:
+        self.of(call.step).qkv(call)
 
 
 class ValuesOnly(Edit):

@@ -180,9 +180,17 @@ class Session(Protocol):
         """Count a skipped update for the report."""
         ...
 
+    def tell(self, plugin: Plugin, values: Callable[[], Mapping[str, Any]]) -> None:
+        """What `Graft.report()` asks of the running call for a plugin; use `Plugin.tell`."""
+        ...
+
 
 class Plugin:
     """Base of every technique. A plugin never touches processors, modules or the scheduler.
+
+    One object may be in any number of grafts, and in calls of several threads, at once. What belongs to a model is
+    handed from `bind` to `edits`, which are asked one after the other; what belongs to a pipeline call is kept in
+    `step.notes` under the plugin, from `begin` on.
 
     Args:
         start, end: fractions of the run's steps; outside [start, end) nothing of the plugin runs.
@@ -194,6 +202,7 @@ class Plugin:
         if not 0.0 <= finite(start, "start") <= finite(end, "end") <= 1.0:
             raise SettingError(f"start={start}, end={end}: fractions of the steps, 0 <= start <= end <= 1")
         self.start, self.end = float(start), float(end)
+        self._told: Callable[[], Mapping[str, Any]] = dict
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in self.settings().items())})"
@@ -208,13 +217,13 @@ class Plugin:
         return type(self).latent is not Plugin.latent
 
     def bind(self, session: Session) -> None:
-        """Called at attach: check the settings against the pipeline. May be called again after `unbind`."""
+        """Called at attach: check the settings against the pipeline, and note what `edits` needs of it."""
 
     def unbind(self) -> None:
-        """Called at detach: drop tensors and the session."""
+        """Called at detach."""
 
     def begin(self, session: Session, step: Step) -> None:
-        """Called once a pipeline call, before its first step is computed: encode, resize, forget the last run."""
+        """Called once a pipeline call, before its first step is computed: encode, resize, begin `step.notes[self]`."""
 
     def finish(self) -> None:
         """Called after the last step of a pipeline call that ran through: drop what was only for it."""
@@ -252,8 +261,13 @@ class Plugin:
         return None
 
     def report(self) -> Mapping[str, Any]:
-        """Plain values for `Graft.report()`: losses, coverage, chosen tokens."""
-        return {}
+        """Plain values: losses, coverage, chosen tokens; of the last call that told any."""
+        return self._told()
+
+    def tell(self, session: Session, values: Callable[[], Mapping[str, Any]]) -> None:
+        """Say what `report`, and `Graft.report()` of the running call's graft, are to ask; it must hold no call."""
+        self._told = values
+        session.tell(self, values)
 
     def settings(self) -> dict[str, Any]:
         """The constructor's arguments as JSON can hold them, for metadata; nothing of them differs from run to run."""

@@ -76,7 +76,6 @@ class ConceptBlock(Plugin):
         self.replace, self.reach = replace, reach
         weights = {phrase: self.strength for group in self.groups for phrase in group}
         self.away = NegativeAway(weights) if rule == "nasa" and weights else None
-        self._told: dict[str, Any] = {}
 
     @property
     def neutral(self) -> bool:
@@ -104,7 +103,8 @@ class ConceptBlock(Plugin):
         state.look(step)
         step.notes[self] = state
         texts = session.prompt.texts
-        self._told = state.told(None if texts is None else [session.tokens(text) for text in texts])
+        told = state.told(None if texts is None else [session.tokens(text) for text in texts])
+        self.tell(session, lambda: told)
         if self.away is not None:
             self.away.begin(session, step)
 
@@ -114,9 +114,6 @@ class ConceptBlock(Plugin):
     def call(self, step: Step) -> Blocking:
         """What the pipeline call of this step holds."""
         return step.notes[self]
-
-    def report(self) -> Mapping[str, Any]:
-        return dict(self._told)
 
 
 class BlockValues(Edit):

@@ -5,6 +5,8 @@ the keys and values of a style picture.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +18,7 @@ from ..attention.layer import AttentionLayer
 from ..attention.step import Step
 from .base import Plugin, Probe, Session, finite, listed
 from .moves import LOSS_SCALE, gradient_of
-from .reference import Reference
+from .reference import Reference, Sight
 from .style_injection import Layers, choose_layers
 
 
@@ -62,66 +64,98 @@ class AttentionDistillation(Plugin):
         self._style = Reference(style, generator)
         reference = None if content is None else Reference(content, generator, "content")
         self._content = reference if content_weight else None
-        self._session: Session | None = None
-        self._look = _Look()
-        self._losses: list[torch.Tensor] = []
+        self._chosen: set[str] = set()
 
     @property
     def neutral(self) -> bool:
         return self.rate == 0
 
     def bind(self, session: Session) -> None:
-        self._look.chosen = choose_layers(session.layers, self.layers)
-
-    def unbind(self) -> None:
-        self._session = None
-        self._look.forget()
-        for reference in (self._style, self._content):
-            if reference is not None:
-                reference.forget()
-
-    def begin(self, session: Session, step: Step) -> None:
-        self._session, self._losses = session, []
-        for reference in (self._style, self._content):
-            if reference is not None:
-                reference.begin(session)
+        self._chosen = choose_layers(session.layers, self.layers)
 
     def edits(self) -> Sequence[Edit]:
-        return (self._look,)
+        return (_Look(self, self._chosen),)
+
+    def begin(self, session: Session, step: Step) -> None:
+        content = None if self._content is None else self._content.begin(session)
+        call = step.notes[self] = Call(session, self._style.begin(session), content)
+        self.tell(session, partial(_told, call.losses))
+
+    def call(self, step: Step) -> Call:
+        """The state of the pipeline call that runs."""
+        return step.notes[self]
 
     def latent(self, step: Step, latent: torch.Tensor, probe: Probe) -> torch.Tensor | None:
-        assert self._session is not None
+        call = self.call(step)
         step.may_stop = False  # what other plugins have seen is not all that this one wants to see
         try:
             with torch.no_grad():
-                self._look.at(probe, self._style.at(step).to(latent), "style")
-                if self._content is not None:
-                    self._look.at(probe, self._content.at(step).to(latent), "content")
-            alpha, sigma = self._session.signal(step)
-            return self._moved(latent, probe, self.rate * (alpha**2 + sigma**2) ** 0.5)
+                call.look(probe, call.style.at(step).to(latent), "style")
+                if call.content is not None:
+                    call.look(probe, call.content.at(step).to(latent), "content")
+            alpha, sigma = call.session.signal(step)
+            return self._moved(call, latent, probe, self.rate * (alpha**2 + sigma**2) ** 0.5)
         finally:
             step.may_stop = True
-            self._look.forget()
+            call.seen = Seen()
 
-    def _moved(self, latent: torch.Tensor, probe: Probe, rate: float) -> torch.Tensor | None:
+    def _moved(self, call: Call, latent: torch.Tensor, probe: Probe, rate: float) -> torch.Tensor | None:
         """`latent` after Adam's updates, None if a loss or a gradient is not finite."""
-        assert self._session is not None
         z = latent.detach().clone().requires_grad_()
         adam = torch.optim.Adam([z], lr=rate)
         for _ in range(self.updates):
-            self._look.at(probe, z, "loss")
-            losses = self._look.style + self.content_weight * self._look.content
-            z.grad = gradient_of(losses.sum(), z, LOSS_SCALE if self._look.dtype == torch.float16 else 1.0)
+            call.look(probe, z, "loss")
+            seen = call.seen
+            losses = seen.style + self.content_weight * seen.content
+            z.grad = gradient_of(losses.sum(), z, LOSS_SCALE if seen.dtype == torch.float16 else 1.0)
             if not (z.grad.isfinite().all() and losses.isfinite().all()):
-                self._session.skip("the gradient is not finite")
+                call.session.skip("the gradient is not finite")
                 return None
             adam.step()
-            self._losses.append(losses.detach().mean())
+            call.losses.append(losses.detach().mean())
         return z.detach()
 
-    def report(self) -> Mapping[str, Any]:
-        ends = self._losses[:1] + self._losses[1:][-1:]
-        return {"loss, first and last": [round(float(loss), 6) for loss in ends]}
+
+@dataclass
+class Seen:
+    """What layers attended with while a reference was looked at, and the losses while the latent was.
+
+    Attributes:
+        role: what is looked at: "style", "content", or the latent for the "loss"; "" is nothing.
+        keys, queries: by layer. dtype: what the layers compute in. style, content: losses of each picture.
+    """
+
+    role: str = ""
+    keys: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict[str, Any])
+    queries: dict[str, torch.Tensor] = field(default_factory=dict[str, torch.Tensor])
+    dtype: torch.dtype = torch.float32
+    style: torch.Tensor = field(default_factory=lambda: torch.zeros(()))
+    content: torch.Tensor = field(default_factory=lambda: torch.zeros(()))
+
+
+@dataclass
+class Call:
+    """State of one pipeline call; `losses` are the means of all updates."""
+
+    session: Session
+    style: Sight
+    content: Sight | None
+    seen: Seen = field(default_factory=Seen)
+    losses: list[torch.Tensor] = field(default_factory=list[torch.Tensor])
+
+    def look(self, probe: Probe, latent: torch.Tensor, role: str) -> None:
+        """Look at a latent as the "style", as the "content", or for the "loss"."""
+        self.seen.style = self.seen.content = torch.zeros((), device=latent.device)
+        self.seen.role = role
+        try:
+            probe(latent)
+        finally:
+            self.seen.role = ""
+
+
+def _told(losses: Sequence[torch.Tensor]) -> Mapping[str, Any]:
+    ends = [*losses[:1], *losses[1:][-1:]]
+    return {"loss, first and last": [round(float(loss), 6) for loss in ends]}
 
 
 class _Look(Edit):
@@ -129,42 +163,25 @@ class _Look(Edit):
 
     order = 900  # behind the edits that change what is attended with
 
-    def __init__(self) -> None:
-        self.chosen: set[str] = set()
-        self.forget()
-
-    def forget(self) -> None:
-        """Drop tensors."""
-        self.role = ""
-        self.keys: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
-        self.queries: dict[str, torch.Tensor] = {}
-        self.dtype = torch.float32
-        self.style = self.content = torch.zeros(())
-
-    def at(self, probe: Probe, latent: torch.Tensor, role: str) -> None:
-        """Look at a latent as the "style", as the "content", or for the "loss"."""
-        self.style = self.content = torch.zeros((), device=latent.device)
-        self.role = role
-        try:
-            probe(latent)
-        finally:
-            self.role = ""
+    def __init__(self, plugin: AttentionDistillation, chosen: set[str]) -> None:
+        self.plugin, self.chosen = plugin, chosen
 
     def selects(self, layer: AttentionLayer) -> bool:
         return layer.kind == "self" and layer.name in self.chosen
 
     def active(self, layer: AttentionLayer, step: Step) -> bool:
-        return step.phase == "latent" and bool(self.role)
+        return step.phase == "latent" and bool(self.plugin.call(step).seen.role)
 
     def out(self, call: AttentionCall, out: torch.Tensor) -> torch.Tensor:
-        name, self.dtype = call.layer.name, call.q.dtype
-        if self.role == "style":
-            self.keys[name] = call.k, call.v
-        elif self.role == "content":
-            self.queries[name] = call.q
+        name, seen = call.layer.name, self.plugin.call(call.step).seen
+        seen.dtype = call.q.dtype
+        if seen.role == "style":
+            seen.keys[name] = call.k, call.v
+        elif seen.role == "content":
+            seen.queries[name] = call.q
         elif call.step.probing:  # gradient checkpointing runs the layer again, after the loss is known
-            ideal = call.attend(call.q.detach(), *self.keys[name], call.mask)
-            self.style = self.style + difference(out, ideal)
-            if name in self.queries:
-                self.content = self.content + difference(call.q, self.queries[name])
+            ideal = call.attend(call.q.detach(), *seen.keys[name], call.mask)
+            seen.style = seen.style + difference(out, ideal)
+            if name in seen.queries:
+                seen.content = seen.content + difference(call.q, seen.queries[name])
         return out

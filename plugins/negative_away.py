@@ -132,7 +132,6 @@ class NegativeAway(Plugin):
         self.alpha = None if alpha is None else finite(alpha, "alpha", 0.0, 1.0)
         self.offset = finite(offset, "offset")
         self.layers = None if layers is None else listed(layers)
-        self._used: dict[str, Any] = {}
         self._kinds: frozenset[str] = frozenset()
 
     @property
@@ -162,7 +161,8 @@ class NegativeAway(Plugin):
         strength = scale if self.rule == "vsf" else scale * sum(weights)
         step.notes[self] = Call(texts, weights, self.rule, self._combine(known, strength), self.joint)
         given = self.scale is not None
-        self._used = {"rule": self.rule, "scale": scale, "scale_from": "given" if given else known.source}
+        used = {"rule": self.rule, "scale": scale, "scale_from": "given" if given else known.source}
+        self.tell(session, lambda: used)
 
     def streams(self, step: Step) -> Sequence[Text]:
         call: Call = step.notes[self]
@@ -173,9 +173,6 @@ class NegativeAway(Plugin):
         if "joint" in self._kinds:
             return CutStreams(steering), JointAway(steering)
         return (KeysAway(steering) if "keys" in self._kinds else CrossAway(steering),)
-
-    def report(self) -> Mapping[str, Any]:
-        return dict(self._used)
 
     def _chooses(self, layer: AttentionLayer) -> bool:
         return self.layers is None or any(_named(layer, wanted) for wanted in self.layers)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -80,10 +81,7 @@ class SelfAttentionRedirection(Plugin):
                 raise MaskError(f"the mask{which} covers everything: no background is left; mask the object only")
         if not any(one.any() for one in self._masks):
             warnings.warn("the mask is empty: nothing is redirected", stacklevel=2)
-        self._channels = 0
         self._chosen: set[str] = set()
-        self._levels: dict[str, float] = {}
-        self._tokens: dict[Any, list[tuple[torch.Tensor, torch.Tensor]]] = {}
 
     @property
     def neutral(self) -> bool:
@@ -91,10 +89,6 @@ class SelfAttentionRedirection(Plugin):
 
     def bind(self, session: Session) -> None:
         self._chosen = {layer.name for layer in choose_layers(session.layers, self.layers)}
-        self._channels = session.latent_channels
-
-    def unbind(self) -> None:
-        self._tokens = {}
 
     def begin(self, session: Session, step: Step) -> None:
         pictures = step.rows["cond"].stop - step.rows["cond"].start
@@ -103,7 +97,11 @@ class SelfAttentionRedirection(Plugin):
                 f"{len(self._masks)} masks for {pictures} pictures: give one mask, or one for each picture "
                 "(several masks of one picture are a list of their own, [[a, b]])"
             )
-        self._levels = self.coverage(session.layers, step.size)
+        levels = self.coverage(session.layers, step.size)
+        masked = [round(float(one.mean()), 4) for one in self._masks]
+        told = {"masked pixels": masked, "masked tokens (largest share)": levels}
+        step.notes[self] = Call(session.latent_channels)
+        self.tell(session, lambda: told)
 
     def coverage(self, layers: Sequence[AttentionLayer], size: tuple[int, int]) -> dict[str, float]:
         """The largest masked share of the tokens at each level of these layers, by grid, for latents of `size`.
@@ -124,7 +122,8 @@ class SelfAttentionRedirection(Plugin):
     def combine(self, step: Step, prediction: torch.Tensor, rows: Rows) -> torch.Tensor | None:
         if BRANCH not in rows:
             return None
-        plain, redirected = (prediction[rows[group], : self._channels] for group in ("cond", BRANCH))
+        channels = self.call(step).channels
+        plain, redirected = (prediction[rows[group], :channels] for group in ("cond", BRANCH))
         delta = guide(plain, redirected, self.scale)
         for row, mask in enumerate(spread(self._masks, len(delta))):
             if not mask.any():
@@ -135,22 +134,33 @@ class SelfAttentionRedirection(Plugin):
         """Whether the redirected prediction is all that is wanted: at scale 1 without a second guidance."""
         return self.scale == 1 and "uncond" not in step.rows
 
-    def tokens(self, call: AttentionCall) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    def call(self, step: Step) -> Call:
+        """What the pipeline call of this step holds."""
+        return step.notes[self]
+
+    def tokens(self, call: AttentionCall) -> Tokens:
         """(indices of background tokens, masked [N]) of each picture at a layer."""
-        key = (call.step.size, call.grid, call.q.device)
-        if key not in self._tokens:
+        kept, key = self.call(call.step).tokens, (call.step.size, call.grid, call.q.device)
+        if key not in kept:
             masks = [level_mask(mask, call.step.size, call.grid).flatten() for mask in self._masks]
             pairs = [((~mask).nonzero()[:, 0], mask) for mask in masks]  # counted on the CPU: a GPU would wait
-            self._tokens[key] = [(kept.to(call.q.device), mask.to(call.q.device)) for kept, mask in pairs]
-        return self._tokens[key]
+            kept[key] = [(index.to(call.q.device), mask.to(call.q.device)) for index, mask in pairs]
+        return kept[key]
 
     def selects(self, layer: AttentionLayer) -> bool:
         """Whether a layer was chosen."""
         return layer.name in self._chosen
 
-    def report(self) -> Mapping[str, Any]:
-        coverage = [round(float(one.mean()), 4) for one in self._masks]
-        return {"masked pixels": coverage, "masked tokens (largest share)": self._levels}
+
+Tokens = list[tuple[torch.Tensor, torch.Tensor]]
+
+
+@dataclass
+class Call:
+    """State of one pipeline call: channels of its latents, and `tokens` of the layers that ran, by their grid."""
+
+    channels: int
+    tokens: dict[Any, Tokens] = field(default_factory=dict[Any, Tokens])
 
 
 class _Redirect(Edit):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -50,42 +51,16 @@ class Reference:
             raise SettingTypeError(f"generator={generator!r}: a torch.Generator is needed")
         self._role = role
         self._given, self._generator = given, generator
-        self.forget()
 
-    def forget(self) -> None:
-        """Drop what was made for one call."""
-        self._session: Session | None = None
-        self._size = (0, 0)
-        self._clean: torch.Tensor | None = None
-        self._noise: torch.Tensor | None = None
-
-    def begin(self, session: Session) -> None:
+    def begin(self, session: Session) -> Sight:
         """Encode and draw for a new call."""
-        self._session, self._size = session, session.latent_size
-        if not isinstance(self._given, Trajectory):
-            self._clean = self._encoded(session)
-            source = self._generator or torch.Generator().manual_seed(_SEED)
-            shape = self._clean.shape if self._generator else self._clean[:1].shape  # a batch is its pictures
-            self._noise = torch.randn(shape, generator=source, device=source.device).to(self._clean)
-
-    def at(self, step: Step) -> torch.Tensor:
-        """Its latents [1 or n, C, h, w] at a step, in the scheduler's space."""
-        assert self._session is not None
-        n = self._session.prompt.pictures
         if isinstance(self._given, Trajectory):
-            latent = self._given.at(step.timestep)
-        else:
-            assert self._clean is not None and self._noise is not None
-            alpha, sigma = self._session.signal(step)
-            latent = alpha * self._clean + sigma * self._noise
-        if len(latent) not in (1, n):
-            raise SettingError(f"{len(latent)} {self._role}s for {n} pictures: give one, or one for each")
-        if tuple(latent.shape[-2:]) != self._size:
-            raise SettingError(
-                f"{self._role} latents of {_named(latent.shape[-2:])} in a call of {_named(self._size)}: invert the "
-                f"{self._role} at the size that is sampled"
-            )
-        return latent
+            return Sight(session, self._role, session.latent_size, self._given)
+        clean = self._encoded(session)
+        source = self._generator or torch.Generator().manual_seed(_SEED)
+        shape = clean.shape if self._generator else clean[:1].shape  # a batch is its pictures
+        noise = torch.randn(shape, generator=source, device=source.device).to(clean)
+        return Sight(session, self._role, session.latent_size, None, clean, noise)
 
     def _encoded(self, session: Session) -> torch.Tensor:
         given, size = self._given, session.latent_size
@@ -98,6 +73,36 @@ class Reference:
                 "values is needed here; give a picture instead, it is resized"
             )
         return given
+
+
+@dataclass(frozen=True)
+class Sight:
+    """A reference in one pipeline call: a trajectory, or clean latents and the noise over them."""
+
+    session: Session
+    role: str
+    size: tuple[int, int]
+    path: Trajectory | None
+    clean: torch.Tensor | None = None
+    noise: torch.Tensor | None = None
+
+    def at(self, step: Step) -> torch.Tensor:
+        """Its latents [1 or n, C, h, w] at a step, in the scheduler's space."""
+        n = self.session.prompt.pictures
+        if self.path is not None:
+            latent = self.path.at(step.timestep)
+        else:
+            assert self.clean is not None and self.noise is not None
+            alpha, sigma = self.session.signal(step)
+            latent = alpha * self.clean + sigma * self.noise
+        if len(latent) not in (1, n):
+            raise SettingError(f"{len(latent)} {self.role}s for {n} pictures: give one, or one for each")
+        if tuple(latent.shape[-2:]) != self.size:
+            raise SettingError(
+                f"{self.role} latents of {_named(latent.shape[-2:])} in a call of {_named(self.size)}: invert the "
+                f"{self.role} at the size that is sampled"
+            )
+        return latent
 
 
 def _named(size: Sequence[int]) -> str:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from typing import Any, Literal, cast
 
 import torch
@@ -10,9 +11,10 @@ import torch
 from ..attention.edit import Edit
 from ..attention.errors import MaskError, SettingError
 from ..attention.layer import AttentionLayer
-from ..attention.maps import SELF_TOKENS, LayerChoice, MapCapture, concept_maps
+from ..attention.maps import SELF_TOKENS, ByCall, LayerChoice, MapCapture, concept_maps
 from ..attention.masks import as_mask, as_masks
 from ..attention.regions import Threshold, assign, binarise, places, propagate, to_grid
+from ..attention.step import Step
 from .base import finite
 from .concepts import Picture, Split
 
@@ -50,24 +52,28 @@ class Regions:
         self.cross: MapCapture | None = None
         self.own: MapCapture | None = None
 
-    def bind(self, layers: Sequence[AttentionLayer], choice: LayerChoice) -> None:
-        """Choose the layers to watch."""
+    def fresh(self, layers: Sequence[AttentionLayer], choice: LayerChoice) -> Regions:
+        """The same rule for one pipeline call on a model with these layers: nothing is known of the step before."""
+        one = copy(self)
+        one.given, one.found = [], []
         if self.follows == "post":
-            self.cross = MapCapture(layers, "predict", choice=choice)
+            one.cross = MapCapture(layers, "predict", choice=choice)
         if self.follows == "post" and self.threshold == "attencraft":
-            self.own = MapCapture(layers, "predict", kind="self", tokens=SELF_TOKENS)
+            one.own = MapCapture(layers, "predict", kind="self", tokens=SELF_TOKENS)
+        return one
 
-    def edits(self) -> list[Edit]:
-        """What watches them."""
-        return [capture for capture in (self.cross, self.own) if capture is not None]
+    def edits(self, of: Callable[[Step], Regions]) -> list[Edit]:
+        """What watches the layers for the regions of a call, which `of` finds by its step."""
+        watch: list[Edit] = []
+        if self.cross is not None:
+            watch.append(ByCall(self.cross, lambda step: _there(of(step).cross)))
+        if self.own is not None:
+            watch.append(ByCall(self.own, lambda step: _there(of(step).own)))
+        return watch
 
     def begin(self, pictures: int, given: Layout) -> None:
-        """A new call: nothing is known of the step before; `given`: the layout of each picture, if there is one."""
-        self.given = given
-        self.found = [None] * pictures
-        for capture in (self.cross, self.own):
-            if capture is not None:
-                capture.clear()
+        """A call of so many pictures; `given`: the layout of each, if there is one."""
+        self.given, self.found = given, [None] * pictures
 
     def look_back(self, split: Split, pictures: Sequence[Picture]) -> None:
         """Take the regions from what the previous step's own call looked at, if there was one."""
@@ -112,6 +118,11 @@ class Regions:
         maps = concept_maps(cross, columns, normalisation="none", smoothing="none")
         masks = assign(propagate(maps, own.flatten(1).T), self.level)[: len(picture.concepts)]
         return torch.stack([to_grid(mask, cross) * bool(mask.any()) for mask in masks])
+
+
+def _there(capture: MapCapture | None) -> MapCapture:
+    assert capture is not None
+    return capture
 
 
 def read_layout(layout: Any, concepts: Sequence[Sequence[Any]]) -> Layout | Literal["auto"] | None:

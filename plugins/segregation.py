@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
 
 from ..attention.edit import Edit
 from ..attention.errors import SettingError, SettingTypeError
-from ..attention.maps import LayerChoice, MapCapture, Normalisation, Smoothing, ValuesOnly, concept_maps
+from ..attention.maps import ByCall, LayerChoice, MapCapture, Normalisation, Smoothing, ValuesOnly, concept_maps
 from ..attention.step import Step
 from .base import Plugin, Probe, Session, finite
 from .concepts import Concepts, Picture, attributes_by_prompt, check_concepts, find_picture, for_pictures
@@ -139,8 +140,8 @@ class AttentionSegregation(Plugin):
             raise SettingError("candidates= are compared before the first step: leave start=0, or candidates=1")
         self._check_attributes()
         masks = read_layout(layout, self.concepts)
-        self._regions = Regions(threshold, level, previous, masks)
-        self._forget()
+        self._regions = self._watched = Regions(threshold, level, previous, masks)
+        self._probed: MapCapture | None = None
 
     def _check_attributes(self) -> None:
         named = {str(concept) for group in self.concepts for concept in group}
@@ -152,13 +153,6 @@ class AttentionSegregation(Plugin):
         if self.loss == "a-star" and self.segregation and not self.retention:
             warnings.warn("segregation without retention lets the weaker concept vanish", stacklevel=3)
 
-    def _forget(self) -> None:
-        self._session: Session | None = None
-        self._probed: MapCapture | None = None
-        self._pictures: list[Picture] = []
-        self._last: list[torch.Tensor] = []
-        self._scale = 1.0
-
     # -- life --------------------------------------------------------------------------------------------------
 
     @property
@@ -167,29 +161,32 @@ class AttentionSegregation(Plugin):
         return self.size == 0 or not any(self.concepts) or not (published or self.binding > 0)
 
     def bind(self, session: Session) -> None:
-        self._session = session
         self._probed = MapCapture(session.layers, "latent", choice=self.layers)
-        self._regions.bind(session.layers, self.layers)
-
-    def unbind(self) -> None:
-        kept = self._pictures
-        self._forget()
-        self._regions.begin(0, [])
-        self._pictures = kept  # plain numbers for the report
+        self._watched = self._regions.fresh(session.layers, self.layers)
 
     def edits(self) -> Sequence[Edit]:
-        assert self._probed is not None
-        route = [ValuesOnly(self._probed)] if self.route == "values" else []
-        return [*route, self._probed, *self._regions.edits()]
+        probed, watched = self._probed, self._watched
+        assert probed is not None
+        route = [ValuesOnly(probed)] if self.route == "values" else []
+        captured = ByCall(probed, lambda step: self.call(step).probed)
+        return [*route, captured, *watched.edits(lambda step: self.call(step).regions)]
 
     def begin(self, session: Session, step: Step) -> None:
-        self._session = session
         prompt = session.prompt
         texts = prompt.texts or [None] * prompt.pictures
         groups = for_pictures(self.concepts, session, "concepts")
         attributes = for_pictures(self.attributes, session, "attributes")
-        self._pictures = [find_picture(session, *of) for of in zip(texts, groups, attributes, strict=True)]
-        self._scale = self.loss_scale or 0.0
+        pictures = [find_picture(session, *of) for of in zip(texts, groups, attributes, strict=True)]
+        self._check_refine(step)
+        layout = self._regions.layout
+        given = for_pictures(layout, session, "layout") if isinstance(layout, list) else []
+        regions = self._regions.fresh(session.layers, self.layers)
+        regions.begin(len(pictures), given)
+        probed = MapCapture(session.layers, "latent", choice=self.layers)
+        step.notes[self] = Call(session, probed, regions, pictures, self.loss_scale or 0.0)
+        self.tell(session, partial(_told, pictures))
+
+    def _check_refine(self, step: Step) -> None:
         named = [replace(step, index=i) for i in sorted(self.refine)]
         left = [
             at.index
@@ -197,10 +194,11 @@ class AttentionSegregation(Plugin):
             if not (at.index < step.total and at.within(self.start, self.end) and self.moves(at))
         ]
         if left:
-            warnings.warn(f"refine= names steps {left}, at which this run of {step.total} moves nothing", stacklevel=2)
-        layout = self._regions.layout
-        given = for_pictures(layout, session, "layout") if isinstance(layout, list) else []
-        self._regions.begin(len(self._pictures), given)
+            warnings.warn(f"refine= names steps {left}, at which this run of {step.total} moves nothing", stacklevel=3)
+
+    def call(self, step: Step) -> Call:
+        """The state of the pipeline call that runs."""
+        return step.notes[self]
 
     def moves(self, step: Step) -> bool:
         return step.index % self.every == 0
@@ -208,14 +206,14 @@ class AttentionSegregation(Plugin):
     # -- one step ----------------------------------------------------------------------------------------------
 
     def latent(self, step: Step, latent: torch.Tensor, probe: Probe) -> torch.Tensor | None:
-        self._regions.look_back(self._split, self._pictures)
+        call = self.call(step)
+        call.regions.look_back(self._split, call.pictures)
         goal, before = self.refine.get(step.index), latent
-        assert self._session is not None
-        if self.candidates > 1 and step.index == 0 and self._session.prompt.from_noise:
-            latent = self._best_start(latent, probe)
+        if self.candidates > 1 and step.index == 0 and call.session.prompt.from_noise:
+            latent = self._best_start(call, latent, probe)
         waiting = [True] * len(latent)
         for _ in range(1 if goal is None else 1 + _MAX_REFINEMENTS):
-            move, losses, usable = self._move(step, latent, probe)
+            move, losses, usable = self._move(call, step, latent, probe)
             waiting = [on and ok for on, ok in zip(waiting, usable, strict=True)]
             if not any(waiting):
                 break
@@ -223,75 +221,59 @@ class AttentionSegregation(Plugin):
             latent = torch.where(keep, latent - move, latent)
             if goal is not None:  # a picture that has reached its goal had its last update
                 waiting = [on and loss.item() > goal for on, loss in zip(waiting, losses, strict=True)]
-        if self._regions.follows == "pre":
-            self._regions.keep(self._last)
+        if call.regions.follows == "pre":
+            call.regions.keep(call.last)
         return None if latent is before else latent
 
-    def _best_start(self, latent: torch.Tensor, probe: Probe) -> torch.Tensor:
+    def _best_start(self, call: Call, latent: torch.Tensor, probe: Probe) -> torch.Tensor:
         """Of each picture's noise and its shuffles, the one with the lowest loss."""
         starts = torch.stack([shuffled(latent, number) for number in range(self.candidates)])
         with torch.no_grad():
-            losses = torch.stack([torch.stack(self.losses(start, probe)) for start in starts])
+            losses = torch.stack([torch.stack(self.losses(call, start, probe)) for start in starts])
         best = losses.nan_to_num(float("inf")).argmin(0)
         return starts[best, torch.arange(len(latent), device=best.device)]
 
     def _move(
-        self, step: Step, latent: torch.Tensor, probe: Probe
+        self, call: Call, step: Step, latent: torch.Tensor, probe: Probe
     ) -> tuple[torch.Tensor, list[torch.Tensor], list[bool]]:
         """What to take off the latent, the losses, and which pictures have a gradient to follow."""
-        assert self._probed is not None and self._session is not None
         z = latent.detach().requires_grad_()
-        losses = self.losses(z, probe)
-        self._regions.settle(self._last)
-        for picture, loss in zip(self._pictures, losses, strict=True):
+        losses = self.losses(call, z, probe)
+        call.regions.settle(call.last)
+        for picture, loss in zip(call.pictures, losses, strict=True):
             picture.losses.append(loss.detach())
-        grid, scale = self._probed.grid, self._scale_for(self._probed.dtype)
-        self._probed.clear()
+        grid, scale = call.probed.grid, call.scale_for(call.probed.dtype)
+        call.probed.clear()
         gradient = gradient_of(torch.stack(losses).sum(), z, scale)
-        usable = self._usable(gradient)
+        usable = call.usable(gradient)
         cell = self.lowpass if self.lowpass is not None else 4 * (tuple(z.shape[-2:]) == grid)
         if cell > 1:
             gradient = low_pass(gradient, cell)
         factor = self.size * step_factor(step.index, step.total, self.decay)
         if self.rule == "relative":
             return relative_step(gradient, factor, latent), losses, usable
-        return gradient_step(gradient, factor, self._session.signal(step)), losses, usable
+        return gradient_step(gradient, factor, call.session.signal(step)), losses, usable
 
-    def losses(self, latent: torch.Tensor, probe: Probe) -> list[torch.Tensor]:
+    def losses(self, call: Call, latent: torch.Tensor, probe: Probe) -> list[torch.Tensor]:
         """The loss of each picture at `latent` [n, C, h, w]; a picture without concepts has 0."""
-        assert self._probed is not None
-        self._probed.clear()
+        call.probed.clear()
         probe(latent)
-        maps = self._split(self._probed.averaged(), self._pictures)
-        self._last = [concepts.detach() for concepts, _ in maps]
-        return [self._loss_of(i, *both) for i, both in enumerate(maps)]
+        maps = self._split(call.probed.averaged(), call.pictures)
+        call.last = [concepts.detach() for concepts, _ in maps]
+        return [self._loss_of(call.regions, i, *both) for i, both in enumerate(maps)]
 
-    def _loss_of(self, number: int, concepts: torch.Tensor, attributes: dict[int, torch.Tensor]) -> torch.Tensor:
+    def _loss_of(
+        self, regions: Regions, number: int, concepts: torch.Tensor, attributes: dict[int, torch.Tensor]
+    ) -> torch.Tensor:
         if not len(concepts):
             return concepts.sum()
-        seen = Maps(concepts, self._regions.of(number, concepts), attributes, self.segregation, self.retention)
+        seen = Maps(concepts, regions.of(number, concepts), attributes, self.segregation, self.retention)
         loss = self._loss(seen)
         if not isinstance(loss, torch.Tensor) or loss.ndim:  # pyright: ignore[reportUnnecessaryIsInstance]
             raise SettingTypeError(f"loss= gave {type(loss).__name__} for a picture: a tensor of one number is needed")
         if self.binding:
             loss = loss + self.binding * binding_loss(seen)
         return loss
-
-    def _usable(self, gradient: torch.Tensor) -> list[bool]:
-        """Which pictures have a gradient to follow; the others are reported and left alone."""
-        assert self._session is not None
-        usable: list[bool] = []
-        for picture, size in zip(self._pictures, gradient.abs().flatten(1).sum(1).tolist(), strict=True):
-            usable.append(0 < size < float("inf"))
-            if picture.concepts and not usable[-1]:
-                self._session.skip("the gradient is zero" if size == 0 else "the gradient is not finite")
-                self._scale = max(1.0, self._scale / (1 if size == 0 else 2))
-        return usable
-
-    def _scale_for(self, dtype: torch.dtype) -> float:
-        if not self._scale:
-            self._scale = LOSS_SCALE if dtype == torch.float16 else 1.0
-        return self._scale
 
     def _split(
         self, taken: torch.Tensor, pictures: Sequence[Picture]
@@ -312,11 +294,45 @@ class AttentionSegregation(Plugin):
         alone = {"concepts": self.concepts[0], "attributes": self.attributes[0]} if len(self.concepts) == 1 else {}
         return super().settings() | alone
 
-    def report(self) -> Mapping[str, Any]:
-        values: dict[str, Any] = {}
-        for i, picture in enumerate(self._pictures):
-            words = [f"{x.concept} at {x.columns}{f' ({x.note})' if x.note else ''}" for x in picture.concepts]
-            values[f"picture {i}"] = ", ".join(words)
-            if picture.concepts and picture.losses:
-                values[f"loss {i}"] = [round(float(loss), 4) for loss in picture.losses]
-        return values
+
+@dataclass
+class Call:
+    """State of one pipeline call.
+
+    Attributes:
+        session: of the call. probed: what its probes look at. regions: where its concepts are to stay.
+        pictures: its concepts and losses. scale: factor on the loss, 0 until it is known. last: maps of the last probe.
+    """
+
+    session: Session
+    probed: MapCapture
+    regions: Regions
+    pictures: list[Picture]
+    scale: float
+    last: list[torch.Tensor] = field(default_factory=list[torch.Tensor])
+
+    def usable(self, gradient: torch.Tensor) -> list[bool]:
+        """Which pictures have a gradient to follow; the others are reported and left alone."""
+        usable: list[bool] = []
+        for picture, size in zip(self.pictures, gradient.abs().flatten(1).sum(1).tolist(), strict=True):
+            usable.append(0 < size < float("inf"))
+            if picture.concepts and not usable[-1]:
+                self.session.skip("the gradient is zero" if size == 0 else "the gradient is not finite")
+                self.scale = max(1.0, self.scale / (1 if size == 0 else 2))
+        return usable
+
+    def scale_for(self, dtype: torch.dtype) -> float:
+        """The factor on the loss where layers compute in `dtype`."""
+        if not self.scale:
+            self.scale = LOSS_SCALE if dtype == torch.float16 else 1.0
+        return self.scale
+
+
+def _told(pictures: Sequence[Picture]) -> Mapping[str, Any]:
+    values: dict[str, Any] = {}
+    for i, picture in enumerate(pictures):
+        words = [f"{x.concept} at {x.columns}{f' ({x.note})' if x.note else ''}" for x in picture.concepts]
+        values[f"picture {i}"] = ", ".join(words)
+        if picture.concepts and picture.losses:
+            values[f"loss {i}"] = [round(float(loss), 4) for loss in picture.losses]
+    return values

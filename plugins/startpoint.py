@@ -6,7 +6,7 @@ before sampling keeps the layout and lets another style in.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal, cast
 
 import torch
@@ -110,8 +110,6 @@ class StartpointFilter(Plugin):
         if preset not in (None, "official"):
             raise SettingError(f"preset={preset!r}: 'official' or None")
         self.refill, self.preset, self._generator = refill, preset, _checked(generator)
-        self._session: Session | None = None
-        self._done: dict[str, Any] = {}
 
     @property
     def neutral(self) -> bool:
@@ -142,24 +140,20 @@ class StartpointFilter(Plugin):
         return latent if self.neutral else self._filter(latent, _checked(generator), grid, 1.0)
 
     def begin(self, session: Session, step: Step) -> None:
-        self._session, self._done = session, {}
-
-    def unbind(self) -> None:
-        self._session = None
+        step.notes[self] = session
+        self.tell(session, dict)
 
     def moves(self, step: Step) -> bool:
         return step.index == 0
 
     def latent(self, step: Step, latent: torch.Tensor, probe: Probe) -> torch.Tensor | None:
-        assert self._session is not None
-        alpha, sigma = self._session.signal(step)
+        session: Session = step.notes[self]
+        alpha, sigma = session.signal(step)
         scale = (alpha**2 + sigma**2) ** 0.5  # 1 where latents keep unit variance, large in the space of Euler
         moved = self._filter(latent, None, step.size if latent.ndim == 3 else None, scale)
-        self._done = {"deviation": f"{float(latent.std()):.3f} -> {float(moved.std()):.3f}"}
+        done = {"deviation": f"{float(latent.std()):.3f} -> {float(moved.std()):.3f}"}
+        self.tell(session, lambda: done)
         return moved
-
-    def report(self) -> Mapping[str, Any]:
-        return self._done
 
     def _filter(
         self, latent: torch.Tensor, generator: Generators | None, grid: tuple[int, int] | None, scale: float

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -18,7 +19,7 @@ from ..attention.errors import SettingError, SettingTypeError, UnsupportedPipeli
 from ..attention.layer import AttentionLayer, Place
 from ..attention.step import Step
 from .base import Branch, Plugin, Probe, Session, finite, listed
-from .reference import Reference
+from .reference import Reference, Sight
 
 Method = Literal["styleid", "stylealigned", "ip_adapter"]
 Layers = Literal["decoder", "up", "all"] | Sequence[int]
@@ -148,6 +149,15 @@ class _StyleAligned(_Restyle):
         return shared_attention(q, k, v, q[index], k[index], v[index], self.plugin.shift)
 
 
+@dataclass(frozen=True)
+class Call:
+    """The references in one pipeline call, and the text of their rows [1, L, D]."""
+
+    style: Sight
+    content: Sight | None
+    text: torch.Tensor
+
+
 # -- the plugin ----------------------------------------------------------------------------------------------------
 
 
@@ -198,7 +208,6 @@ class StyleInjection(Plugin):
         self.start_adain = method == "styleid" if start_adain is None else bool(start_adain)
         self._style = None if style is None else Reference(style, generator)
         self._content = None if content is None else Reference(content, generator, "content")
-        self._text: torch.Tensor | None = None
         self._block = ""
         self.chosen: set[str] = set()
 
@@ -214,18 +223,14 @@ class StyleInjection(Plugin):
         else:
             self.chosen = choose_layers(session.layers, self.layers)
 
-    def unbind(self) -> None:
-        self._text = None
-        for reference in (self._style, self._content):
-            if reference is not None:
-                reference.forget()
-
     def begin(self, session: Session, step: Step) -> None:
         if self._style is not None:
-            self._text = session.encode_text([self.prompt])
-        for reference in (self._style, self._content):
-            if reference is not None:
-                reference.begin(session)
+            content = None if self._content is None else self._content.begin(session)
+            step.notes[self] = Call(self._style.begin(session), content, session.encode_text([self.prompt]))
+
+    def call(self, step: Step) -> Call:
+        """What the pipeline call of this step holds; only where there is a style picture."""
+        return step.notes[self]
 
     def edits(self) -> Sequence[Edit]:
         if self.method == "ip_adapter":
@@ -235,12 +240,12 @@ class StyleInjection(Plugin):
     def branches(self, step: Step) -> Sequence[Branch]:
         if self.method == "ip_adapter":
             return ()
-        assert self._style is not None
-        own = {"style": self._style.at(step)}
-        if self._content is not None and self.method == "styleid" and self.gamma > 0:
-            own["content"] = self._content.at(step)
+        call = self.call(step)
+        own = {"style": call.style.at(step)}
+        if call.content is not None and self.method == "styleid" and self.gamma > 0:
+            own["content"] = call.content.at(step)
         return [
-            Branch(name, latent=lambda _, latent=latent: latent, text=self._text, shared=len(latent) == 1)
+            Branch(name, latent=lambda _, latent=latent: latent, text=call.text, shared=len(latent) == 1)
             for name, latent in own.items()
         ]
 
@@ -248,8 +253,7 @@ class StyleInjection(Plugin):
         return self.start_adain and step.index == 0
 
     def latent(self, step: Step, latent: torch.Tensor, probe: Probe) -> torch.Tensor | None:
-        assert self._style is not None
-        return torch.lerp(latent, adain(latent, self._style.at(step).to(latent)), self.strength)
+        return torch.lerp(latent, adain(latent, self.call(step).style.at(step).to(latent)), self.strength)
 
 
 def choose_layers(layers: Sequence[AttentionLayer], which: Layers) -> set[str]:

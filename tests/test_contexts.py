@@ -376,13 +376,13 @@ def every_plugin():
     return {
         "away": dg.NegativeAway("red", scale=0.5),
         "vsf": dg.NegativeAway(["red", "cat"], rule="vsf", scale=0.5),
-        # "segregation": dg.AttentionSegregation(["ball", "star"], end=1.0),
-        # "attencraft": dg.AttentionSegregation(["ball", "star"], end=1.0, threshold="attencraft", level=0.01),
+        "segregation": dg.AttentionSegregation(["ball", "star"], end=1.0),
+        "attencraft": dg.AttentionSegregation(["ball", "star"], end=1.0, threshold="attencraft", level=0.01),
         "redirection": dg.SelfAttentionRedirection(mask, scale=2.0),
         "startpoint": dg.StartpointFilter(0.5),
         "styleid": dg.StyleInjection(style),
         "stylealigned": dg.StyleInjection(style, method="stylealigned"),
-        # "distillation": dg.AttentionDistillation(style, content=style.flip(-1)),
+        "distillation": dg.AttentionDistillation(style, content=style.flip(-1)),
         "guide": Guide(),
     }
 

@@ -61,5 +61,5 @@ def make_report(
         updates=tally.updates,
         skipped=dict(tally.skipped),
         displaced=displaced,
-        plugins=[(type(plugin).__name__, plugin.report()) for plugin in plugins],
+        plugins=[(type(plugin).__name__, tally.told.get(plugin, plugin.report)()) for plugin in plugins],
     )

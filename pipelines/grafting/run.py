@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -41,6 +42,7 @@ class Tally:
     rows: set[int] = field(default_factory=set[int])
     skipped: Counter[str] = field(default_factory=Counter[str])
     layers: Counter[str] = field(default_factory=Counter[str])
+    told: dict[Any, Callable[[], Mapping[str, Any]]] = field(default_factory=dict[Any, Any])
 
     def add(self, other: Tally) -> None:
         """Count what another run did as well."""
@@ -48,6 +50,7 @@ class Tally:
         self.rows |= other.rows
         self.skipped.update(other.skipped)
         self.layers.update(other.layers)
+        self.told |= other.told
 
 
 @dataclass(eq=False)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from ...attention.layer import AttentionLayer
 from ...attention.step import Step
-from ...plugins.base import Made, Prompt, Text
+from ...plugins.base import Made, Plugin, Prompt, Text
 from ..families import latents
 from ..families.running import part_for
 from .run import Run
@@ -103,3 +103,6 @@ class RunSession:
 
     def skip(self, reason: str) -> None:
         self._run.tally.skipped[reason] += 1
+
+    def tell(self, plugin: Plugin, values: Callable[[], Mapping[str, Any]]) -> None:
+        self._run.tally.told[plugin] = values

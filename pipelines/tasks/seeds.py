@@ -46,9 +46,10 @@ class _Rank(AttentionSegregation):
         return step.index == self.at
 
     def latent(self, step: Step, latent: torch.Tensor, probe: Probe) -> None:
-        self._regions.look_back(self._split, self._pictures)
+        call = self.call(step)
+        call.regions.look_back(self._split, call.pictures)
         with torch.no_grad():
-            self.found = torch.stack(self.losses(latent, probe)).tolist()
+            self.found = torch.stack(self.losses(call, latent, probe)).tolist()
         raise _Ranked
 
 
