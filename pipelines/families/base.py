@@ -17,6 +17,7 @@ from ...attention.step import Rows
 from ...plugins.base import Text
 from .rows import looks_guided
 from .running import Running
+from .words import own_words
 
 Inputs = dict[str, Any]
 """One denoiser call, every argument by name."""
@@ -194,7 +195,8 @@ class Adapter:
         asked |= {"do_classifier_free_guidance": False, "clip_skip": running.clip_skip}
         given = asked | self.text_settings(running) | options
         taken = inspect.signature(self.pipe.encode_prompt).parameters
-        return self.pipe.encode_prompt(*map(list, texts), **{k: v for k, v in given.items() if k in taken})
+        with own_words(self.pipe) as pipe:
+            return pipe.encode_prompt(*map(list, texts), **{k: v for k, v in given.items() if k in taken})
 
     def text_settings(self, running: Running) -> dict[str, Any]:
         """What the running call told its `encode_prompt` beside prompts, by parameter."""

@@ -11,6 +11,7 @@ from ...attention.errors import UnsupportedPipelineError
 from ...attention.layer import find_layers
 from ...plugins.startpoint import pack, unpack
 from .base import Inputs, has_ip_adapter
+from .words import own_words
 
 
 class Loop:
@@ -75,7 +76,8 @@ class Loop:
 
     def _encode(self, texts: Sequence[str], **options: Any) -> Any:
         device = self.pipe._execution_device
-        return self.pipe.encode_prompt(list(texts), device=device, num_images_per_prompt=1, **options)
+        with own_words(self.pipe) as pipe:
+            return pipe.encode_prompt(list(texts), device=device, num_images_per_prompt=1, **options)
 
 
 class PixArtLoop(Loop):

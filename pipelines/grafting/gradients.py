@@ -23,7 +23,13 @@ _BACKWARD = (torch.autograd.grad, torch.autograd.backward, torch.Tensor.backward
 
 @contextmanager
 def frozen(denoiser: nn.Module) -> Generator[None]:
-    """Inside, no parameter takes part in gradients; the first thread switches that and the last one puts it back."""
+    """Inside, no parameter takes part in gradients; the first thread switches that and the last one puts it back.
+
+    In a model that is being trained they stay as they are: somebody else's backward pass may be on its way.
+    """
+    if denoiser.training:
+        yield
+        return
     with _LOCK:
         held, names = _FROZEN.get(denoiser) or (0, {n for n, p in denoiser.named_parameters() if p.requires_grad})
         _FROZEN[denoiser] = held + 1, names

@@ -354,9 +354,10 @@ class Graft:
     # -- what went by ------------------------------------------------------------------------------------------
 
     def _note_stray(self) -> None:
-        """A call of the pipeline itself, plain because it is made elsewhere."""
-        if self._blocks and not is_suspended() and find_running(self.adapter.denoiser, self.pipe).pipe is self.pipe:
-            for block in tuple(self._blocks):
+        """A call of the pipeline itself, plain because it is made elsewhere; whose a loop by hand is nobody knows."""
+        if self._blocks and not is_suspended():
+            running = find_running(self.adapter.denoiser, self.pipe)
+            for block in tuple(self._blocks) if running.found and running.pipe is self.pipe else ():
                 block.strays += 1
 
     def _complain(self, block: Block, crossed: bool, closing: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -13,10 +14,12 @@ from ...attention.errors import ConceptError, UnsupportedPipelineError
 from ...plugins.base import Made, Text
 from ..families.base import Adapter
 from ..families.running import Running
+from ..families.words import own_tokenizer
 
 _LIMIT = 256
 _KEPT: WeakKeyDictionary[Any, dict[Any, Any]] = WeakKeyDictionary()
 _KEPT_LIMIT = 64
+_LOCK = threading.Lock()
 _ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 _LORA = ("cross_attention_kwargs", "joint_attention_kwargs")
 
@@ -27,19 +30,22 @@ class Texts:
     def __init__(self, adapter: Adapter) -> None:
         self.adapter = adapter
         self._memo: dict[tuple[Any, ...], Text] = {}
+        self._lock = threading.RLock()
 
     def encode(self, texts: Sequence[str], running: Running, *, keep: bool = True) -> Text:
         """The texts by the pipeline's encoders, with this call's `clip_skip`, LoRA scale and text length."""
         if not keep:
             return self._encoded(texts, running)
         state = self._state(running)
-        missing = [text for text in dict.fromkeys(texts) if (text, *state) not in self._memo]
-        if missing:
-            if len(self._memo) > _LIMIT:
+        with self._lock:
+            missing = [text for text in dict.fromkeys(texts) if (text, *state) not in self._memo]
+            if missing and len(self._memo) > _LIMIT:
                 self._memo.clear()
-            encoded = self._encoded(missing, running)
-            self._memo |= {(text, *state): _row(encoded, i) for i, text in enumerate(missing)}
-        return _stack([self._memo[(text, *state)] for text in texts])
+                missing = list(dict.fromkeys(texts))
+            if missing:
+                encoded = self._encoded(missing, running)
+                self._memo |= {(text, *state): _row(encoded, i) for i, text in enumerate(missing)}
+            return _stack([self._memo[(text, *state)] for text in texts])
 
     def _encoded(self, texts: Sequence[str], running: Running) -> Text:
         self._need_encoder()
@@ -56,13 +62,16 @@ class Texts:
         """What `make` gives, made once for a key and a state of the encoders; it goes with the first of them."""
         self._need_encoder()
         encoder = next(e for name in _ENCODERS if (e := getattr(self.adapter.pipe, name, None)) is not None)
-        kept = _KEPT.setdefault(encoder, {})
         whole = (key, self._state(running))
-        if whole not in kept:
+        with _LOCK:
+            kept = _KEPT.setdefault(encoder, {})
+            if whole in kept:
+                return kept[whole]
+        made = make()  # without the lock: two threads may make the same
+        with _LOCK:
             while len(kept) >= _KEPT_LIMIT:
                 kept.pop(next(iter(kept)))
-            kept[whole] = make()
-        return kept[whole]
+            return kept.setdefault(whole, made)
 
     def knows(self, text: str) -> bool:
         """Whether no token of the text is the unknown one."""
@@ -71,11 +80,12 @@ class Texts:
 
     def ids(self, text: str, whole: bool = False) -> list[int]:
         """Token ids of a prompt, with start and end marks, cut off where the encoder cuts it off unless `whole`."""
-        tokenizer, pipe = self._tokenizer(), self.adapter.pipe
-        if hasattr(pipe, "maybe_convert_prompt"):
-            text = pipe.maybe_convert_prompt(text, tokenizer)  # textual inversion: one word, several vectors
-        limit = min(tokenizer.model_max_length, 4096)
-        return list(tokenizer(text, truncation=not whole, max_length=None if whole else limit).input_ids)
+        pipe = self.adapter.pipe
+        with own_tokenizer(self._tokenizer()) as tokenizer:
+            if hasattr(pipe, "maybe_convert_prompt"):
+                text = pipe.maybe_convert_prompt(text, tokenizer)  # textual inversion: one word, several vectors
+            limit = min(tokenizer.model_max_length, 4096)
+            return list(tokenizer(text, truncation=not whole, max_length=None if whole else limit).input_ids)
 
     def tokens(self, text: str) -> list[str]:
         """The same as strings."""
