@@ -245,7 +245,7 @@ class AttentionSegregation(Plugin):
         grid, scale = call.probed.grid, call.scale_for(call.probed.dtype)
         call.probed.clear()
         gradient = gradient_of(torch.stack(losses).sum(), z, scale)
-        usable = call.usable(gradient)
+        usable = self.usable(call, gradient)
         cell = self.lowpass if self.lowpass is not None else 4 * (tuple(z.shape[-2:]) == grid)
         if cell > 1:
             gradient = low_pass(gradient, cell)
@@ -274,6 +274,16 @@ class AttentionSegregation(Plugin):
         if self.binding:
             loss = loss + self.binding * binding_loss(seen)
         return loss
+
+    def usable(self, call: Call, gradient: torch.Tensor) -> list[bool]:
+        """Which pictures have a gradient to follow; the others are reported and left alone."""
+        usable: list[bool] = []
+        for picture, size in zip(call.pictures, gradient.abs().flatten(1).sum(1).tolist(), strict=True):
+            usable.append(0 < size < float("inf"))
+            if picture.concepts and not usable[-1]:
+                call.session.skip("the gradient is zero" if size == 0 else "the gradient is not finite")
+                call.scale = max(1.0, call.scale / (1 if size == 0 else 2))
+        return usable
 
     def _split(
         self, taken: torch.Tensor, pictures: Sequence[Picture]
@@ -310,16 +320,6 @@ class Call:
     pictures: list[Picture]
     scale: float
     last: list[torch.Tensor] = field(default_factory=list[torch.Tensor])
-
-    def usable(self, gradient: torch.Tensor) -> list[bool]:
-        """Which pictures have a gradient to follow; the others are reported and left alone."""
-        usable: list[bool] = []
-        for picture, size in zip(self.pictures, gradient.abs().flatten(1).sum(1).tolist(), strict=True):
-            usable.append(0 < size < float("inf"))
-            if picture.concepts and not usable[-1]:
-                self.session.skip("the gradient is zero" if size == 0 else "the gradient is not finite")
-                self.scale = max(1.0, self.scale / (1 if size == 0 else 2))
-        return usable
 
     def scale_for(self, dtype: torch.dtype) -> float:
         """The factor on the loss where layers compute in `dtype`."""

@@ -1,4 +1,4 @@
-"""Eight threads, mixed plugins, one shared UNet, a fixed count of requests: every byte as if made one after the other."""
+"""Eight threads, mixed plugins, one shared UNet: every byte as if the requests were made one after the other."""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import threading
 import weakref
@@ -228,10 +229,8 @@ def test_memory_is_flat_over_two_hundred_requests_with_a_thread_each(base):
 
     def request(number):
         call = {"callback_on_step_end": explode} if number % 2 else {}
-        try:
+        with contextlib.suppress(Boom):
             draw(of(base), prompt_embeds=embeds, guidance_scale=1.0, num_inference_steps=1 + number % 2, **call)
-        except Boom:
-            pass
 
     for number in range(200):
         thread = threading.Thread(target=request, args=(number,))
@@ -331,7 +330,8 @@ def test_detach_lets_a_running_call_end(base):
 
 def test_a_neighbours_call_that_outlives_the_last_graft_takes_the_hook_off(base):
     """And plain it is."""
-    plain, before, inside, on = draw(base, num_inference_steps=1), fingerprint(base), threading.Event(), threading.Event()
+    plain, before = draw(base, num_inference_steps=1), fingerprint(base)
+    inside, on = threading.Event(), threading.Event()
 
     def stop(module, args):
         inside.set()

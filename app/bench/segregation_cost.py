@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ... import AttentionSegregation, graft
 from ...attention.step import Step
 from ...plugins.base import Probe
+from ...plugins.segregation import Call
 from .configs import SD15, SDXL, meta_inputs, meta_pipe
 
 STEPS = 50
@@ -64,7 +65,7 @@ class Counted(AttentionSegregation):
             super().latent(step, latent, probe)
         self.flops, self.saved = counter.get_total_flops(), saved()
 
-    def _usable(self, gradient: torch.Tensor) -> list[bool]:
+    def usable(self, call: Call, gradient: torch.Tensor) -> list[bool]:
         return [True] * len(gradient)
 
 
