@@ -80,6 +80,15 @@ def frames(texts: int) -> Any:
     return inputs
 
 
+def allegro(n: int, lengths: list[int], longest: int) -> dict[str, Any]:
+    from diffusers.models.embeddings import get_3d_rotary_pos_embed_allegro
+
+    found = get_3d_rotary_pos_embed_allegro(24, ((0, 0), (4, 4)), (4, 4), 2, device=torch.device("cpu"))
+    places = torch.cartesian_prod(*(grid.long() for grid in found[3:])).T.reshape(3, 1, -1)
+    return {"image_rotary_emb": (found[:3], tuple(places)), "attention_mask": torch.ones(n, 2, 8, 8),
+            "timestep": torch.full((n,), 700)}  # fmt: skip
+
+
 def ltx(n: int, lengths: list[int], longest: int) -> dict[str, Any]:
     return {"num_frames": 2, "height": 3, "width": 4}
 
@@ -142,6 +151,18 @@ MORE: dict[str, Tiny] = {
          "text_embed_dim": 16, "num_layers": 2, "sample_width": 8, "sample_height": 8, "sample_frames": 8,
          "max_text_seq_length": 7, "use_rotary_positional_embeddings": False},
         (2, 4, 8, 8), (16,), JOINT, "TI", 32, cog,
+    ),
+    "ConsisIDTransformer3DModel": Tiny(
+        {"num_attention_heads": 4, "attention_head_dim": 8, "in_channels": 4, "out_channels": 4, "time_embed_dim": 8,
+         "text_embed_dim": 16, "num_layers": 2, "sample_width": 8, "sample_height": 8, "sample_frames": 8,
+         "max_text_seq_length": 7, "use_rotary_positional_embeddings": False},
+        (2, 4, 8, 8), (16,), r"transformer_blocks\.\d+\.attn1", "TI", 32, cog,
+    ),
+    "AllegroTransformer3DModel": Tiny(
+        {"num_attention_heads": 2, "attention_head_dim": 24, "in_channels": 4, "out_channels": 4, "num_layers": 2,
+         "cross_attention_dim": 48, "sample_width": 8, "sample_height": 8, "sample_frames": 2,
+         "caption_channels": 16},
+        FILM, (16,), r"transformer_blocks\.\d+\.attn2", "cross", 0, allegro, mask=M, always=True, lengths=UNEVEN,
     ),
     "AuraFlowTransformer2DModel": Tiny(
         {"sample_size": 8, "in_channels": 4, "num_mmdit_layers": 1, "num_single_dit_layers": 2,

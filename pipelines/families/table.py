@@ -124,7 +124,6 @@ FAMILIES: dict[str, Family | Refused] = {
     # -- films ---------------------------------------------------------------------------------------------------
     "WanTransformer3DModel": Family("wan", _WAN, _EXPERTS, guidance="apart", latent=_FILM),
     "WanVACETransformer3DModel": Family("wan-vace", _WAN, _EXPERTS, guidance="apart", latent=_FILM),
-    "WanAnimateTransformer3DModel": Family("wan-animate", _WAN, guidance="apart", latent=_FILM),
     "ChronoEditTransformer3DModel": Family("chronoedit", _WAN, guidance="apart", latent=_FILM),
     "SkyReelsV2Transformer3DModel": Family("skyreels", _WAN, guidance="apart", latent=_FILM),
     "AnyFlowTransformer3DModel": Family("anyflow", _WAN, latent=_FILM),
@@ -151,7 +150,7 @@ FAMILIES: dict[str, Family | Refused] = {
         still=False, columns=False, latent=_FILM,
     ),
     "CogVideoXTransformer3DModel": Family("cogvideox", (Meet("transformer_blocks"),), latent=_FILM),
-    "ConsisIDTransformer3DModel": Family("consisid", (Meet("transformer_blocks"),), latent=_FILM),
+    "ConsisIDTransformer3DModel": Family("consisid", (Meet("transformer_blocks"),), cut=True, latent=_FILM),
     "MotifVideoTransformer3DModel": Family(
         "motif", _two(_MASK4), mask=_M, encoded={TEXT: 0, _M: 2}, guidance="apart", text_first=False, still=False,
         columns=False, latent=_FILM,
@@ -159,6 +158,74 @@ FAMILIES: dict[str, Family | Refused] = {
     "UNetMotionModel": Family(
         "animatediff", sample="sample", denoisers=("unet",), latent=_FILM, adapter=UNetAdapter
     ),
+    # -- refused, with the reason ----------------------------------------------------------------------------------
+    "HiDreamImageTransformer2DModel": Refused(
+        "it puts a fresh layer of its language model's text into every block, where a negative heard once is not; use "
+        "its guided form with negative_prompt"
+    ),
+    "BriaFiboTransformer2DModel": Refused(
+        "it gives each block another layer of its language model's text; use negative_prompt and guidance"
+    ),
+    "BriaFibo2Transformer2DModel": Refused(
+        "it condenses its text to tokens whose number depends on its length; use negative_prompt and guidance"
+    ),
+    "LTX2VideoTransformer3DModel": Refused(
+        "it scales its text inside of each block by the step; use LTXPipeline, or negative_prompt and guidance"
+    ),
+    "QwenImage21Transformer2DModel": Refused(
+        "its text is a causal prefix whose keys are kept from the first step on; use QwenImagePipeline"
+    ),
+    "Ideogram4Transformer2DModel": Refused(
+        "text and image share one packed sequence, and guidance is a second model without text"
+    ),
+    "OmniGenTransformer2DModel": Refused("its language model is the denoiser, pictures stand inside of the text"),
+    "Cosmos3OmniTransformer": Refused("its language model is the denoiser, pictures stand inside of the text"),
+    "MochiTransformer3DModel": Refused(
+        "it attends row by row to texts of which the padding was taken out; use negative_prompt and guidance"
+    ),
+    "EasyAnimateTransformer3DModel": Refused("its second text encoder's tokens follow the first's inside of the model"),
+    "ErnieImageTransformer2DModel": Refused(
+        "its sequence lies in the first dimension with a modulation for each token; use negative_prompt and guidance"
+    ),
+    "JoyImageEditTransformer3DModel": Refused(
+        "its pictures stand inside of the prompt; use negative_prompt and guidance"
+    ),
+    "JoyImageEditPlusTransformer3DModel": Refused(
+        "its pictures stand inside of the prompt; use negative_prompt and guidance"
+    ),
+    "DreamLiteUNetModel": Refused(
+        "it puts the picture to edit beside the latent and guides by three rows; use StableDiffusionXLPipeline, or its "
+        "own negative_prompt"
+    ),
+    "Kandinsky3UNet": Refused(
+        "its self-attention and its pooling look like attention to text; use Kandinsky5T2IPipeline"
+    ),
+    "Kandinsky6Transformer3DModel": Refused(
+        "film, sound and text are packed into one sequence; use Kandinsky5T2VPipeline"
+    ),
+    "Kandinsky6SRTransformer3DModel": Refused("it enlarges films; graft the pipeline that made them"),
+    "PriorTransformer": Refused("it makes an image embedding; graft a pipeline whose UNet attends to text"),
+    "StableCascadeUNet": Refused("text and image embeddings are keys of one attention; use StableDiffusionXLPipeline"),
+    "HunyuanVideoFramepackTransformer3DModel": Refused(
+        "it packs the film's past in front of the latent; use HunyuanVideoPipeline"
+    ),
+    "AnyFlowFARTransformer3DModel": Refused("it attends causally by flex attention; use AnyFlowPipeline"),
+    "WanAnimateTransformer3DModel": Refused(
+        "it films by a driving film, its face blocks attend to that; use WanPipeline or WanImageToVideoPipeline"
+    ),
+    "WanAnimate2Transformer3DModel": Refused("it films by a driving film; use WanPipeline"),
+    "SanaWMTransformer3DModel": Refused("it films by camera paths; use SanaVideoPipeline"),
+    "UNet3DConditionModel": Refused(
+        "it is from before films had motion modules; use AnimateDiffPipeline or WanPipeline"
+    ),
+    "I2VGenXLUNet": Refused("its text stands beside embeddings of its picture; use WanImageToVideoPipeline"),
+    "UNetSpatioTemporalConditionModel": Refused("it takes no text: there is no negative to steer away from"),
+    "UNetControlNetXSModel": Refused("UNet and ControlNet are one module; use a pipeline with a ControlNetModel"),
+    "UVit2DModel": Refused("it draws tokens instead of a latent; use a diffusion pipeline"),
+    "UniDiffuserModel": Refused("it draws texts and pictures at once; use StableDiffusionPipeline"),
+    "Transformer2DModel": Refused("it draws tokens, or by classes; use a pipeline of PixArt"),
+    "DiTTransformer2DModel": Refused("it draws by classes: there is no text to steer away from"),
+    "Flux3Transformer2DModel": Refused("it runs in modular pipelines only, whose loop calls it once a guider's batch"),
 }  # fmt: skip
 
 
