@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .attention.errors import MaskError as MaskError
     from .attention.errors import ModelLoadError as ModelLoadError
     from .attention.errors import NonFiniteError as NonFiniteError
+    from .attention.errors import SafetyCheckerError as SafetyCheckerError
     from .attention.errors import SettingError as SettingError
     from .attention.errors import SettingTypeError as SettingTypeError
     from .attention.errors import UnsupportedPipelineError as UnsupportedPipelineError
@@ -66,8 +67,8 @@ _HOMES = {
     "attention.edit": ("Edit",),
     "attention.errors": (
         "AlreadyGraftedError", "AttentionNotReachedError", "BackendError", "ConceptError", "GraftError", "MaskError",
-        "ModelLoadError", "NonFiniteError", "SettingError", "SettingTypeError", "UnsupportedPipelineError",
-        "UnsupportedSchedulerError",
+        "ModelLoadError", "NonFiniteError", "SafetyCheckerError", "SettingError", "SettingTypeError",
+        "UnsupportedPipelineError", "UnsupportedSchedulerError",
     ),
     "attention.layer": ("AttentionLayer", "find_layers"),
     "attention.processor": ("edit_processors",),

@@ -15,6 +15,7 @@ import diffusers
 import torch
 from PIL import Image, PngImagePlugin
 
+from ..attention.plain import plain
 from .errors import MetadataError
 
 KEY = "diffgraft"
@@ -96,8 +97,9 @@ def _encodable(text: str) -> str:
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
-def _plain(value: Any) -> str:
-    return _ADDRESS.sub("", repr(value))[:200]
+def _plain(value: Any) -> Any:
+    number = plain(value)
+    return number if number is not value else _ADDRESS.sub("", repr(value))[:200]
 
 
 def _xmp(generated: bool) -> str:

@@ -59,5 +59,9 @@ class NonFiniteError(GraftError, RuntimeError):
     """NaN or infinity appeared while sampling."""
 
 
+class SafetyCheckerError(GraftError, RuntimeError):
+    """The pipeline's own safety checker blanked a picture."""
+
+
 class ModelLoadError(GraftError, RuntimeError):
     """A model could not be loaded."""

@@ -12,6 +12,7 @@ import torch
 from ..attention.edit import Edit
 from ..attention.errors import SettingError, SettingTypeError
 from ..attention.layer import AttentionLayer
+from ..attention.plain import plain, plainly
 from ..attention.step import Rows, Step
 
 Made = TypeVar("Made")
@@ -204,6 +205,11 @@ class Plugin:
         self.start, self.end = float(start), float(end)
         self._told: Callable[[], Mapping[str, Any]] = dict
 
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if "__init__" in vars(cls):
+            cls.__init__ = plainly(cls.__init__)
+
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in self.settings().items())})"
 
@@ -305,6 +311,7 @@ def finite(value: Any, name: str, low: float = -float("inf"), high: float = floa
     Raises:
         SettingTypeError: not a number. SettingError: NaN, infinite or out of range.
     """
+    value = plain(value)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise SettingTypeError(f"{name}={value!r}: a number is needed")
     if not (low <= value <= high) or value in (float("inf"), -float("inf")):

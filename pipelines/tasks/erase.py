@@ -10,6 +10,7 @@ from PIL import Image
 from ...attention.errors import MaskError, SettingError, SettingTypeError
 from ...attention.masks import as_masks
 from ...attention.pictures import as_picture
+from ...attention.plain import plainly
 from ...plugins.base import Plugin, finite
 from ..families.base import has_ip_adapter
 from .blend import sibling
@@ -22,6 +23,7 @@ USUAL = {"clean": {"strength": 0.5, "scale": 1.0}, "picture": {"strength": 0.8, 
 """By origin: measured on the picture book, and (scale) the paper's."""
 
 
+@plainly
 def erase(
     pipe: Any, image: Any, mask: Any, *, seed: int | None = None, n: int = 1,
     origin: Literal["clean", "picture"] = "clean", method: Literal["sip", "dip"] = "sip",

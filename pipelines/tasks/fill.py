@@ -19,7 +19,7 @@ from ..families import adapter_for
 from ..families.latents import as_pil, encode_image
 from ..grafting.graft import graft
 from .blend import Blend, Inverted, Noised, StartAt, sibling
-from .generate import as_list, guard
+from .generate import as_list, guard, unblanked
 from .inversion import invert
 from .region import Region
 
@@ -89,6 +89,7 @@ def sample(pipe: Any, jobs: Sequence[Job], sampling: Sampling) -> list[Image.Ima
             callback_on_step_end=guard(sampling.steps, then),
             callback_on_step_end_tensor_inputs=["latents", *(name for name in inputs if name != "latents")], **call,
         )  # fmt: skip
+    unblanked(out, [job.seed for job in jobs])
     return as_pil(out.images)
 
 

@@ -13,7 +13,14 @@ import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 
-from ...attention.errors import NonFiniteError, SettingError, SettingTypeError, UnsupportedPipelineError
+from ...attention.errors import (
+    NonFiniteError,
+    SafetyCheckerError,
+    SettingError,
+    SettingTypeError,
+    UnsupportedPipelineError,
+)
+from ...attention.plain import plain, plainly
 from ...plugins.base import Plugin, finite
 from ..families.latents import unsaid_size
 from ..families.running import part_of
@@ -24,6 +31,7 @@ SEEDS = 2**63
 _OURS = {"num_inference_steps": "steps", "generator": "seed", "num_images_per_prompt": "n"}
 
 
+@plainly
 def generate(
     pipe: Any,
     prompt: str | Sequence[str],
@@ -81,6 +89,7 @@ def generate(
     return pictures
 
 
+@plainly
 def sample(
     pipe: Any,
     prompts: Sequence[str],
@@ -108,6 +117,7 @@ def sample(
         call["callback_on_step_end_tensor_inputs"] = ["latents", *(name for name in inputs if name != "latents")]
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     out = pipe(prompt=list(prompts), num_inference_steps=steps, generator=generators, output_type="np", **call)
+    seen = unblanked(out, seeds)
     if not math.isfinite(float(out.images.sum())):
         raise NonFiniteError("decoding produced non-finite pixels: keep the VAE in float32, or use an fp16-fixed one")
     pictures: list[Image.Image] = pipe.image_processor.numpy_to_pil(out.images)
@@ -123,6 +133,7 @@ def sample(
             "height": picture.height,
             "scheduler": type(pipe.scheduler).__name__,
             "pipeline": type(pipe).__name__,
+            **seen,
             "plugins": [],
         }
     return pictures
@@ -134,6 +145,7 @@ def resolve_seed(seed: Any) -> int:
     Raises:
         SettingTypeError: not a whole number. SettingError: outside 0 ... 2^63-1.
     """
+    seed = plain(seed)
     if seed is None or (seed == -1 and not isinstance(seed, (bool, float))):
         return secrets.randbelow(2**32)
     if isinstance(seed, bool) or not isinstance(seed, int):
@@ -155,6 +167,24 @@ def guard(steps: int, then: Callable[..., dict[str, Any]] | None = None) -> Call
         return tensors if then is None else then(pipe, step, timestep, tensors)
 
     return check
+
+
+def unblanked(out: Any, seeds: Sequence[int]) -> dict[str, Any]:
+    """What the pipeline's safety checker found, for the settings; nothing where it has none.
+
+    Raises:
+        SafetyCheckerError: it blanked a picture, which would be a black one.
+    """
+    found: Any = getattr(out, "nsfw_content_detected", None)
+    if not found:
+        return {}
+    blanked = [str(seed) for seed, one in zip(seeds, found, strict=False) if one]
+    if blanked:
+        raise SafetyCheckerError(
+            f"the model's safety checker takes the picture of seed {', '.join(blanked)} for unsafe and blanks it, now "
+            "and then wrongly: try another seed or prompt; if you answer for what is shown, pipe.safety_checker = None"
+        )
+    return {"nsfw_content_detected": False}
 
 
 def as_list(given: Any) -> list[Any]:

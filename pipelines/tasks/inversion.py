@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from ...attention.errors import NonFiniteError, SettingError, SettingTypeError, UnsupportedSchedulerError
+from ...attention.plain import plainly
 from ...plugins.base import finite
 from ..families import latents as pictures
 from ..families.loop import Loop, loop_for
@@ -91,6 +92,7 @@ class Inversion:
         return {"latents": self.latents, "num_inference_steps": count}
 
 
+@plainly
 @torch.no_grad()
 def invert(
     pipe: Any, image_or_latents: Any, *, prompt: str | Sequence[str] = "", negative: Any = None, guidance: float = 1.5,

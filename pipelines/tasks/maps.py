@@ -14,6 +14,7 @@ from ...attention.edit import Edit
 from ...attention.errors import SettingError, SettingTypeError, UnsupportedPipelineError
 from ...attention.maps import SELF_TOKENS, LayerChoice, MapCapture, concept_maps
 from ...attention.pictures import as_rgb
+from ...attention.plain import plainly
 from ...attention.regions import assign, propagate
 from ...attention.step import Rows, Step
 from ...plugins.base import Plugin, Session, finite
@@ -129,6 +130,7 @@ class _Watch(Plugin):
         return [found.columns for found in self.found] + ([[0]] if background and self.marked else [])
 
 
+@plainly
 def attention_maps(
     pipe: Any,
     prompt: str,
@@ -166,6 +168,7 @@ def attention_maps(
     return AttentionMaps(image, dict(zip(names, stacked, strict=True)), notes)
 
 
+@plainly
 def attention_masks(
     pipe: Any,
     prompt: str,

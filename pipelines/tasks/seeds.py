@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ...attention.errors import SettingError
+from ...attention.plain import plainly
 from ...attention.step import Step
 from ...plugins.base import Probe
 from ...plugins.concepts import Concepts, check_concepts
@@ -53,6 +54,7 @@ class _Rank(AttentionSegregation):
         raise _Ranked
 
 
+@plainly
 def rank_seeds(
     pipe: Any,
     prompt: str,

@@ -14,6 +14,7 @@ from PIL import Image, ImageOps
 
 from ...attention.errors import SettingError, SettingTypeError, UnsupportedPipelineError
 from ...attention.pictures import as_rgb
+from ...attention.plain import plainly
 from ...plugins.base import Plugin, finite
 from ...plugins.distillation import AttentionDistillation
 from ...plugins.startpoint import StartpointFilter
@@ -23,7 +24,7 @@ from ..families.base import has_ip_adapter
 from ..families.loop import loop_for
 from ..grafting.graft import graft
 from .blend import same_parts
-from .generate import SEEDS, as_list, check_call, guard, resolve_seed
+from .generate import SEEDS, as_list, check_call, guard, resolve_seed, unblanked
 from .inversion import Inversion, invert
 from .region import Region, whole_region
 from .schedule import EXACT, invertible
@@ -54,6 +55,7 @@ class Recipe:
     call: dict[str, Any]
 
 
+@plainly
 def stylize(
     pipe: Any,
     content: Any,
@@ -240,7 +242,9 @@ def paint(pipe: Any, recipe: Recipe, pair: Pair) -> Image.Image:
         return _noted(pair.subject.picture.copy(), settings)
     settings |= {"alpha": recipe.alpha, "gamma": recipe.gamma, "negative": pair.inversion.negative}
     with graft(pipe, *_plugins(pipe, recipe, pair), *recipe.plugins):
-        [picture] = latents.as_pil(pipe(**_options(pipe, recipe, pair)).images)
+        out = pipe(**_options(pipe, recipe, pair))
+    settings |= unblanked(out, [pair.seed])
+    [picture] = latents.as_pil(out.images)
     return _noted(pair.subject.region.uncut(picture), settings)
 
 
