@@ -297,6 +297,26 @@ def test_an_async_generator_whose_work_leaves_its_block_says_so(pipe):
         asyncio.run(main(lambda stream: stream.aclose()))
 
 
+@pytest.mark.parametrize("attached", [False, True])
+def test_an_interrupt_inside_the_denoiser(pipe, pictures, attached):
+    """Ctrl-C passes by torch's hooks without a word."""
+
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    g = dg.graft(pipe, Scaled(0.5))
+    with contextlib.ExitStack() as stack:
+        g.attach() if attached else stack.enter_context(g)
+        handle = pipe.unet.mid_block.register_forward_pre_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            draw(pipe)
+        handle.remove()
+        assert torch.equal(draw(pipe), pictures[1])
+        assert dg.invert(pipe, torch.zeros(1, 4, 16, 16), steps=2, iterations=0).latents.isfinite().all()
+    in_thread(g.detach)
+    assert not g.attached and torch.equal(draw(pipe), pictures[0])
+
+
 # -- what is said at the end ---------------------------------------------------------------------------------------
 
 
@@ -383,6 +403,7 @@ def every_plugin():
         "styleid": dg.StyleInjection(style),
         "stylealigned": dg.StyleInjection(style, method="stylealigned"),
         "distillation": dg.AttentionDistillation(style, content=style.flip(-1)),
+        "block": dg.ConceptBlock("star"),
         "guide": Guide(),
     }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Generator, Iterable, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
@@ -14,6 +15,7 @@ from ...attention.errors import NonFiniteError, SettingError
 from ...attention.pictures import as_rgb
 from ...attention.step import Step
 
+_WIDE = threading.RLock()
 _SIZED_BY_DECODER = ("ZImageTransformer2DModel",)
 """Denoisers that do not know the size of their pictures, and whose pipelines do not either."""
 
@@ -66,15 +68,22 @@ def _floats(image: Any) -> bool:
 
 @contextmanager
 def _wide_enough(vae: Any) -> Generator[None]:
-    """SDXL's autoencoder overflows in float16: it runs in float32 then, as diffusers' own pipelines let it."""
-    narrow = vae.dtype == torch.float16 and getattr(vae.config, "force_upcast", False)
-    if narrow:
-        vae.to(torch.float32)
-    try:
+    """SDXL's autoencoder overflows in float16: it runs in float32 then, as diffusers' own pipelines let it.
+
+    One thread after the other, since they may share it.
+    """
+    if not getattr(vae.config, "force_upcast", False):
         yield
-    finally:
+        return
+    with _WIDE:
+        narrow = vae.dtype == torch.float16
         if narrow:
-            vae.to(torch.float16)
+            vae.to(torch.float32)
+        try:
+            yield
+        finally:
+            if narrow:
+                vae.to(torch.float16)
 
 
 def decode_latents(pipe: Any, latents: torch.Tensor, output_type: str = "pil") -> Any:
