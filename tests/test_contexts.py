@@ -41,7 +41,7 @@ def _nothing_is_left(pipe):
 
 
 def draw(pipe, **call):
-    return tiny.sample(pipe, num_inference_steps=2, guidance_scale=1.0, **call)
+    return tiny.sample(pipe, num_inference_steps=2, guidance_scale=1.0, height=16, width=16, **call)
 
 
 def elsewhere(function, *args):
@@ -390,12 +390,12 @@ def test_a_loop_broken_off_and_begun_again_counts_from_its_new_start(pipe, stop,
 
 
 def every_plugin():
-    style = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(8))
-    mask = torch.zeros(16, 16)
-    mask[4:10, 4:10] = 1
+    style = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(8))
+    mask = torch.zeros(8, 8)
+    mask[2:5, 2:5] = 1
     return {
         "away": dg.NegativeAway("red", scale=0.5),
-        "vsf": dg.NegativeAway(["red", "cat"], rule="vsf", scale=0.5),
+        "vsf": dg.NegativeAway("red", rule="vsf", scale=0.5),
         "segregation": dg.AttentionSegregation(["ball", "star"], end=1.0),
         "attencraft": dg.AttentionSegregation(["ball", "star"], end=1.0, threshold="attencraft", level=0.01),
         "redirection": dg.SelfAttentionRedirection(mask, scale=2.0),
@@ -410,36 +410,35 @@ def every_plugin():
 
 @pytest.mark.parametrize("name", list(every_plugin()))
 def test_one_plugin_object_in_two_grafts(pipe, name):
-    """Two models of other layers and sizes, step by step in turn."""
+    """Two models with other layers and prompts, step by step in turn."""
+    plugin, pipes = every_plugin()[name], [tiny.sd15(unet=pipe.unet), tiny.sd2(seed=3)]
     prompts = ["a red ball and a blue star", "a blue star and a red ball"]
-    plugin, pipes, sizes = every_plugin()[name], [tiny.sd15(unet=pipe.unet), tiny.sd2(seed=3)], [32, 32]
 
-    def call(own, size, **more):
-        return tiny.sample(own, prompts, height=size, width=size, num_inference_steps=3, guidance_scale=2.0, **more)
+    def call(own, prompt, **more):
+        return tiny.sample(own, prompt, height=16, width=16, num_inference_steps=2, guidance_scale=2.0, **more)
 
     alone = []
-    for own, size in zip(pipes, sizes, strict=True):
+    for own, prompt in zip(pipes, prompts, strict=True):
         with dg.graft(own, every_plugin()[name]):
-            alone.append(call(own, size))
+            alone.append(call(own, prompt))
     turns = threading.Barrier(2, timeout=60)
 
-    def work(own, size):
+    def work(own, prompt):
         def taking_turns(pipe, i, t, tensors):
             turns.wait()
             return tensors
 
         with dg.graft(own, plugin) as g:
             turns.wait()
-            return call(own, size, callback_on_step_end=taking_turns), str(g.report())
+            return call(own, prompt, callback_on_step_end=taking_turns), str(g.report())
 
     with ThreadPoolExecutor(2) as pool:
-        both = list(pool.map(work, pipes, sizes))
+        both = list(pool.map(work, pipes, prompts))
     assert all(torch.equal(one, found) for one, (found, _) in zip(alone, both, strict=True))
     with dg.graft(pipes[0], plugin) as outer:  # one inside of the other
-        first = call(pipes[0], sizes[0])
+        first, said = call(pipes[0], prompts[0]), outer.report().plugins
         with dg.graft(pipes[1], plugin):
-            second = call(pipes[1], sizes[1])
-        said = str(outer.report())
-        third = call(pipes[0], sizes[0])
-        assert str(outer.report()).replace("6 denoiser", "3 denoiser").splitlines()[0] == said.splitlines()[0]
+            second = call(pipes[1], prompts[1])
+        assert outer.report().plugins == said
+        third = call(pipes[0], prompts[0])
     assert torch.equal(first, alone[0]) and torch.equal(second, alone[1]) and torch.equal(third, alone[0])

@@ -25,7 +25,7 @@ SIZE = {"height": 16, "width": 16}
 @pytest.fixture(scope="module")
 def base():
     """The shared parts; every request makes its own pipeline and scheduler of them."""
-    return tiny.sd15()
+    return tiny.sd15(unet=tiny.unet(layers_per_block=1))
 
 
 @pytest.fixture(autouse=True)
@@ -43,7 +43,7 @@ def of(base, words=False):
 
 def draw(pipe, seed=0, **call):
     generator = torch.Generator().manual_seed(seed)
-    call = {"num_inference_steps": 2, "guidance_scale": 2.0, "generator": generator} | SIZE | call
+    call = {"num_inference_steps": 2, "guidance_scale": 1.0, "generator": generator} | SIZE | call
     if "prompt_embeds" in call:
         call["prompt"] = None
     return tiny.sample(pipe, **call)
@@ -92,8 +92,7 @@ def test_two_threads_use_one_graft(base):
 @pytest.mark.parametrize("words", [False, True], ids=["embeddings", "words"])
 def test_eighty_requests_on_four_threads(base, words):
     """Two of three with a graft of their own; the negatives' words go through the shared tokenizer."""
-    embeds = base.encode_prompt("a red ball and a blue star", "cpu", 1, True, negative_prompt="a cat")
-    given = {} if words else {"prompt_embeds": embeds[0], "negative_prompt_embeds": embeds[1]}
+    given = {} if words else {"prompt_embeds": base.encode_prompt("a red ball and a blue star", "cpu", 1, False)[0]}
 
     def request(number):
         pipe, plugins = of(base, words), [Scaled(0.5), dg.NegativeAway(["red", "blue cat", "a"][number % 3], scale=0.5)]
@@ -115,7 +114,7 @@ def test_words_of_a_graft_leave_the_shared_tokenizer_as_it_is(base):
     embeds = torch.randn(1, 77, 32, generator=torch.Generator().manual_seed(1))
     away, concepts = dg.NegativeAway("a blue cat"), dg.AttentionSegregation([1, 2], end=1.0)
     with dg.graft(of(base), away, concepts) as g:
-        draw(g.pipe, prompt_embeds=embeds, guidance_scale=1.0)
+        draw(g.pipe, prompt_embeds=embeds)
         session = g.texts
         assert session.spans("a red ball", "red") == [[2]]
     assert (words.backend_tokenizer.truncation, words.backend_tokenizer.padding) == before
@@ -230,7 +229,7 @@ def test_memory_is_flat_over_two_hundred_requests_with_a_thread_each(base):
     def request(number):
         call = {"callback_on_step_end": explode} if number % 2 else {}
         with contextlib.suppress(Boom):
-            draw(of(base), prompt_embeds=embeds, guidance_scale=1.0, num_inference_steps=1 + number % 2, **call)
+            draw(of(base), prompt_embeds=embeds, num_inference_steps=1 + number % 2, **call)
 
     for number in range(200):
         thread = threading.Thread(target=request, args=(number,))
@@ -239,7 +238,7 @@ def test_memory_is_flat_over_two_hundred_requests_with_a_thread_each(base):
         assert len(g.runs) <= 2
         if number in (40, 199):
             gc.collect()
-            counts.append(sum(isinstance(x, torch.Tensor) for x in gc.get_objects()))
+            counts.append(sum(issubclass(type(x), torch.Tensor) for x in gc.get_objects()))
             assert not any(ref() is not None for ref in Keeper.kept)
     assert abs(counts[1] - counts[0]) < 20
     assert g.report().calls == 200  # those that ended are counted
@@ -289,7 +288,7 @@ def test_grafts_come_and_go_while_a_neighbour_runs(base):
     for i in range(60):
         with dg.graft(of(base), Guide(), Scaled(0.5)) as g:
             if i % 20 == 0:
-                draw(g.pipe, prompt_embeds=embeds, guidance_scale=1.0, num_inference_steps=1)
+                draw(g.pipe, prompt_embeds=embeds, num_inference_steps=1)
     done.set()
     for thread in threads:
         thread.join()
