@@ -116,14 +116,24 @@ def sweep(root: nn.Module) -> None:
 def in_use(module: nn.Module, threads: set[int] | None = None) -> bool:
     """Whether another thread, or another one of `threads`, is inside a call of the module."""
     here = threading.get_ident()
-    for ident, frame in sys._current_frames().items():  # pyright: ignore[reportPrivateUsage]
-        if ident == here or (threads is not None and ident not in threads):
-            continue
-        inside: Any = frame
-        while inside is not None:
-            if inside.f_code is _CALL and inside.f_locals.get("self") is module:
-                return True
-            inside = inside.f_back
+    frames = sys._current_frames()  # pyright: ignore[reportPrivateUsage]
+    return any(
+        _inside(module, frame)
+        for ident, frame in frames.items()
+        if ident != here and (threads is None or ident in threads)
+    )
+
+
+def in_call(module: nn.Module) -> bool:
+    """Whether this thread is inside a call of the module."""
+    return _inside(module, sys._getframe(1))  # pyright: ignore[reportPrivateUsage]
+
+
+def _inside(module: nn.Module, frame: Any) -> bool:
+    while frame is not None:
+        if frame.f_code is _CALL and frame.f_locals.get("self") is module:
+            return True
+        frame = frame.f_back
     return False
 
 

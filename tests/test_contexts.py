@@ -199,6 +199,25 @@ def test_closing_a_generator_in_another_context_never_raises(pipe, pictures, how
     assert not [x for x in recwarn if issubclass(x.category, (UserWarning, pytest.PytestUnraisableExceptionWarning))]
 
 
+def test_a_generator_that_is_collected_inside_of_a_call_leaves_the_call_alone(pipe, pictures):
+    """As the garbage collector does it, in whatever thread and place it runs."""
+    g = dg.graft(pipe, Scaled(0.5))
+
+    def holding():
+        with g:
+            yield
+
+    streams = [holding() for _ in range(2)]
+    for stream in streams:
+        elsewhere(next, stream)
+    handle = pipe.unet.mid_block.register_forward_pre_hook(lambda *args: streams and streams.pop() and None)
+    del stream
+    with g:
+        assert torch.equal(draw(pipe), pictures[1])
+    handle.remove()
+    assert not streams and not g.attached
+
+
 def test_two_generators_interleave(pipe, pictures):
     other = tiny.sd15(unet=pipe.unet)
     with dg.graft(other, Scaled(0.2)):

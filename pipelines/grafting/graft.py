@@ -16,7 +16,7 @@ import torch
 
 from ...attention.backends import select
 from ...attention.errors import AlreadyGraftedError, GraftError, SettingTypeError
-from ...attention.hook import in_use
+from ...attention.hook import in_call, in_use
 from ...attention.layer import AttentionLayer
 from ...attention.seam import Work, install
 from ...plugins.base import Plugin
@@ -194,7 +194,7 @@ class Graft:
     def _refuse_second(self) -> None:
         here = block_here(self.adapter.denoiser)
         owner = None if here is None else here[0].owner
-        for other in _INSTALLED:
+        for other in list(_INSTALLED):
             # Grafts of other threads are inert here; only one that this context would also run is a conflict.
             same = other is not self and bool(other.denoisers & self.denoisers)
             if same and (other._everywhere is not None or owner is other):
@@ -216,7 +216,8 @@ class Graft:
 
     def _close(self, block: Block) -> bool:
         self._blocks.remove(block)
-        self._local.calls.clear()
+        if not any(in_call(adapter.denoiser) for adapter in self.adapters):
+            self._local.calls.clear()  # an interrupt may have left some; inside of a call a generator was collected
         return block.close()
 
     def _bind(self, stack: ExitStack) -> None:

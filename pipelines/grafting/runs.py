@@ -25,7 +25,7 @@ class Runs:
     """Runs that are alive, weakly; what the others did is kept as one sum."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a generator that is collected meanwhile leaves its block
         self._alive: list[tuple[weakref.ref[Run], Tally]] = []
         self._past = Tally()
 
