@@ -19,6 +19,8 @@ class Step:
         index: step of this pipeline call, 0-based; both stages of a second-order step share it.
         total: steps of this pipeline call (img2img counts the steps it really runs).
         timestep: the scheduler's own timestep, unit untouched.
+        time: the same as the scheduler counts it, 1000 (noise) to 0, whatever the model is told; None without a
+            schedule.
         size: (height, width) of the token grid at the denoiser's full resolution.
         rows: batch rows by group: "cond", "uncond" under guidance, and a group a branch.
         likes: for a branch, the group that it copies.
@@ -35,6 +37,7 @@ class Step:
     total: int = 1
     timestep: torch.Tensor | float = 0.0
     size: tuple[int, int] = (0, 0)
+    time: float | None = None
     rows: Rows = field(default_factory=dict[str, slice])
     likes: dict[str, str] = field(default_factory=dict[str, str])
     phase: Phase = "predict"

@@ -120,6 +120,11 @@ class Session(Protocol):
         ...
 
     @property
+    def encoders(self) -> int:
+        """Prompts that the pipeline's call takes, one for each of its text encoders."""
+        ...
+
+    @property
     def text_dims(self) -> int:
         """Dimensions of the text embeddings, rows included: 3, or 4 where the denoiser takes several layers of them."""
         ...
@@ -233,6 +238,10 @@ class Plugin:
 
     def finish(self) -> None:
         """Called after the last step of a pipeline call that ran through: drop what was only for it."""
+
+    def within(self, step: Step) -> bool:
+        """Whether the plugin's window holds this step."""
+        return step.within(self.start, self.end)
 
     def edits(self) -> Sequence[Edit]:
         """The edits of attention, asked once at attach."""

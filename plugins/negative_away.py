@@ -18,11 +18,12 @@ from ..attention.errors import SettingError, SettingTypeError, UnsupportedPipeli
 from ..attention.layer import AttentionLayer
 from ..attention.step import Step
 from .base import Plugin, Prompt, Session, Text, finite, listed
-from .negative_defaults import Default, default
+from .defaults import Default, default
 from .negative_edits import Call, CrossAway, CutStreams, JointAway, KeysAway, Steering
 
 Negative = str | Sequence[str] | Mapping[str, float] | torch.Tensor | None
 
+_TINY = 1e-3
 _TEXT_KINDS = ("cross", "joint", "keys")
 
 
@@ -76,11 +77,28 @@ def vsf(
     return weight * _wide(z_pos) - scale * (1 - weight) * _wide(z_neg)
 
 
+def ong(
+    z_pos: torch.Tensor, lse_pos: torch.Tensor | None, z_neg: torch.Tensor, lse_neg: torch.Tensor | None,
+    *, scale: float,
+) -> torch.Tensor:  # fmt: skip
+    """Orthogonal negative guidance (arXiv 2605.29390): Z = Z+ - scale * (Z- less its projection onto Z+).
+
+    Args:
+        z_pos, z_neg: [B, H, L, D]. lse_pos, lse_neg: not used.
+        scale: 0 is neutral. The projection is a token's over all heads together; a token whose Z+ is zero is left.
+    """
+    z_pos, z_neg = _wide(z_pos), _wide(z_neg)
+    along = (z_neg * z_pos).sum((-3, -1), keepdim=True)
+    size = z_pos.square().sum((-3, -1), keepdim=True)
+    part = along / size.clamp_min(torch.finfo(size.dtype).tiny)
+    return z_pos - torch.where(size > 0, scale * (z_neg - part * z_pos), torch.zeros_like(z_pos))
+
+
 def _wide(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
-RULES: Mapping[str, Callable[..., torch.Tensor]] = {"nasa": nasa, "nag": nag, "vsf": vsf}
+RULES: Mapping[str, Callable[..., torch.Tensor]] = {"nasa": nasa, "nag": nag, "vsf": vsf, "ong": ong}
 
 
 class NegativeAway(Plugin):
@@ -93,9 +111,11 @@ class NegativeAway(Plugin):
         negative: what to steer away from. A string for all pictures, a list with one string for each prompt, a
             mapping text -> weight (0 to 100) for several at once, or embeddings [L, D], [1, L, D] or
             [prompts, L, D] as the denoiser takes them. None is neutral; "" is not, it is a prompt like others.
-        rule: "nasa", "nag" or "vsf", see the functions of these names.
+        negative_2, negative_3: another text for the second and third text encoder of a pipeline with several prompts,
+            in the form of `negative`; None gives them the same.
+        rule: "nasa", "nag", "vsf" or "ong", see the functions of these names.
         scale: strength in [0, 100]; 0 is neutral except for "vsf". None: the family's default for this rule, with or
-            without guidance, see `negative_defaults`; families that nobody measured say so in `Graft.report()`.
+            without guidance, see `defaults`; families that nobody measured say so in `Graft.report()`.
         tau: NAG's cap, > 0.
         alpha: NAG's blend in [0, 1], 0 is neutral; None: the family's default.
         offset: VSF's beta.
@@ -105,6 +125,10 @@ class NegativeAway(Plugin):
             list of these; None is all, [] is neutral.
         mask: for embeddings, [n, L] boolean, True where the token is not padding.
         start, end: fractions of the steps.
+        until: steer while the scheduler's time t is at least (1 - until) * 1000; with `end` too, whichever comes first.
+            It is what NAG's code calls `nag_end`; a `nag_sigma_end` of s is `until=1 - s` on flow-matching models.
+            A schedule that is shifted towards noise spends most of its steps there: FLUX dev with 28 steps steers 15 of
+            them with until=0.25 and 7 with end=0.25.
     Raises:
         UnsupportedPipelineError: at attach, a UNet whose layers attend to text and image at once.
         SettingError, SettingTypeError: an argument out of range; at sampling: a count of negatives that is not the
@@ -118,7 +142,8 @@ class NegativeAway(Plugin):
         self, negative: Negative, *, rule: str = "nasa", scale: float | None = None, tau: float = 2.5,
         alpha: float | None = None, offset: float = 0.0, joint: str = "text",
         layers: str | Sequence[int | str] | None = None, mask: torch.Tensor | None = None,
-        start: float = 0.0, end: float = 1.0,
+        start: float = 0.0, end: float = 1.0, until: float | None = None,
+        negative_2: str | Sequence[str] | None = None, negative_3: str | Sequence[str] | None = None,
     ) -> None:  # fmt: skip
         super().__init__(start=start, end=end)
         if rule not in RULES:
@@ -131,6 +156,9 @@ class NegativeAway(Plugin):
         self.tau = finite(tau, "tau", 1e-6)
         self.alpha = None if alpha is None else finite(alpha, "alpha", 0.0, 1.0)
         self.offset = finite(offset, "offset")
+        self.until = None if until is None else finite(until, "until", 0.0, 1.0)
+        self.negative_2 = _checked_other(negative_2, "negative_2", self.negative)
+        self.negative_3 = _checked_other(negative_3, "negative_3", self.negative)
         self.layers = None if layers is None else listed(layers)
         self._kinds: frozenset[str] = frozenset()
 
@@ -138,7 +166,11 @@ class NegativeAway(Plugin):
     def neutral(self) -> bool:
         silent = isinstance(self.negative, dict) and not any(self.negative.values())
         off = self.rule != "vsf" and self.scale == 0 or self.rule == "nag" and self.alpha == 0
-        return self.negative is None or silent or off or self.layers == []
+        return self.negative is None or silent or off or self.layers == [] or self.until == 0
+
+    def within(self, step: Step) -> bool:
+        early = self.until is None or step.time is None or step.time >= (1 - self.until) * 1000 - _TINY
+        return early and super().within(step)
 
     def bind(self, session: Session) -> None:
         self._kinds = frozenset(layer.kind for layer in session.layers)
@@ -184,6 +216,7 @@ class NegativeAway(Plugin):
             "nasa": {},
             "nag": {"tau": self.tau, "alpha": known.alpha if self.alpha is None else self.alpha},
             "vsf": {"offset": self.offset},
+            "ong": {},
         }[self.rule]
         return functools.partial(RULES[self.rule], scale=scale, **more)
 
@@ -200,7 +233,18 @@ class NegativeAway(Plugin):
             return [session.encode([text]) for text in kept], list(kept.values())
         assert negative is not None
         texts = [negative] if isinstance(negative, str) else negative
-        return [session.encode([texts[i] for i in _own(len(texts), prompt)])], [1.0]
+        own = _own(len(texts), prompt)
+        return [session.encode([self._encoders(texts[i], i, session) for i in own])], [1.0]
+
+    def _encoders(self, text: str, i: int, session: Session) -> Any:
+        """A text, or one for each of the pipeline's text encoders."""
+        others = [self.negative_2, self.negative_3]
+        if others == [None, None]:
+            return text
+        given = 1 + max(place + 1 for place, other in enumerate(others) if other is not None)
+        if given > session.encoders:
+            raise SettingError(f"negative_{given}: this pipeline takes {session.encoders} prompts")
+        return (text, *(text if other is None else other if isinstance(other, str) else other[i] for other in others))
 
     def _warn_of_ignored(self, prompt: Prompt) -> None:
         asked = [prompt.negative] if isinstance(prompt.negative, str) else prompt.negative or []
@@ -235,13 +279,27 @@ def _checked(negative: Any) -> str | list[str] | dict[str, float] | torch.Tensor
     return found
 
 
+def _checked_other(other: Any, name: str, negative: Any) -> str | list[str] | None:
+    """Another encoder's negative, in the form of the first's, or a typed error."""
+    if other is None:
+        return None
+    if not isinstance(negative, (str, list)):
+        raise SettingTypeError(f"{name}= goes with a text or a list of texts as the negative")
+    found: Any = [other] if isinstance(other, str) else list(other)
+    if not all(isinstance(text, str) for text in found):
+        raise SettingTypeError(f"{name}: a negative is a text")
+    if len(found) not in (1, 1 if isinstance(negative, str) else len(negative)):
+        raise SettingError(f"{name}: {len(found)} texts; give one, or as many as negative has")
+    return found[0] if len(found) == 1 else found
+
+
 def _checked_mask(mask: Any, negative: Any) -> torch.Tensor | None:
     if mask is None:
         return None
     if not isinstance(mask, torch.Tensor) or not isinstance(negative, torch.Tensor):
         raise SettingTypeError("mask= is a tensor for negative embeddings; texts bring their own")
     rows = mask.bool() if mask.ndim == 2 else mask.bool()[None]
-    if rows.shape[1] != negative.shape[-2] or len(rows) not in (1, len(negative)):
+    if rows.shape[1] != negative.shape[1 if negative.ndim == 4 else -2] or len(rows) not in (1, len(negative)):
         raise SettingError(f"mask {list(mask.shape)} does not fit the embeddings {list(negative.shape)}")
     if not bool(rows.any(1).all()):
         raise SettingError("mask: a negative is all padding; leave it out instead")

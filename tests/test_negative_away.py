@@ -17,12 +17,13 @@ from test_matrix import add_lora, load_ip_adapter, variant
 from torch.utils.flop_counter import FlopCounterMode
 
 import diffgraft as dg
+from diffgraft.plugins.defaults import DEFAULTS, default
 from diffgraft.plugins.negative_away import RULES
-from diffgraft.plugins.negative_defaults import DEFAULTS, default
 from diffgraft.plugins.negative_edits import CrossAway
 
 ONE = {"num_images_per_prompt": 1, "device": "cpu"}
-SETTINGS = {"nasa": {"scale": 0.3}, "nag": {"scale": 3.0, "alpha": 0.5}, "vsf": {"scale": 1.5, "offset": 0.2}}
+SETTINGS = {"nasa": {"scale": 0.3}, "nag": {"scale": 3.0, "alpha": 0.5}, "vsf": {"scale": 1.5, "offset": 0.2},
+            "ong": {"scale": 0.6}}  # fmt: skip
 
 
 def away(negative="red cat", rule="nasa", **settings):

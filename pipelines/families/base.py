@@ -195,8 +195,18 @@ class Adapter:
         asked |= {"do_classifier_free_guidance": False, "clip_skip": running.clip_skip}
         given = asked | self.text_settings(running) | options
         taken = inspect.signature(self.pipe.encode_prompt).parameters
+        several = [[_of_encoder(text, i) for text in own] for i, own in enumerate(texts)]
+        if texts and any(isinstance(text, tuple) for text in texts[0]):  # one for each encoder
+            more = range(len(texts), self.encoders)
+            given |= {f"prompt_{i + 1}": [_of_encoder(text, i) for text in texts[0]] for i in more}
         with own_words(self.pipe) as pipe:
-            return pipe.encode_prompt(*map(list, texts), **{k: v for k, v in given.items() if k in taken})
+            return pipe.encode_prompt(*several, **{k: v for k, v in given.items() if k in taken})
+
+    @property
+    def encoders(self) -> int:
+        """Prompts that `encode_prompt` takes."""
+        taken = inspect.signature(self.pipe.encode_prompt).parameters if hasattr(self.pipe, "encode_prompt") else ()
+        return 1 + sum(f"prompt_{i}" in taken for i in (2, 3, 4))
 
     def text_settings(self, running: Running) -> dict[str, Any]:
         """What the running call told its `encode_prompt` beside prompts, by parameter."""
@@ -240,6 +250,11 @@ class Adapter:
                 f"{type(self.denoiser).__name__} has layerwise casting, under which no gradient reaches the latent: "
                 "load it in float16 or bfloat16 instead"
             )
+
+
+def _of_encoder(text: Any, i: int) -> str:
+    """A text's form for one of several encoders."""
+    return text if isinstance(text, str) else text[min(i, len(text) - 1)]
 
 
 def _obstacle(denoiser: Any) -> str | None:

@@ -89,7 +89,8 @@ class Calls:
         fresh = run.clock.start(scheduler, timestep, run.running.mark)
         index, total = run.clock.read(scheduler, run.running.steps)
         rows = adapter.groups(inputs, run.running)
-        run.step = Step(index, total, timestep, adapter.grid(inputs, run.running), rows, notes=run.notes)
+        size = adapter.grid(inputs, run.running)
+        run.step = Step(index, total, timestep, size, run.clock.time, rows, notes=run.notes)
         run.narrow()
         run.inputs = inputs
         if "cond" in rows:

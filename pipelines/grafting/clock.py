@@ -67,6 +67,12 @@ class Clock:
         return min(self.done // order, total - 1), total
 
     @property
+    def time(self) -> float | None:
+        """The schedule's time of the current step."""
+        place = self.begin + self.done
+        return self.times[place] if place < len(self.times) else None
+
+    @property
     def over(self) -> bool:
         """Whether every step of the schedule was taken."""
         return self.schedule is not None and self.begin + self.done >= len(self.times)

@@ -41,7 +41,7 @@ class Placed:
 
     def active(self, step: Step) -> list[Plugin]:
         """Plugins whose window holds this step."""
-        return [plugin for plugin in self.plugins if step.within(plugin.start, plugin.end)]
+        return [plugin for plugin in self.plugins if plugin.within(step)]
 
     def touches(self, group: str) -> bool:
         """Whether an edit changes rows of this group."""

@@ -63,6 +63,10 @@ class RunSession:
         return self._run.adapter.text_shape(self._run.inputs)[-1]
 
     @property
+    def encoders(self) -> int:
+        return self._run.adapter.encoders
+
+    @property
     def text_dims(self) -> int:
         return len(self._run.adapter.text_shape(self._run.inputs))
 

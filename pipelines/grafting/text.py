@@ -21,6 +21,7 @@ _KEPT: WeakKeyDictionary[Any, dict[Any, Any]] = WeakKeyDictionary()
 _KEPT_LIMIT = 64
 _LOCK = threading.Lock()
 _ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
+_PLAIN = (str, int, float, bool, tuple, type(None))
 _LORA = ("cross_attention_kwargs", "joint_attention_kwargs")
 
 
@@ -55,8 +56,9 @@ class Texts:
     def _state(self, running: Running) -> tuple[Any, ...]:
         """Everything besides a text that its encoding depends on."""
         scales = ((running.arguments.get(name) or {}).get("scale") for name in _LORA)
-        asked = (running.arguments.get(name) for name in ("max_sequence_length", "clean_caption"))
-        return (running.clip_skip, *scales, *asked, _fingerprint(self.adapter.pipe))
+        asked = self.adapter.text_settings(running)
+        told = ((name, value if isinstance(value, _PLAIN) else id(value)) for name, value in asked.items())
+        return (running.clip_skip, *scales, *told, _fingerprint(self.adapter.pipe))
 
     def remember(self, key: Any, make: Callable[[], Made], running: Running) -> Made:
         """What `make` gives, made once for a key and a state of the encoders; it goes with the first of them."""
@@ -161,21 +163,31 @@ def _lettered(char: str) -> bool:
 
 
 def _row(text: Text, i: int) -> Text:
-    return Text(text.embeddings[i], None if text.mask is None else text.mask[i])
+    return Text(
+        text.embeddings[i], None if text.mask is None else text.mask[i], {k: v[i] for k, v in text.more.items()}
+    )
 
 
 def _stack(rows: Sequence[Text]) -> Text:
     """Rows [L, D] as one [n, L, D]; rows of different lengths are padded, and the padding masked."""
     longest = max(len(row.embeddings) for row in rows)
     uneven = any(len(row.embeddings) != longest for row in rows)
+    more = {name: torch.stack([row.more[name] for row in rows]) for name in rows[0].more}
     if not uneven and all(row.mask is None for row in rows):
-        return Text(torch.stack([row.embeddings for row in rows]))
+        return Text(torch.stack([row.embeddings for row in rows]), None, more)
     masks = [row.embeddings.new_ones(len(row.embeddings), dtype=torch.bool) if row.mask is None else row.mask
              for row in rows]  # fmt: skip
     return Text(
-        torch.stack([F.pad(row.embeddings, (0, 0, 0, longest - len(row.embeddings))) for row in rows]),
+        torch.stack([_padded(row.embeddings, longest) for row in rows]),
         torch.stack([F.pad(mask, (0, longest - len(mask))) for mask in masks]),
+        more,
     )
+
+
+def _padded(embeddings: torch.Tensor, length: int) -> torch.Tensor:
+    """A text's row with empty tokens behind."""
+    empty = embeddings.new_zeros(length - len(embeddings), *embeddings.shape[1:])
+    return torch.cat([embeddings, empty])
 
 
 def _fingerprint(pipe: Any) -> tuple[Any, ...]:

@@ -1,4 +1,4 @@
-"""Default strengths of negative-away steering, a row a model family, with where each number is from."""
+"""Defaults that were measured or published by model family, with where each number is from."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ class Default(NamedTuple):
 
 
 _NASA, _NAG, _VSF = "NASA's own settings", "NAG, table 5", "VSF's own settings"
+_USERS = "users of Z-Image-Turbo: phi 0.5 to 1.3, until 0.1 to 0.3"
 _BOOK, _UNGUIDED = "measured on the picture book", "measured on the picture book without guidance"
 
 DEFAULTS: Mapping[str, Mapping[str, Default]] = {
@@ -32,6 +33,8 @@ DEFAULTS: Mapping[str, Mapping[str, Default]] = {
         "flux": Default(0.5, 0.5),
         "sd3": Default(0.5, 0.5),
         "qwen": Default(0.5, 0.5),
+        "z-image": Default(0.5, 0.5),
+        "flux2": Default(0.5, 0.5),
         "other": Default(0.2, 0.2),
     },
     "nag": {
@@ -41,6 +44,9 @@ DEFAULTS: Mapping[str, Mapping[str, Default]] = {
         "pixart": Default(4.0, 4.0, 0.375, _NAG),
         "sana": Default(4.0, 4.0, 0.375, _NAG),
         "flux": Default(4.0, 4.0, 0.25, _NAG),
+        "wan": Default(4.0, 4.0, 0.25, _NAG),
+        "z-image": Default(1.0, 1.0, 0.25, _USERS),
+        "flux2": Default(1.0, 1.0, 0.25, "milder than FLUX.1, as users of klein report"),
         "sd3": Default(4.0, 4.0, 0.125, _NAG),
         "other": Default(2.0, 2.0, 0.375),
     },
@@ -48,8 +54,10 @@ DEFAULTS: Mapping[str, Mapping[str, Default]] = {
         "picturebook": Default(1.0, 1.0, source=_UNGUIDED),
         "flux": Default(3.5, 3.5, source=_VSF),
         "sd3": Default(3.5, 3.5, source=_VSF),
+        "wan": Default(1.7, 1.7, source=_VSF),
         "other": Default(1.0, 1.0),
     },
+    "ong": {"other": Default(0.5, 0.5)},
 }
 """Rule -> family -> default. Under guidance no paper gives a number: outside of the picture book it is the same."""
 

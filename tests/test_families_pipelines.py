@@ -1,0 +1,281 @@
+"""The new families through their own pipelines: guidance, batches, encoders, experts, windows and refusals."""
+
+from __future__ import annotations
+
+import functools
+
+import diffusers
+import pytest
+import tiny
+import tiny_families as tf
+import tiny_family_pipelines as fp
+import tiny_transformers as tt
+import torch
+from plugins_for_tests import fingerprint
+from test_matrix import IMAGE, MASK
+
+import diffgraft as dg
+from diffgraft.pipelines.families import adapter_for
+
+SMALL = {"num_inference_steps": 2, "height": 32, "width": 32, "output_type": "latent", "max_sequence_length": 16}
+CALLS = {
+    "z_image": {}, "chroma": {}, "lumina2": {}, "wan": {"num_frames": 5},
+    "klein": {"text_encoder_out_layers": (1, 2, 3)},
+}  # fmt: skip
+
+
+@functools.cache
+def pipe_of(name):
+    return getattr(fp, name)()
+
+
+def run(pipe, *plugins, prompt="a blue ball", **call):
+    options = SMALL | {"generator": torch.Generator().manual_seed(0)} | call
+    with dg.graft(pipe, *plugins) as g:
+        return pipe(prompt=prompt, **options)[0], g.report()
+
+
+def calls_of(pipe, *plugins, **call):
+    """The denoiser's outputs, one by one."""
+    seen = []
+    hook = pipe.transformer.register_forward_hook(
+        lambda module, args, out: seen.append(torch.stack(out[0]) if isinstance(out[0], list) else out[0].clone())
+    )
+    run(pipe, *plugins, **call)
+    hook.remove()
+    return seen
+
+
+@pytest.mark.parametrize("guidance", [0.0, 4.0])
+@pytest.mark.parametrize("name", CALLS)
+def test_a_pipeline_steers_and_comes_off(name, guidance):
+    pipe, call = pipe_of(name), CALLS[name] | {"guidance_scale": guidance}
+    plain, before = run(pipe, **call)[0], fingerprint(pipe)
+    for rule in ("nasa", "nag", "vsf", "ong"):
+        steered, report = run(pipe, dg.NegativeAway("red cat", rule=rule, scale=0.8), **call)
+        assert steered.isfinite().all() and (steered - plain).abs().max() > 1e-4, rule
+        assert set(report.layers) and report.calls == len(calls_of(pipe, **call))
+    for settings in ({"scale": 0}, {"end": 0}, {"until": 0}, {"layers": []}):
+        assert torch.equal(run(pipe, dg.NegativeAway("red cat", **settings), **call)[0], plain)
+    assert torch.equal(run(pipe, **call)[0], plain) and fingerprint(pipe) == before
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_only_the_conditional_half_changes(name):
+    pipe, call = pipe_of(name), CALLS[name] | {"guidance_scale": 4.0, "num_inference_steps": 1}
+    plain, steered = calls_of(pipe, **call), calls_of(pipe, dg.NegativeAway("red cat", scale=0.8), **call)
+    if name == "z_image":
+        plain, steered = ([rows[:1], rows[1:]] for rows in (plain[0], steered[0]))
+    torch.testing.assert_close(steered[1], plain[1], rtol=0, atol=1e-5)
+    assert (steered[0] - plain[0]).abs().max() > 1e-4
+
+
+def test_guidance_of_z_image_may_end_early():
+    """cfg_truncation: the last steps are unguided, in one batch of half the rows."""
+    pipe = pipe_of("z_image")
+    call = {"guidance_scale": 4.0, "cfg_truncation": 0.5, "num_inference_steps": 4}
+    rows = [len(out) for out in calls_of(pipe, dg.NegativeAway("red cat", scale=0.8), **call)]
+    assert set(rows) == {1, 2}
+
+
+def test_prompts_of_different_lengths_in_one_batch_are_each_alone():
+    long = " ".join(["a red ball and a blue star"] * 6)  # 36 words: 64 columns where 32 hold the other
+    pipe = pipe_of("z_image")
+    noise, prompts = tf.normal(2, 4, 16, 16), ["a ball", long]
+    for guidance in (0.0, 4.0):
+        call = {"guidance_scale": guidance, "max_sequence_length": 48}
+        both = run(pipe, dg.NegativeAway(["cat", "red"], scale=0.5), prompt=list(prompts), latents=noise, **call)[0]
+        for i, negative in enumerate(("cat", "red")):
+            own = {"prompt": prompts[i], "latents": noise[i : i + 1]}
+            alone = run(pipe, dg.NegativeAway(negative, scale=0.5), **own, **call)[0]
+            torch.testing.assert_close(both[i], alone[0], rtol=0, atol=2e-5 * float(alone.abs().max()))
+
+
+def test_negatives_of_different_lengths_in_one_batch_are_each_alone():
+    long = " ".join(["a red ball and a blue star"] * 6)
+    pipe = pipe_of("z_image")
+    noise, negatives = tf.normal(2, 4, 16, 16), ["cat", long]
+    call = {"guidance_scale": 0.0, "max_sequence_length": 48}
+    both = run(pipe, dg.NegativeAway(negatives, scale=0.5), prompt=["a ball", "a cat"], latents=noise, **call)[0]
+    for i, prompt in enumerate(("a ball", "a cat")):
+        alone = run(pipe, dg.NegativeAway(negatives[i], scale=0.5), prompt=prompt, latents=noise[i : i + 1], **call)[0]
+        torch.testing.assert_close(both[i], alone[0], rtol=0, atol=2e-5 * float(alone.abs().max()))
+
+
+def test_several_negatives_and_several_pictures():
+    for name in ("z_image", "lumina2", "wan"):
+        pipe, call = pipe_of(name), CALLS[name] | {"guidance_scale": 0.0}
+        one = run(pipe, dg.NegativeAway("red cat", scale=0.5), **call)[0]
+        halves = run(pipe, dg.NegativeAway({"red cat": 0.5, "red  cat": 0.5}, scale=0.5), **call)[0]
+        torch.testing.assert_close(halves, one, rtol=0, atol=1e-4)
+        assert not torch.equal(run(pipe, dg.NegativeAway({"red cat": 1.0, "star": 1.0}, scale=0.5), **call)[0], one)
+        count = "num_videos_per_prompt" if name == "wan" else "num_images_per_prompt"
+        assert len(run(pipe, dg.NegativeAway("red cat", scale=0.5), **call, **{count: 2})[0]) == 2
+
+
+def test_two_sizes_under_one_graft_are_not_mixed():
+    pipe, call = pipe_of("z_image"), {"guidance_scale": 0.0}
+    with dg.graft(pipe, dg.NegativeAway("red cat", scale=0.5)):
+        mixed = [pipe("a ball", generator=torch.Generator().manual_seed(0), **SMALL | call | {"height": h})[0]
+                 for h in (32, 64, 32)]  # fmt: skip
+    for made, h in zip(mixed, (32, 64, 32), strict=True):
+        assert torch.equal(made, run(pipe, dg.NegativeAway("red cat", scale=0.5), prompt="a ball", height=h, **call)[0])
+
+
+# -- hearing ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["z_image", "klein", "chroma", "lumina2", "wan"])
+def test_a_negative_is_heard_once_a_call(name, monkeypatch):
+    pipe, call = pipe_of(name), CALLS[name] | {"guidance_scale": 0.0, "num_inference_steps": 3}
+    ran = []
+    kind = type(pipe.transformer)
+    forward = kind.forward
+    monkeypatch.setattr(kind, "forward", functools.wraps(forward)(lambda *a, **k: ran.append(1) or forward(*a, **k)))
+    run(pipe, **call)
+    plain = len(ran)
+    run(pipe, dg.NegativeAway("red cat", scale=0.5), **call)
+    assert len(ran) == 2 * plain + 1
+
+
+def test_an_error_while_a_negative_is_heard_leaves_nothing():
+    pipe = pipe_of("z_image")
+    plain, before = run(pipe, guidance_scale=0.0)[0], fingerprint(pipe)
+    wrong = torch.randn(1, 5, 16) * torch.inf
+    with pytest.raises(dg.SettingError):
+        run(pipe, dg.NegativeAway(wrong), guidance_scale=0.0)
+    with pytest.raises(dg.SettingError, match="width 7"):
+        run(pipe, dg.NegativeAway(torch.randn(1, 5, 7)), guidance_scale=0.0)
+    refiner = pipe.transformer.context_refiner[0]
+
+    def fail(module, args):
+        raise RuntimeError("on the way")
+
+    with pytest.raises(RuntimeError, match="on the way"), dg.graft(pipe, dg.NegativeAway("red")):
+        hook = refiner.register_forward_pre_hook(fail)
+        try:
+            pipe("a ball", guidance_scale=0.0, **SMALL)
+        finally:
+            hook.remove()
+    assert torch.equal(run(pipe, guidance_scale=0.0)[0], plain) and fingerprint(pipe) == before
+
+
+# -- encoding ---------------------------------------------------------------------------------------------------------
+
+
+def test_lumina2_encodes_a_negative_as_it_encodes_its_own():
+    pipe = pipe_of("lumina2")
+    own = pipe.encode_prompt(
+        "a ball", True, negative_prompt="red cat", device=torch.device("cpu"), max_sequence_length=16
+    )
+    seen = []
+
+    class Look(dg.Plugin):
+        def begin(self, session, step):
+            seen.append(session.encode(["red cat"]))
+
+        def edits(self):
+            return ()
+
+    run(pipe, Look(), guidance_scale=0.0)
+    assert torch.equal(seen[0].embeddings, own[2]) and torch.equal(seen[0].mask, own[3].bool())
+
+
+def test_wan_encodes_a_negative_at_the_length_of_the_call():
+    pipe, seen = pipe_of("wan"), []
+
+    class Look(dg.Plugin):
+        def begin(self, session, step):
+            seen.append(session.encode(["red cat"]).embeddings.shape[1])
+
+    for length in (16, 12):
+        run(pipe, Look(), num_frames=5, guidance_scale=1.0, max_sequence_length=length)
+    assert seen == [16, 12]
+
+
+def test_another_negative_for_each_text_encoder():
+    pipe = tt.sd3()
+    call = {"guidance_scale": 1.0, "max_sequence_length": 16}
+    same = run(pipe, dg.NegativeAway("red cat", scale=0.5), **call)[0]
+    assert torch.equal(run(pipe, dg.NegativeAway("red cat", negative_2="red cat", scale=0.5), **call)[0], same)
+    other = run(pipe, dg.NegativeAway("red cat", negative_2="green star", scale=0.5), **call)[0]
+    assert (other - same).abs().max() > 1e-4
+    with pytest.raises(dg.SettingError, match="takes 1 prompts"):
+        run(pipe_of("z_image"), dg.NegativeAway("red", negative_2="blue"), guidance_scale=0.0)
+    with pytest.raises(dg.SettingTypeError):
+        dg.NegativeAway({"red": 1.0}, negative_2="blue")
+
+
+# -- experts, windows -------------------------------------------------------------------------------------------------
+
+
+def test_both_experts_of_wan_are_steered():
+    pipe = fp.wan(True, True, 0.6)
+    call = {"num_frames": 5, "num_inference_steps": 4, "guidance_scale": 1.0}
+    plugin = dg.NegativeAway("red cat", scale=0.8)
+    report = run(pipe, plugin, **call)[1]
+    first = [name for name in report.layers if not name.startswith("transformer_2.")]
+    assert len(report.layers) == 4 and len(first) == 2 and report.calls == 4
+    assert sum(report.layers.values()) == 8
+    half = run(pipe, dg.NegativeAway("red cat", scale=0.8, end=0.25), **call)[1]
+    assert not any(name.startswith("transformer_2.") for name in half.layers)
+
+
+def test_only_the_second_expert_is_there():
+    pipe = fp.wan(False, True, 1.1)
+    call = {"num_frames": 5, "guidance_scale": 1.0}
+    plain = run(pipe, **call)[0]
+    assert (run(pipe, dg.NegativeAway("red cat", scale=0.8), **call)[0] - plain).abs().max() > 1e-4
+
+
+def test_until_counts_time_and_end_counts_steps():
+    """On a schedule that is shifted towards noise."""
+    pipe = tt.flux()
+    pipe.scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+
+    def steps(**window):
+        report = run(pipe, dg.NegativeAway("red", scale=0.5, **window), num_inference_steps=28)[1]
+        return max(report.layers.values(), default=0)
+
+    times = pipe.scheduler.timesteps.tolist()
+    assert steps(end=0.25) == 7
+    counted = steps(until=0.25)
+    times = pipe.scheduler.timesteps.tolist()
+    assert counted == sum(t >= 750 for t in times) > 7
+    assert steps(until=0.25, end=0.25) == 7 and steps(until=1.0) == 28
+
+
+# -- pictures in, refusals ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["z img2img", "z inpaint", "chroma img2img", "chroma inpaint"])
+def test_pipelines_that_take_a_picture(kind):
+    name, way = kind.split()
+    cls = {"z": "ZImage", "chroma": "Chroma"}[name] + {"img2img": "Img2ImgPipeline", "inpaint": "InpaintPipeline"}[way]
+    pipe = getattr(fp, {"z": "z_image", "chroma": "chroma"}[name])(getattr(diffusers, cls))
+    call = {"image": IMAGE, "strength": 0.7, "guidance_scale": 0.0} | ({"mask_image": MASK} if way == "inpaint" else {})
+    plain = run(pipe, **call)[0]
+    steered = run(pipe, dg.NegativeAway("red cat", scale=0.8), **call)[0]
+    assert steered.isfinite().all() and (steered - plain).abs().max() > 1e-4
+    assert torch.equal(run(pipe, **call)[0], plain)
+
+
+def test_what_is_refused_by_name():
+    z = pipe_of("z_image")
+    with pytest.raises(dg.UnsupportedPipelineError, match="omni"), dg.graft(z, dg.NegativeAway("red")):
+        z.transformer(x=[[torch.zeros(4, 1, 8, 8)]], t=torch.tensor([0.5]), cap_feats=[[torch.zeros(5, 16)]])
+    klein = pipe_of("klein")
+    with pytest.raises(dg.UnsupportedPipelineError, match="keys of its references"):
+        with dg.graft(klein, dg.NegativeAway("red")):
+            klein.transformer(**tf.TINY["Flux2Transformer2DModel"].call([tf.normal(5, 24)]), kv_cache_mode="extract")
+    for plugin in (dg.StartpointFilter(), dg.AttentionSegregation(["ball"])):
+        with pytest.raises(dg.UnsupportedPipelineError, match="films"):
+            run(pipe_of("wan"), plugin, num_frames=5, guidance_scale=1.0)
+
+
+def test_families_have_names_for_defaults():
+    names = {adapter_for(pipe_of(name)).family for name in CALLS}
+    assert names == {"z-image", "chroma", "lumina2", "wan", "flux2"}
+    report = run(pipe_of("z_image"), dg.NegativeAway("red", rule="nag"), guidance_scale=0.0)[1]
+    assert report.plugins[0][1]["scale_from"].startswith("users of Z-Image-Turbo")
+    assert tiny.quiet is not None

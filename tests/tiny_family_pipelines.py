@@ -1,0 +1,106 @@
+"""Tiny pipelines of the families that people run, with real tokenizers and text encoders."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import diffusers
+import tiny
+import tiny_families as tf
+import tiny_transformers as tt
+import torch
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3Model, UMT5Config, UMT5EncoderModel
+
+CHAT = (
+    "{% for message in messages %}{{ '<user> ' + message['content'] + ' <end>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ ' <reply>' }}{% endif %}"
+)
+
+
+def chatting(length: int = 16) -> PreTrainedTokenizerFast:
+    """A word tokenizer with a chat template."""
+    made = tt.tokenizer(length)
+    made.chat_template = CHAT
+    made.add_special_tokens({"additional_special_tokens": ["<user>", "<end>", "<reply>"]})
+    return made
+
+
+def qwen3(width: int = 16, seed: int = 4) -> Qwen3Model:
+    torch.manual_seed(seed)
+    return Qwen3Model(
+        Qwen3Config(
+            vocab_size=32, hidden_size=width, intermediate_size=32, num_hidden_layers=3, num_attention_heads=2,
+            num_key_value_heads=2, head_dim=8, pad_token_id=0,
+        )
+    ).eval()  # fmt: skip
+
+
+def umt5(width: int = 16, seed: int = 4) -> UMT5EncoderModel:
+    torch.manual_seed(seed)
+    config = UMT5Config(vocab_size=32, d_model=width, d_kv=8, d_ff=32, num_layers=1, num_heads=2, pad_token_id=0)
+    return UMT5EncoderModel(config).eval()
+
+
+def z_image(cls: Any = diffusers.ZImagePipeline, **more: Any) -> Any:
+    return tiny.quiet(cls(
+        transformer=tf.denoiser("ZImageTransformer2DModel"), vae=tt.vae(), scheduler=tt.flow(), text_encoder=qwen3(),
+        tokenizer=chatting(), **more,
+    ))  # fmt: skip
+
+
+def chroma(cls: Any = diffusers.ChromaPipeline) -> Any:
+    return tiny.quiet(cls(
+        transformer=tf.denoiser("ChromaTransformer2DModel"), vae=tt.vae(), scheduler=tt.flow(), text_encoder=tt.t5(),
+        tokenizer=tt.tokenizer(),
+    ))  # fmt: skip
+
+
+def lumina2() -> Any:
+    torch.manual_seed(1)
+    config = tf.TINY["Lumina2Transformer2DModel"].config | {"cap_feat_dim": 32}
+    return tiny.quiet(diffusers.Lumina2Pipeline(
+        transformer=tt.lively(diffusers.Lumina2Transformer2DModel(**config)), vae=tt.vae(), scheduler=tt.flow(),
+        text_encoder=tt.gemma(), tokenizer=tt.tokenizer(),
+    ))  # fmt: skip
+
+
+def klein() -> Any:
+    """Three layers of its text encoder are its text; its autoencoder has batch-norm statistics."""
+    torch.manual_seed(1)
+    config = tf.TINY["Flux2Transformer2DModel"].config | {"joint_attention_dim": 24}
+    torch.manual_seed(1)
+    vae = diffusers.AutoencoderKLFlux2(
+        block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2, norm_num_groups=4, sample_size=32,
+        up_block_types=("UpDecoderBlock2D",) * 2, layers_per_block=1, latent_channels=4,
+    )  # fmt: skip
+    return tiny.quiet(diffusers.Flux2KleinPipeline(
+        transformer=tt.lively(diffusers.Flux2Transformer2DModel(**config)), vae=vae, scheduler=tt.flow(),
+        text_encoder=qwen3(8), tokenizer=chatting(),
+    ))  # fmt: skip
+
+
+def krea2() -> Any:
+    """Without its vision-language encoder: prompts are given as embeddings."""
+    torch.manual_seed(1)
+    vae = diffusers.AutoencoderKLQwenImage(
+        base_dim=8, z_dim=4, dim_mult=[1, 1], num_res_blocks=1, temperal_downsample=[False]
+    )
+    return tiny.quiet(diffusers.Krea2Pipeline(
+        transformer=tf.denoiser("Krea2Transformer2DModel"), vae=vae, scheduler=tt.flow(), text_encoder=None,
+        tokenizer=None,
+    ))  # fmt: skip
+
+
+def wan(first: bool = True, second: bool = False, boundary: float | None = None) -> Any:
+    """One expert or two."""
+    torch.manual_seed(1)
+    vae = diffusers.AutoencoderKLWan(
+        base_dim=3, z_dim=4, dim_mult=[1, 1], num_res_blocks=1, temperal_downsample=[False]
+    )
+    config = tf.models()["WanTransformer3DModel"].config
+    made = [tt.lively(diffusers.WanTransformer3DModel(**config), seed) if on else None
+            for seed, on in ((9, first), (10, second))]  # fmt: skip
+    return tiny.quiet(diffusers.WanPipeline(
+        tokenizer=tt.tokenizer(), text_encoder=umt5(), vae=vae, scheduler=tt.flow(), transformer=made[0],
+        transformer_2=made[1], boundary_ratio=boundary,
+    ))  # fmt: skip
