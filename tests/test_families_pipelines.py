@@ -6,7 +6,6 @@ import functools
 
 import diffusers
 import pytest
-import tiny
 import tiny_families as tf
 import tiny_family_pipelines as fp
 import tiny_transformers as tt
@@ -237,7 +236,6 @@ def test_until_counts_time_and_end_counts_steps():
         report = run(pipe, dg.NegativeAway("red", scale=0.5, **window), num_inference_steps=28)[1]
         return max(report.layers.values(), default=0)
 
-    times = pipe.scheduler.timesteps.tolist()
     assert steps(end=0.25) == 7
     counted = steps(until=0.25)
     times = pipe.scheduler.timesteps.tolist()
@@ -245,10 +243,10 @@ def test_until_counts_time_and_end_counts_steps():
     assert steps(until=0.25, end=0.25) == 7 and steps(until=1.0) == 28
 
 
-# -- pictures in, refusals ----------------------------------------------------------------------------------------------
+# -- pictures in, refusals --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["z img2img", "z inpaint", "chroma img2img", "chroma inpaint"])
+@pytest.mark.parametrize("kind", ["z img2img", "z inpaint", "chroma img2img"])
 def test_pipelines_that_take_a_picture(kind):
     name, way = kind.split()
     cls = {"z": "ZImage", "chroma": "Chroma"}[name] + {"img2img": "Img2ImgPipeline", "inpaint": "InpaintPipeline"}[way]
@@ -265,9 +263,8 @@ def test_what_is_refused_by_name():
     with pytest.raises(dg.UnsupportedPipelineError, match="omni"), dg.graft(z, dg.NegativeAway("red")):
         z.transformer(x=[[torch.zeros(4, 1, 8, 8)]], t=torch.tensor([0.5]), cap_feats=[[torch.zeros(5, 16)]])
     klein = pipe_of("klein")
-    with pytest.raises(dg.UnsupportedPipelineError, match="keys of its references"):
-        with dg.graft(klein, dg.NegativeAway("red")):
-            klein.transformer(**tf.TINY["Flux2Transformer2DModel"].call([tf.normal(5, 24)]), kv_cache_mode="extract")
+    with pytest.raises(dg.UnsupportedPipelineError, match="keys of its"), dg.graft(klein, dg.NegativeAway("red")):
+        klein.transformer(**tf.TINY["Flux2Transformer2DModel"].call([tf.normal(5, 24)]), kv_cache_mode="extract")
     for plugin in (dg.StartpointFilter(), dg.AttentionSegregation(["ball"])):
         with pytest.raises(dg.UnsupportedPipelineError, match="films"):
             run(pipe_of("wan"), plugin, num_frames=5, guidance_scale=1.0)
@@ -278,4 +275,3 @@ def test_families_have_names_for_defaults():
     assert names == {"z-image", "chroma", "lumina2", "wan", "flux2"}
     report = run(pipe_of("z_image"), dg.NegativeAway("red", rule="nag"), guidance_scale=0.0)[1]
     assert report.plugins[0][1]["scale_from"].startswith("users of Z-Image-Turbo")
-    assert tiny.quiet is not None

@@ -76,6 +76,9 @@ class Reference:
             w = 1 / (1 + (lse_n - lse - 0.2).exp())
             return w * z - 1.5 * (1 - w) * n
         flat, other = attn.batch_to_head_dim(z), attn.batch_to_head_dim(n)
+        if self.rule == "ong":
+            unit = torch.nn.functional.normalize(flat, dim=-1)
+            return attn.head_to_batch_dim(flat - 0.6 * (other - (other * unit).sum(-1, keepdim=True) * unit))
         far = 4 * flat - 3 * other
         ratio = far.abs().sum(-1, keepdim=True) / flat.abs().sum(-1, keepdim=True)
         return attn.head_to_batch_dim(0.5 * flat + 0.5 * far * ratio.clamp_max(2.5) / ratio)
