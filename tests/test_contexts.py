@@ -174,7 +174,7 @@ def streaming_by_a_manager(pipe, count=3):
 
 @pytest.mark.parametrize("make", [streaming, streaming_by_a_manager])
 @pytest.mark.parametrize("how", [elsewhere, in_thread])
-def test_a_generator_is_steered_in_whatever_context_it_goes_on(pipe, pictures, make, how):
+def test_a_generator_is_steered_in_whatever_context_it_goes_on(pipe, pictures, make, how, recwarn):
     plain, edited = pictures
     stream = make(pipe)
     for _ in range(3):
@@ -183,6 +183,7 @@ def test_a_generator_is_steered_in_whatever_context_it_goes_on(pipe, pictures, m
     with pytest.raises(StopIteration):
         how(next, stream)
     assert torch.equal(draw(pipe), plain)
+    assert not [x for x in recwarn if issubclass(x.category, UserWarning)]
 
 
 @pytest.mark.parametrize("how", ["close", "throw", "garbage"])
@@ -260,7 +261,7 @@ async def apart(coroutine):
     return await asyncio.get_running_loop().create_task(coroutine, context=contextvars.Context())
 
 
-def test_an_async_generator_is_steered_by_whichever_task_asks(pipe, pictures):
+def test_an_async_generator_is_steered_by_whichever_task_asks(pipe, pictures, recwarn):
     async def pictures_of():
         with dg.graft(pipe, Scaled(0.5)):
             for _ in range(2):
@@ -276,6 +277,7 @@ def test_an_async_generator_is_steered_by_whichever_task_asks(pipe, pictures):
 
     first, second, plain = asyncio.run(main())
     assert torch.equal(first, pictures[1]) and torch.equal(second, pictures[1]) and torch.equal(plain, pictures[0])
+    assert not [x for x in recwarn if issubclass(x.category, UserWarning)]
 
 
 def test_two_async_tasks_with_a_graft_each(pipe, pictures):
@@ -334,6 +336,25 @@ def test_an_interrupt_inside_the_denoiser(pipe, pictures, attached):
         assert dg.invert(pipe, torch.zeros(1, 4, 16, 16), steps=2, iterations=0).latents.isfinite().all()
     in_thread(g.detach)
     assert not g.attached and torch.equal(draw(pipe), pictures[0])
+
+
+def test_an_async_generator_whose_work_leaves_its_block_later_says_so(pipe, pictures):
+    """The first picture is made in the context in which the block began, and the second one is not."""
+
+    async def pictures_of():
+        with dg.graft(pipe, Scaled(0.5)):
+            for _ in range(2):
+                yield await asyncio.to_thread(draw, pipe)
+
+    async def main():
+        stream = pictures_of()
+        found = [await apart(anext(stream)) for _ in range(2)]
+        await apart(stream.aclose())
+        return found
+
+    with pytest.warns(UserWarning, match=r"attach\(\)"):
+        first, second = asyncio.run(main())
+    assert torch.equal(first, pictures[1]) and torch.equal(second, pictures[0])
 
 
 # -- what is said at the end ---------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ its own, with a copy of the request's context). Its block is then known by the f
 from __future__ import annotations
 
 import contextlib
+import dis
 import sys
 from collections.abc import Generator
 from contextvars import ContextVar
@@ -18,6 +19,8 @@ from torch import nn
 
 from .run import Run
 
+_AWAIT = 3
+"""What the instruction behind an `await` says of it."""
 _OPEN: list[Block] = []
 _HERE: ContextVar[tuple[Block, ...]] = ContextVar("diffgraft_blocks", default=())
 _SUSPENDED: ContextVar[bool] = ContextVar("diffgraft_suspended", default=False)
@@ -59,12 +62,32 @@ class Block:
             _HERE.set(tuple(block for block in here if block is not self and block in _OPEN))
         return self in here
 
+    @property
+    def idle(self) -> bool:
+        """Whether its code stands at a `yield`, so that whatever runs meanwhile is somebody else's."""
+        return bool(self.frames) and all(_yielded(frame) for frame in self.frames)
+
     def count(self) -> None:
         """An edited call."""
         block: Block | None = self
         while block is not None:
             block.calls += 1
             block = block.outer
+
+
+def _yielded(frame: FrameType) -> bool:
+    """Whether a generator's frame was left at a `yield`; an `await` is none."""
+    flags = frame.f_code.co_flags
+    if not flags & (CO_GENERATOR | CO_ASYNC_GENERATOR):
+        return False
+    for running in sys._current_frames().values():  # pyright: ignore[reportPrivateUsage]
+        inside: FrameType | None = running
+        while inside is not None:
+            if inside is frame:
+                return False
+            inside = inside.f_back
+    after = [x for x in dis.get_instructions(frame.f_code) if x.offset > frame.f_lasti and x.opname != "CACHE"][:1]
+    return not any(x.opname == "RESUME" and (x.arg or 0) & 3 == _AWAIT for x in after)
 
 
 def block_here(denoiser: nn.Module) -> tuple[Block, bool] | None:

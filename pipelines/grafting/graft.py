@@ -359,7 +359,7 @@ class Graft:
         if self._blocks and not is_suspended():
             running = find_running(self.adapter.denoiser, self.pipe)
             for block in tuple(self._blocks) if running.found and running.pipe is self.pipe else ():
-                block.strays += 1
+                block.strays += not block.idle
 
     def _complain(self, block: Block, crossed: bool, closing: bool) -> None:
         """Say so where the plugins changed nothing though the pipeline ran."""
