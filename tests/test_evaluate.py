@@ -103,7 +103,7 @@ def test_a_few_rows_come_from_all_over_the_benchmark():
     assert spread(range(3), 9) == spread(range(3), None) == [0, 1, 2]
 
 
-@pytest.mark.parametrize("name", ["negative", "redirection", "style"])
+@pytest.mark.parametrize("name", ["negative", "concept", "redirection", "style"])
 def test_what_needs_data_says_which(name, tmp_path):
     with pytest.raises(DataError, match="give --data"):
         technique(name).cases(None, embedded=False)
@@ -125,7 +125,11 @@ def test_a_missing_package_is_named_with_its_pip_line(name, monkeypatch):
 
 
 def test_the_whole_command_on_the_picture_book_and_again(tmp_path, monkeypatch):
-    words = ("segregation", "--scorer", "judge", "--limit", 2, "--steps", 2, "--out", tmp_path)
+    bare = ("segregation", "--limit", 2, "--steps", 2, "--out", tmp_path)
+    unscored = evaluate(*bare, "--quiet")
+    assert unscored.exit_code == 0 and "seconds a picture" in unscored.stdout and "judge" not in unscored.stdout
+    words = (*bare, "--scorer", "judge")  # a scorer that comes later looks at what is there
+    drawn = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "pictures").iterdir()}
     first = evaluate(*words)
     assert first.exit_code == 0, first.output
     for name in ("all | 2 x 1 | judge, every object ↑", "three objects | 1 x 1 | judge", "changed 2 of 2 pictures"):
@@ -133,7 +137,7 @@ def test_the_whole_command_on_the_picture_book_and_again(tmp_path, monkeypatch):
     assert (tmp_path / "table.md").read_text().strip() == first.stdout.strip()
     assert (tmp_path / "contact-sheet.png").exists()
     before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "pictures").iterdir()}
-    assert len(before) == 4
+    assert len(before) == 4 and before == drawn
     again = evaluate(*words, "--quiet")
     assert again.stdout == first.stdout
     assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "pictures").iterdir()} == before
@@ -218,10 +222,10 @@ def test_a_row_that_fails_is_named_and_the_others_go_on(tmp_path):
 
 
 def test_the_table_pairs_seeds_within_cases():
-    pairs = []
+    pairs, cases = [], [Case("case", "g"), Case("case", "g")]  # two rows may be called alike
     for number, (plain, grafted) in enumerate([(False, True), (False, True), (True, True), (True, True)]):
         scores = {"plain": {"right": plain, "x": 1.0}, "grafted": {"right": grafted, "x": 1.5}}
-        pairs.append(Pair(Case(f"case {number // 2}", "g"), number % 2, {}, scores))
+        pairs.append(Pair(cases[number // 2], number % 2, {}, scores))
     right, x = list(table(pairs, "Plugin"))[2:]
     assert right.startswith("| all | 2 x 2 | right | 50.0%") and right.endswith("| +50.0 (+0.0 to +100.0) |")
     assert "1.500 | +0.500 |" in x

@@ -141,7 +141,8 @@ def make(shape: Shape, device: torch.device, dtype: torch.dtype, *, side: int | 
     pixels = side or shape.side
     texts = [_text(shape, denoiser, device, dtype, seed) for seed in (1, 2)]
     size = {"height": pixels, "width": pixels, "output_type": "latent"}
-    return Subject(pipe, size | _plain(shape, texts[0]), size | _guided(shape, *texts), texts[1][0], pixels, note)
+    negative = texts[1][0][0][None] if isinstance(texts[1][0], list) else texts[1][0]
+    return Subject(pipe, size | _plain(shape, texts[0]), size | _guided(shape, *texts), negative, pixels, note)
 
 
 def _chosen(

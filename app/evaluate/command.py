@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def evaluate(
-    technique: Annotated[str, typer.Argument(help="segregation, negative, redirection or style.")],
+    technique: Annotated[str, typer.Argument(help="segregation, negative, concept, redirection or style.")],
     model: Model = "picturebook",
     data: Annotated[Path | None, typer.Option(help="Prompts or pictures: a file or folder, see app/evaluate.")] = None,
     scorer: Annotated[
@@ -48,10 +48,13 @@ def evaluate(
         from ..outputs import output_folder, write_whole
         from .cases import spread
         from .run import Evaluation
+        from .scorers import check
         from .scorers import scorer as named
         from .techniques import technique as known
 
         chosen, own = known(technique), _object(settings)
+        for text in scorer or ():
+            check(text)
         cases, left_out = chosen.cases(data, model in (PICTUREBOOK, ONE_STEP))
         if left_out:
             say(f"{left_out} rows are left out: {chosen.needs}")

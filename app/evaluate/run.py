@@ -141,6 +141,6 @@ def _tile(name: str, file: str, seed: int) -> dict[str, Any]:
 
 def _input(folder: Path, case: Case, name: str, picture: Image.Image) -> str:
     """A copy beside the results: sheets show files of their folder."""
-    path = folder / "pictures" / f"{safe_name(case.id)}-{name}.png"
+    path = folder / "pictures" / f"{safe_name(case.id)}-{name}-{case.label()[name][:8]}.png"
     write_whole(path, encode_png(picture, None))
     return f"pictures/{path.name}"

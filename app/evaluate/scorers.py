@@ -50,12 +50,11 @@ KNOWN: Mapping[str, _Known] = {
 """Module here with `open_scorer(model, device)`, packages it imports, what pip calls them, its model by default."""
 
 
-def scorer(text: str, device: Any = "cpu") -> Scorer:
-    """The scorer of `NAME` or `NAME=PATH_OR_ID`.
+def check(text: str) -> tuple[_Known, str | None]:
+    """What `NAME` or `NAME=PATH_OR_ID` means, nothing loaded: a mistake is told before minutes of work.
 
     Raises:
         SettingError: no such scorer. MissingExtraError: its package is not installed; the message is the pip line.
-        ModelLoadError: its model cannot be loaded.
     """
     name, _, model = text.partition("=")
     if name not in KNOWN:
@@ -66,5 +65,15 @@ def scorer(text: str, device: Any = "cpu") -> Scorer:
         raise MissingExtraError(f'--scorer {name}: {missing[0]} is not installed; run: pip install "{known.pip}"')
     if model and known.model is None:
         raise SettingError(f"--scorer {name} has no model: leave out {'=' + model!r}")
-    opened: Scorer = importlib.import_module(f"{__package__}.{known.module}").open_scorer(model or known.model, device)
+    return known, model or known.model
+
+
+def scorer(text: str, device: Any = "cpu") -> Scorer:
+    """The scorer of `NAME` or `NAME=PATH_OR_ID`.
+
+    Raises:
+        SettingError, MissingExtraError: as `check`. ModelLoadError: its model cannot be loaded.
+    """
+    known, model = check(text)
+    opened: Scorer = importlib.import_module(f"{__package__}.{known.module}").open_scorer(model, device)
     return opened

@@ -35,7 +35,7 @@ def table(pairs: Sequence[Pair], plugin: str) -> Iterator[str]:
 
 def _size(pairs: Sequence[Pair]) -> str:
     seeds = len({pair.seed for pair in pairs})
-    return f"{len({pair.case.id for pair in pairs})} x {seeds}"
+    return f"{len({id(pair.case) for pair in pairs})} x {seeds}"
 
 
 def _cells(pairs: Sequence[Pair], metric: str) -> list[str]:
@@ -51,9 +51,9 @@ def _cells(pairs: Sequence[Pair], metric: str) -> list[str]:
 
 def _of_cases(pairs: Sequence[Pair], metric: str, arm: str) -> list[float]:
     """Means over the seeds of each case."""
-    found: dict[str, list[float]] = {}
+    found: dict[int, list[float]] = {}
     for pair in pairs:
-        found.setdefault(pair.case.id, []).append(float(pair.scores[arm][metric]))
+        found.setdefault(id(pair.case), []).append(float(pair.scores[arm][metric]))
     return [float(np.mean(values)) for values in found.values()]
 
 

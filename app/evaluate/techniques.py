@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
-from ... import AttentionSegregation, NegativeAway, erase, generate, stylize
+from ... import AttentionSegregation, ConceptBlock, NegativeAway, erase, generate, stylize
 from ...attention.errors import SettingError
 from ..errors import DataError
 from . import folders, worlds
@@ -67,6 +67,19 @@ def _kept_away(pipe: Any, case: Case, grafted: bool, settings: Mapping[str, Any]
     return generate(pipe, case.prompt, plugins=plugins, **call)[0]
 
 
+def _blocked(pipe: Any, case: Case, grafted: bool, settings: Mapping[str, Any], **call: Any) -> Image.Image:
+    plugins = [ConceptBlock(case.gone, **settings)] if grafted else []
+    return generate(pipe, case.prompt, plugins=plugins, **call)[0]
+
+
+def _blockable(data: Path) -> list[Case]:
+    """Rows whose negative is what is blocked: it is to go from a prompt that holds it, and is no wanted concept."""
+    return [
+        replace(case, gone=case.negative, negative="", concepts=tuple(c for c in case.concepts if c != case.negative))
+        for case in read_prompts(data)
+    ]
+
+
 def _erased(pipe: Any, case: Case, grafted: bool, settings: Mapping[str, Any], **call: Any) -> Image.Image:
     """Without: blended diffusion from the same start, mask and noise."""
     changed = {**settings} if grafted else {**settings, "scale": 0.0}
@@ -88,6 +101,10 @@ TECHNIQUES: Mapping[str, Technique] = {
     "negative": Technique(
         "NegativeAway", False, read_prompts, worlds.negatives, None, _kept_away, lambda case: bool(case.negative),
         'rows of "prompt" and "negative" as .jsonl, .csv or .tsv',
+    ),
+    "concept": Technique(
+        "ConceptBlock", False, _blockable, worlds.blocked, None, _blocked, lambda case: bool(case.gone),
+        'rows of "prompt" and "negative", the concept that is blocked, as .jsonl, .csv or .tsv',
     ),
     "redirection": Technique(
         "SelfAttentionRedirection", True, folders.removals, worlds.removals, None, _erased,

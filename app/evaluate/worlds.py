@@ -26,6 +26,15 @@ def _composition(name: str, group: str, scene: world.Scene) -> Case:
     )  # fmt: skip
 
 
+def blocked() -> list[Case]:
+    """Captions of two things, the first of which is not to be drawn."""
+    return [
+        Case(f"block-{i}", scene.things[0].kind, world.caption(scene), (scene.things[1].kind,),
+             ((scene.things[1].kind, scene.things[1].colour),), gone=scene.things[0].kind)
+        for i, scene in enumerate(two_objects(COUNT))
+    ]  # fmt: skip
+
+
 def negatives() -> list[Case]:
     """Captions that leave something open, and the negative that it should not be."""
     return [
