@@ -21,7 +21,7 @@ import torch
 from ... import __version__
 from ..outputs import write_whole
 from .gpu_report import markdown
-from .gpu_rows import GRAPHS, MODES, Bench, Row, compiled, exactness, short
+from .gpu_rows import GRAPHS, MODES, UNFORESEEN, Bench, Row, compiled, exactness, short
 from .gpu_shapes import SHAPES, Shape, make
 from .rows import KEPT
 from .training import TimeBox
@@ -113,7 +113,7 @@ def main(words: Sequence[str] | None = None) -> int:
         write_whole(args.out / "gpu-check.json", json.dumps(kept, indent=1).encode())
         write_whole(args.out / "gpu-check.md", markdown(found, at).encode())
     sys.stdout.write(markdown(found, at))
-    return 0
+    return int(any(row.note.startswith(UNFORESEEN) for row in found))
 
 
 if __name__ == "__main__":

@@ -36,6 +36,7 @@ PLUGINS: Mapping[str, Make] = {
     "StartpointFilter": lambda s: StartpointFilter(),
     "StyleInjection, a set of two": lambda s: StyleInjection(None, method="stylealigned"),
 }
+UNFORESEEN = "unforeseen "
 REFUSED = (GraftError, torch.OutOfMemoryError, torch._dynamo.exc.TorchDynamoException)
 
 
@@ -110,7 +111,7 @@ class Bench:
                 pairs = ratios(lambda: self.timed(base, []), lambda: self.timed(call, plugins), box, self.most)
                 row.ratio = quartiles(pairs)
             row.restored = torch.equal(self.before, self.draw(self.subject.call))
-        except REFUSED as error:
+        except Exception as error:  # one row must not cost the others their time
             row.note = short(error)
 
     def draw(self, call: dict[str, Any]) -> torch.Tensor:
@@ -173,7 +174,7 @@ def exactness(shape: Shape, device: torch.device, side: int, little: bool) -> It
             try:
                 with grafted(subject.pipe, [build(subject)] if build else []):
                     found.setdefault(what, []).append(bench.draw(bench.own(what)).float())
-            except REFUSED as error:
+            except Exception as error:  # one row must not cost the others their time
                 notes[what] = short(error)
     plain = _apart(found.get("plain", []))
     for what in ("plain", *PLUGINS):
@@ -190,5 +191,6 @@ def _apart(found: Sequence[torch.Tensor]) -> float | None:
 
 
 def short(error: BaseException) -> str:
-    """One line of it."""
-    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
+    """One line of it; what no one foresaw says so."""
+    foreseen = "" if isinstance(error, REFUSED) else UNFORESEEN
+    return " ".join(f"{foreseen}{type(error).__name__}: {error}".split())[:200]
