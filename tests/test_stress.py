@@ -10,7 +10,7 @@ import diffusers
 import pytest
 import tiny
 import torch
-from plugins_for_tests import Climb, Guide, Scaled, fingerprint
+from plugins_for_tests import Guide, Scaled, fingerprint
 
 import diffgraft as dg
 
@@ -31,7 +31,7 @@ def kinds():
         lambda: [dg.NegativeAway("red", scale=0.5)],
         lambda: [dg.NegativeAway({"red": 1.0, "cat": 0.5}, rule="nag"), Scaled(0.7, start=0.5)],
         lambda: [dg.AttentionSegregation(["ball", "star"], end=1.0)],
-        lambda: [dg.SelfAttentionRedirection(mask, scale=2.0), Climb()],
+        lambda: [dg.SelfAttentionRedirection(mask, scale=2.0), dg.StartpointFilter(0.8)],
         lambda: [dg.StyleInjection(style), dg.StartpointFilter(0.5)],
         lambda: [dg.AttentionDistillation(style)],
         lambda: [Guide(), Scaled(0.5)],
