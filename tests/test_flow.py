@@ -206,7 +206,7 @@ def test_noise_levels_reach_both_ends_and_lie_where_asked():
 
 
 def test_the_students_cuts_are_the_teachers_steps(pipe, tmp_path):
-    found = flow_student.collect(pipe, first=5, count=2, batch=2, side=32)
+    found = flow_student.collect(pipe, first=5, count=2, side=32)
     assert found["points"].shape == (2, flow_student.STEPS + 1, 4, 8, 8) and found["tokens"].shape == (2, LENGTH)
     scheduler = flow.build_scheduler()
     scheduler.sigma_min = 0.0
@@ -219,7 +219,7 @@ def test_the_students_cuts_are_the_teachers_steps(pipe, tmp_path):
 def test_a_student_that_learned_its_segments_ends_where_the_teacher_does(pipe, tmp_path):
     """The loss's target is the step that the pipeline's own scheduler makes of it."""
     pipe.save_pretrained(tmp_path / "teacher")
-    torch.save(flow_student.collect(pipe, first=5, count=2, batch=2, side=32), tmp_path / "flow-paths-0.pt")
+    torch.save(flow_student.collect(pipe, first=5, count=2, side=32), tmp_path / "flow-paths-0.pt")
     student = flow_student.FlowStudent(tmp_path, tmp_path / "teacher", "cpu")
     student.load_data()
     rows, seen = torch.tensor([0, 1]), {}
@@ -238,7 +238,7 @@ def test_a_student_that_learned_its_segments_ends_where_the_teacher_does(pipe, t
 
 def test_the_student_trains(pipe, tmp_path):
     pipe.save_pretrained(tmp_path / "teacher")
-    torch.save(flow_student.collect(pipe, first=5, count=2, batch=2, side=32), tmp_path / "flow-paths-0.pt")
+    torch.save(flow_student.collect(pipe, first=5, count=2, side=32), tmp_path / "flow-paths-0.pt")
     torch.manual_seed(6)
     student = flow_student.FlowStudent(tmp_path, tmp_path / "teacher", "cpu")
     student.load_data()

@@ -28,7 +28,7 @@ from .trainer import BoxTrainer
 from .training import HalfCopy, TimeBox, arguments, contact_sheet, log, share_cores
 from .world import caption, scene
 
-FIRST_SEED, PART = 4_000_000, 256
+FIRST_SEED, MOST = 4_000_000, 256  # the most that one file holds
 STEPS, CROSSED = 4, 6  # of the student, and of the teacher inside each of them
 PEAK, BATCH = 1e-3, 64
 
@@ -50,28 +50,25 @@ def _keep(
 
 
 @torch.no_grad()
-def collect(pipe: ZImagePipeline, first: int, count: int, batch: int = 32, side: int = SIDE) -> dict[str, torch.Tensor]:
+def collect(pipe: ZImagePipeline, first: int, count: int, side: int = SIDE) -> dict[str, torch.Tensor]:
     """Trajectories of `count` captions: points [N, 5, 4, h, w] and token ids [N, 20]."""
-    rows: dict[str, list[torch.Tensor]] = {"points": [], "tokens": []}
-    for start in range(first, first + count, batch):
-        share_cores()
-        texts = [caption(scene(seed), random.Random(f"student {seed}")) for seed in range(start, start + batch)]
-        cells = side // pipe.vae_scale_factor
-        noise = torch.randn(batch, 4, cells, cells, generator=torch.Generator().manual_seed(start))
-        kept = [noise.half()]
-        pipe(
-            list(texts),
-            latents=noise,
-            height=side,
-            width=side,
-            num_inference_steps=STEPS * CROSSED + 1,
-            guidance_scale=GUIDANCE,
-            output_type="latent",
-            callback_on_step_end=partial(_keep, kept),
-        )
-        rows["points"].append(torch.stack([part.cpu() for part in kept], 1))
-        rows["tokens"].append(pipe.tokenizer(texts, padding="max_length", return_tensors="pt").input_ids.byte())
-    return {name: torch.cat(parts) for name, parts in rows.items()}
+    share_cores()
+    texts = [caption(scene(seed), random.Random(f"student {seed}")) for seed in range(first, first + count)]
+    cells = side // pipe.vae_scale_factor
+    noise = torch.randn(count, 4, cells, cells, generator=torch.Generator().manual_seed(first))
+    kept = [noise.half()]
+    pipe(
+        list(texts),
+        latents=noise,
+        height=side,
+        width=side,
+        num_inference_steps=STEPS * CROSSED + 1,
+        guidance_scale=GUIDANCE,
+        output_type="latent",
+        callback_on_step_end=partial(_keep, kept),
+    )
+    tokens = pipe.tokenizer(texts, padding="max_length", return_tensors="pt").input_ids
+    return {"points": torch.stack([part.cpu() for part in kept], 1), "tokens": tokens.byte()}
 
 
 def collect_files(work: Path, teacher: Path, device: str, minutes: float, batch: int) -> None:
@@ -81,9 +78,9 @@ def collect_files(work: Path, teacher: Path, device: str, minutes: float, batch:
     pipe.set_progress_bar_config(disable=True)
     box = TimeBox(minutes)
     while box.fraction < 1:
-        first = FIRST_SEED + PART * len(list(work.glob("flow-paths-*.pt")))
-        torch.save(collect(pipe, first, PART, batch), work / f"flow-paths-{first}.pt")
-        log.info("%d trajectories, %.0f s", first + PART - FIRST_SEED, box.spent)
+        first = FIRST_SEED + MOST * len(list(work.glob("flow-paths-*.pt")))
+        torch.save(collect(pipe, first, batch), work / f"flow-paths-{first}.pt")
+        log.info("%d trajectories more, %.0f s", batch, box.spent)
 
 
 class FlowStudent(BoxTrainer):
@@ -162,7 +159,7 @@ if __name__ == "__main__":
     parser.add_argument("--batch", type=int, default=BATCH, help="trajectories a step; 512 on a GPU")
     args = parser.parse_args()
     if args.collect:
-        collect_files(args.work, args.teacher, args.device, args.minutes, min(args.batch, PART))
+        collect_files(args.work, args.teacher, args.device, args.minutes, min(args.batch, MOST))
     else:
         student = FlowStudent(args.work, args.teacher, args.device)
         if args.resume:

@@ -35,7 +35,7 @@ from .training import (
 )
 from .world import caption, scene
 
-FIRST_SEED, PART, STEPS, GUIDANCE = 3_000_000, 256, 10, 4.0
+FIRST_SEED, PART, STEPS, GUIDANCE = 3_000_000, 256, 10, 2.5
 KEPT = (0, 2, 4, 6)  # steps whose noisy latents are kept; the first is pure noise
 PEAK, BATCH, SHARE_OF_NOISE = 8e-4, 128, 0.75
 
@@ -70,7 +70,7 @@ def collect(pipe: StableDiffusionPipeline, first: int, count: int, batch: int = 
         ).images
         tokens = pipe.tokenizer(texts, padding="max_length", return_tensors="pt").input_ids
         rows["points"].append(torch.stack(kept, 1))
-        rows["ends"].append(ends.half())
+        rows["ends"].append(ends.half().cpu())
         rows["tokens"].append(tokens.byte())
     return {name: torch.cat(parts) for name, parts in rows.items()}
 
@@ -80,22 +80,22 @@ def _keep(
 ) -> dict[str, torch.Tensor]:
     """The pipeline's callback: what comes out of step i is the point before step i + 1."""
     if step + 1 in KEPT:
-        kept.append(given["latents"].half())
+        kept.append(given["latents"].half().cpu())
     return given
 
 
-def collect_files(work: Path, teacher: Path, minutes: float) -> None:
+def collect_files(work: Path, teacher: Path, device: str, minutes: float, batch: int = 32) -> None:
     """Adds trajectory files until the time is up."""
-    pipe = StableDiffusionPipeline.from_pretrained(teacher, torch_dtype=torch.float32)
+    pipe = StableDiffusionPipeline.from_pretrained(teacher, torch_dtype=torch.float32).to(device)
     pipe.scheduler = teacher_scheduler()
     pipe.set_progress_bar_config(disable=True)
     # The denoiser alone in half precision: the solver's numbers are float64, which autocast refuses.
-    pipe.unet.forward = torch.autocast("cpu", torch.bfloat16)(pipe.unet.forward)
+    pipe.unet.forward = torch.autocast(device, torch.bfloat16)(pipe.unet.forward)
     pipe.unet.register_forward_hook(lambda module, given, found: tuple(part.float() for part in found))
     box = TimeBox(minutes)
     while box.fraction < 1:
         first = FIRST_SEED + PART * len(list(work.glob("paths-*.pt")))
-        torch.save(collect(pipe, first, PART), work / f"paths-{first}.pt")
+        torch.save(collect(pipe, first, PART, batch), work / f"paths-{first}.pt")
         log.info("%d trajectories, %.0f s", first + PART - FIRST_SEED, box.spent)
 
 
@@ -154,10 +154,10 @@ class Student:
             },
         )
 
-    def loss(self, data: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Distance between where the student lands and where the teacher's trajectory ended."""
-        rows = torch.randint(len(data["ends"]), (BATCH,))
-        point = torch.where(torch.rand(BATCH) < SHARE_OF_NOISE, 0, torch.randint(1, len(KEPT), (BATCH,)))
+    def loss(self, data: dict[str, torch.Tensor], size: int) -> torch.Tensor:
+        """Distance between where the student lands and where the teacher's trajectory ended, on `size` points."""
+        rows = torch.randint(len(data["ends"]), (size,))
+        point = torch.where(torch.rand(size) < SHARE_OF_NOISE, 0, torch.randint(1, len(KEPT), (size,)))
         noisy = data["points"][rows, point].float().to(self.device).contiguous(memory_format=torch.channels_last)
         wanted, tokens = data["ends"][rows].float().to(self.device), data["tokens"][rows].long().to(self.device)
         time_of = self.times[point.to(self.device)]
@@ -166,7 +166,7 @@ class Student:
         found = end_of(velocity.float(), noisy, self.alphas[time_of].view(-1, 1, 1, 1))
         return distance(found, wanted).mean()
 
-    def run(self, minutes: float) -> None:
+    def run(self, minutes: float, batch: int = BATCH) -> None:
         """Trains to the end of the time box."""
         files = sorted(self.work.glob("paths-*.pt"))
         if not files:
@@ -176,7 +176,7 @@ class Student:
         box, saved, mean = TimeBox(minutes, self.spent), time.monotonic(), None
         while box.fraction < 1:
             share_cores()
-            loss = self.loss(data)
+            loss = self.loss(data, batch)
             loss.backward()
             self.optimizer.step(box.rate(self.step))
             self.ema.update()
@@ -200,15 +200,16 @@ class Student:
         contact_sheet(pictures, 6).save(self.work / "one-step.png")
         self.pipe.scheduler.save_pretrained(self.work / "one-step" / "scheduler")
         self.unet.register_to_config(_name_or_path="picturebook/one-step")
-        self.unet.half().save_pretrained(self.work / "one-step" / "unet")
+        self.unet.half().save_pretrained(self.work / "one-step" / "unet", max_shard_size="15MB")
 
 
 if __name__ == "__main__":
     parser = arguments(__doc__ or "", minutes=60)
     parser.add_argument("--collect", action="store_true", help="let the teacher draw, instead of training")
     parser.add_argument("--teacher", type=Path, default=Path("assets/picturebook"))
+    parser.add_argument("--batch", type=int, default=BATCH, help="points a step; 512 on a GPU")
     args = parser.parse_args()
     if args.collect:
-        collect_files(args.work, args.teacher, args.minutes)
+        collect_files(args.work, args.teacher, args.device, args.minutes, max(1, min(args.batch, PART) // 4))
     else:
-        Student(args.work, args.teacher, args.device).run(args.minutes)
+        Student(args.work, args.teacher, args.device).run(args.minutes, args.batch)
