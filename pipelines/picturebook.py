@@ -74,7 +74,7 @@ def _flow(one_step: bool, dtype: torch.dtype, device: str | torch.device | None)
 
     if one_step:
         raise ModelLoadError("the transformer edition has no one-step student; use picturebook(one_step=True)")
-    if not TRANSFORMER.is_dir():
+    if not (TRANSFORMER / "model_index.json").is_file():
         raise ModelLoadError("the transformer edition is not part of this installation; use picturebook()")
     pipe: ZImagePipeline = load(TRANSFORMER, pipeline=ZImagePipeline, dtype=dtype, device=device)
     return pipe

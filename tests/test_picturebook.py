@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import diffgraft as dg
+from diffgraft.app.bench.autoencoder import measure
 from diffgraft.app.bench.judge import look
 from diffgraft.app.bench.model_card import ASSETS, cells, held_out
 from diffgraft.app.bench.styles import STYLES
@@ -74,3 +75,12 @@ def test_the_card_prints_the_autoencoder_and_the_judge_on_held_out_renders(judge
     assert 0.9 <= found["autoencoder, hue kept"]["all"] <= 1
     assert set(found["judge, exact"]) == set(STYLES) and found["judge, exact"]["plain"] == 1
     assert cells({"plain": 27.123, "all": 26.0}, ".1f") == "| 27.1 |  |  |  |  | 26.0 |"
+
+
+def test_the_transformer_editions_autoencoder_is_finished_and_its_absence_is_told():
+    vae = diffusers.AutoencoderKL.from_pretrained(ASSETS / "picturebook-transformer" / "vae", dtype=torch.float32)
+    found = measure(vae, 2)
+    assert found["all"] > 30.5 and found["hue kept"] == 1
+    assert vae.config.shift_factor == 0  # the pipeline adds it
+    with pytest.raises(dg.ModelLoadError, match="not part of this installation"):
+        dg.picturebook(transformer=True)

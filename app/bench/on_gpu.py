@@ -74,7 +74,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--batch", type=int, default=512)
-    parser.add_argument("--teacher", type=Path, default=TEACHER, help="the transformer edition to go on from")
+    parser.add_argument("--teacher", type=Path, default=TEACHER, help="to go on from; its vae at least")
     parser.add_argument("--scenes", type=int, default=24_000)
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--work", type=Path, default=Path(".train/gpu"))
@@ -92,7 +92,8 @@ def main() -> None:
     if not args.students:
         encode(args.work, args.teacher, args.scenes, args.workers)
         left = 0.6 * (1 - box.fraction) * args.minutes
-        finish(start("train_flow", "--minutes", left, "--from", args.teacher, "--work", args.work, *common))
+        begun = ("--from", args.teacher) if (args.teacher / "model_index.json").is_file() else ()
+        finish(start("train_flow", "--minutes", left, *begun, "--work", args.work, *common))
         finish(start("train_flow", "--export", written, "--work", args.work))
     taught = (*common, "--teacher", args.teacher if args.students else written)
     collect_and_train("flow_student", args.work, taught, box, 0.9 * (1 - box.fraction))
