@@ -45,7 +45,8 @@ class Work:
 
     Attributes:
         step: where in the run. edits: sorted by their order. kernel: for rows without explicit probabilities.
-        text: columns of the text in a joint sequence. memo: keeps the products of an unchanged text.
+        text: columns of the text in a joint sequence, from its end where negative.
+        memo: keeps the products of an unchanged text.
         columns: where further texts stand beside the prompt's: one for all rows, or one a row where they differ.
         asks: how the layer asks its text.
     """
@@ -111,12 +112,13 @@ class Tap(TorchFunctionMode):
 
     def _call(self, given: dict[str, Any], number: int) -> AttentionCall:
         q, k, v, scale = given["query"], given["key"], given["value"], given.get("scale")
-        step = _by_frame(self.task.step, len(q))
+        step, text = _by_frame(self.task.step, len(q)), self.task.text
+        text = None if text is None else slice(*text.indices(k.shape[-2])[:2])  # it may be counted from the end
         if given.get("enable_gqa") and k.shape[1] != q.shape[1]:  # no kernel that gives the log-sum-exp knows groups
             k, v = (tensor.repeat_interleave(q.shape[1] // k.shape[1], 1) for tensor in (k, v))
         return AttentionCall(
             self.layer, q, k, v, given.get("attn_mask"), 1 / math.sqrt(q.shape[-1]) if scale is None else scale,
-            number, step, self.task.text, given.get("is_causal", False), False, self.task.kernel,
+            number, step, text, given.get("is_causal", False), False, self.task.kernel,
             self.project,
         )  # fmt: skip
 

@@ -30,6 +30,7 @@ class Branch:
         like: "cond" or "uncond", the group that is copied; edits for that group run on the branch too.
         latent: gives the branch's own latent [n, C, h, w] (in the scheduler's space), or None for the same one.
         text: its own text embeddings [1 or n, L, D], as the denoiser takes them.
+        words: another text with all of its arguments, n = 1 or one a prompt.
         shared: its latent and its text are one for all pictures: one row, if nothing else tells the pictures apart.
     """
 
@@ -38,6 +39,12 @@ class Branch:
     latent: Callable[[Step], torch.Tensor] | None = None
     text: torch.Tensor | None = None
     shared: bool = False
+    words: Text | None = None
+
+    @property
+    def late(self) -> bool:
+        """Whether its rows are the same as those that it copies until an edit touches them."""
+        return self.latent is None and self.text is None and self.words is None
 
 
 @dataclass(frozen=True)
@@ -79,11 +86,13 @@ class Text:
         embeddings: [n, L, D] as the denoiser takes them; [n, L, layers, D] for those that take several layers'.
         mask: [n, L] boolean, False at padding that the model hides from attention; None where it hides none.
         more: the denoiser's other arguments that belong to these texts, by name, [n, ...].
+        pooled: those that pool a text into one vector, [n, D]; only rows of their own take them.
     """
 
     embeddings: torch.Tensor
     mask: torch.Tensor | None = None
     more: Mapping[str, torch.Tensor] = field(default_factory=dict[str, torch.Tensor])
+    pooled: Mapping[str, torch.Tensor] = field(default_factory=dict[str, torch.Tensor])
 
 
 class Session(Protocol):

@@ -17,9 +17,10 @@ from ..attention.edit import Edit
 from ..attention.errors import SettingError, SettingTypeError, UnsupportedPipelineError
 from ..attention.layer import AttentionLayer
 from ..attention.step import Step
-from .base import Plugin, Prompt, Session, Text, finite, listed
+from .base import Branch, Plugin, Prompt, Session, Text, finite, listed
 from .defaults import Default, default
 from .negative_edits import Call, CrossAway, CutStreams, JointAway, KeysAway, Steering
+from .negative_rows import ROW, RowsAway
 
 Negative = str | Sequence[str] | Mapping[str, float] | torch.Tensor | None
 
@@ -129,6 +130,9 @@ class NegativeAway(Plugin):
             It is what NAG's code calls `nag_end`; a `nag_sigma_end` of s is `until=1 - s` on flow-matching models.
             A schedule that is shifted towards noise spends most of its steps there: FLUX dev with 28 steps steers 15 of
             them with until=0.25 and 7 with end=0.25.
+        form: "streams" computes the image once. "rows" is the doubled form: one more row a picture with the negative as
+            its text, and with the negative's own pooled vector where the model has one, as official NAG has it on
+            joint models; twice the cost, one negative only.
     Raises:
         UnsupportedPipelineError: at attach, a UNet whose layers attend to text and image at once.
         SettingError, SettingTypeError: an argument out of range; at sampling: a count of negatives that is not the
@@ -142,16 +146,18 @@ class NegativeAway(Plugin):
         self, negative: Negative, *, rule: str = "nasa", scale: float | None = None, tau: float = 2.5,
         alpha: float | None = None, offset: float = 0.0, joint: str = "text",
         layers: str | Sequence[int | str] | None = None, mask: torch.Tensor | None = None,
-        start: float = 0.0, end: float = 1.0, until: float | None = None,
+        start: float = 0.0, end: float = 1.0, until: float | None = None, form: str = "streams",
         negative_2: str | Sequence[str] | None = None, negative_3: str | Sequence[str] | None = None,
     ) -> None:  # fmt: skip
         super().__init__(start=start, end=end)
         if rule not in RULES:
             raise SettingError(f"rule={rule!r}: choose one of {', '.join(RULES)}")
+        if form not in ("streams", "rows"):
+            raise SettingError(f"form={form!r}: choose 'streams' or 'rows'")
         if joint not in ("text", "full"):
             raise SettingError(f"joint={joint!r}: choose 'text' or 'full'")
         self.negative, self.mask = _checked(negative), _checked_mask(mask, negative)
-        self.rule, self.joint = rule, joint
+        self.rule, self.joint, self.form = rule, joint, form
         self.scale = None if scale is None else finite(scale, "scale", 0.0, 100.0)
         self.tau = finite(tau, "tau", 1e-6)
         self.alpha = None if alpha is None else finite(alpha, "alpha", 0.0, 1.0)
@@ -187,6 +193,8 @@ class NegativeAway(Plugin):
         prompt = session.prompt
         self._warn_of_ignored(prompt)
         texts, weights = self._texts(session)
+        if self.form == "rows" and len(texts) > 1:
+            raise SettingError("form='rows' takes one negative for a picture: use form='streams' for several")
         _check_width(texts, session.text_width)
         known = default(self.rule, session.family, prompt.guided)
         scale = known.scale if self.scale is None else self.scale
@@ -198,10 +206,17 @@ class NegativeAway(Plugin):
 
     def streams(self, step: Step) -> Sequence[Text]:
         call: Call = step.notes[self]
-        return call.texts
+        return call.texts if self.form == "streams" else ()
+
+    def branches(self, step: Step) -> Sequence[Branch]:
+        call: Call = step.notes[self]
+        return (Branch(ROW, words=call.texts[0]),) if self.form == "rows" else ()
 
     def edits(self) -> Sequence[Edit]:
         steering = Steering(self, self.rule, self._chooses)
+        if self.form == "rows":
+            kinds = [kind for kind in _TEXT_KINDS if kind in self._kinds] or ["cross"]
+            return tuple(RowsAway(steering, kind) for kind in kinds)
         if "joint" in self._kinds:
             return CutStreams(steering), JointAway(steering)
         return (KeysAway(steering) if "keys" in self._kinds else CrossAway(steering),)

@@ -180,7 +180,7 @@ class KeysAway(CrossAway):
         for number in range(len(state.texts)):
             k, v, mask = state.projected(call, number, len(some.q))
             word = _apart(some, k, v, mask, n, first)[1]
-            negatives.append(_negative(state, word, seen))
+            negatives.append(negative_of(state, word, seen))
         return placed(out, rows, state.steer(out[rows], merge([seen, own]).lse, negatives))
 
 
@@ -198,7 +198,7 @@ def _apart(
     return over(picture), over(words)
 
 
-def _negative(state: Call, word: Partial, image: Partial) -> Partial:
+def negative_of(state: Call, word: Partial, image: Partial) -> Partial:
     """What the rule takes as Z-, of the attention over the negative's words and over the image."""
     if state.rule == "nasa" and state.joint == "text":
         return Partial(sum_weighted([word], torch.logaddexp(word.lse, image.lse)), word.lse)
@@ -246,7 +246,7 @@ class JointAway(_TextEdit):
         image, positive = _shared_for(call, rows)
         q = _image(call.narrow(rows).q, call.text)
         words = [attend_with_lse(q, s.k, s.v, s.by_image, s.scale) for s in streams]
-        negatives = [_negative(state, word, image) for word in words]
+        negatives = [negative_of(state, word, image) for word in words]
         return placed(out, rows, state.steer(out[rows], positive.lse, negatives))
 
 

@@ -151,3 +151,24 @@ def test_a_family_comes_off_and_neutral_is_plain(name):
         assert torch.equal(steered(name, texts, plugin)[0], plain)
     steered(name, texts, away(name, texts[1], scale=0.5))
     assert torch.equal(outcome(model(**call)), plain) and fingerprint(pipe) == before
+
+
+POOLED = [name for name, tiny in TINY.items() if tiny.pooled]  # a row of its own has its own pooled text
+FRAMES = ["UNetMotionModel"]
+
+
+@pytest.mark.parametrize("case", ["nasa", "vsf"])
+@pytest.mark.parametrize("name", [name for name in TINY if name not in POOLED + FRAMES])
+def test_rows_of_its_own_are_the_doubled_form_too(name, case):
+    """As a row of the batch, with the model's own forward for both; the pooled text given is the prompt's."""
+    texts, settings = texts_of(name, TINY[name].lengths[0]), CASES[case]
+    expected, met = doubled(name, texts, settings)
+    found, report = steered(name, texts, away(name, texts[1], form="rows", **settings))
+    assert (found - expected).abs().max() <= TINY[name].error * expected.abs().max()
+    assert set(report.layers) == met and report.rows == [2]
+
+
+def test_rows_of_its_own_are_refused_where_every_frame_has_a_text():
+    texts = texts_of(FRAMES[0], (7, 7))
+    with pytest.raises(dg.UnsupportedPipelineError, match="every frame"):
+        steered(FRAMES[0], texts, away(FRAMES[0], texts[1], form="rows"))

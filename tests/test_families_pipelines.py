@@ -275,3 +275,43 @@ def test_families_have_names_for_defaults():
     assert names == {"z-image", "chroma", "lumina2", "wan", "flux2"}
     report = run(pipe_of("z_image"), dg.NegativeAway("red", rule="nag"), guidance_scale=0.0)[1]
     assert report.plugins[0][1]["scale_from"].startswith("users of Z-Image-Turbo")
+
+
+# -- rows of its own ----------------------------------------------------------------------------------------
+
+
+def test_rows_of_its_own_where_nothing_is_pooled_are_the_streams():
+    import tiny
+
+    pipe = tiny.sd15()
+    for guidance in (1.0, 4.0):
+        made = []
+        for form in ("streams", "rows"):
+            with dg.graft(pipe, dg.NegativeAway("red", scale=0.5, form=form)) as g:
+                made.append(tiny.sample(pipe, guidance_scale=guidance))
+        torch.testing.assert_close(made[1], made[0], rtol=0, atol=1e-4)
+        assert g.report().rows == [2 if guidance == 1.0 else 3]
+    for name in ("z_image", "chroma", "wan"):
+        pipe, call = pipe_of(name), CALLS[name] | {"guidance_scale": 4.0}
+        made = [run(pipe, dg.NegativeAway("red cat", scale=0.5, form=form), **call)[0] for form in ("streams", "rows")]
+        torch.testing.assert_close(made[1], made[0], rtol=0, atol=1e-4)
+
+
+def test_rows_of_its_own_take_the_negatives_pooled_text():
+    pipe = tt.flux()
+    text, pooled = pipe.encode_prompt("red cat", "red cat", max_sequence_length=16)[:2]
+    streams = run(pipe, dg.NegativeAway("red cat", scale=0.5))[0]
+    given = run(pipe, dg.NegativeAway(text, scale=0.5, form="rows"))[0]  # embeddings bring no pooled text
+    torch.testing.assert_close(given, streams, rtol=0, atol=1e-4)
+    assert (run(pipe, dg.NegativeAway("red cat", scale=0.5, form="rows"))[0] - streams).abs().max() > 1e-4
+    assert pooled.shape[-1] == pipe.transformer.config.pooled_projection_dim
+
+
+def test_what_rows_of_its_own_refuse():
+    pipe = tt.flux()
+    with pytest.raises(dg.SettingError, match="one negative for a picture"):
+        run(pipe, dg.NegativeAway({"red": 1.0, "blue": 1.0}, form="rows"))
+    with pytest.raises(dg.SettingError, match="texts of one length"):
+        run(pipe, dg.NegativeAway(tf.normal(1, 5, 32), form="rows"))
+    with pytest.raises(dg.SettingError, match="form="):
+        dg.NegativeAway("red", form="columns")

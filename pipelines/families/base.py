@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils._pytree import tree_map
 
 from ...attention.call import TextCall
-from ...attention.errors import UnsupportedPipelineError
+from ...attention.errors import SettingError, UnsupportedPipelineError
 from ...attention.layer import AttentionLayer, find_layers
 from ...attention.step import Rows
 from ...plugins.base import Text
@@ -154,8 +154,37 @@ class Adapter:
         def moved(value: torch.Tensor) -> torch.Tensor:
             return value.to(device, like.dtype) if value.is_floating_point() else value.to(device)
 
-        more = {name: moved(value) for name, value in text.more.items()}
-        return Text(moved(text.embeddings), None if text.mask is None else text.mask.to(device), more)
+        more, pooled = ({name: moved(value) for name, value in held.items()} for held in (text.more, text.pooled))
+        return Text(moved(text.embeddings), None if text.mask is None else text.mask.to(device), more, pooled)
+
+    def with_text(self, inputs: Inputs, text: Text) -> Inputs:
+        """The same call with another text, whose rows are those of `inputs`."""
+        return {**inputs, self.text: text.embeddings, **text.more}
+
+    def with_words(self, inputs: Inputs, rows: slice, text: Text) -> Inputs:
+        """The same call in which some rows have another text, of n = 1 or one for each prompt, with its pooled form.
+
+        Raises:
+            SettingError: a text of another length, which this model cannot have in one batch with the prompt's.
+        """
+        count, text = rows.stop - rows.start, self.to_denoiser(text)
+        own = [i * len(text.embeddings) // count for i in range(count)]
+        mine = Text(
+            text.embeddings[own], None if text.mask is None else text.mask[own],
+            {name: value[own] for name, value in text.more.items()},
+        )  # fmt: skip
+        index = torch.arange(rows.start, rows.stop, device=self.device(inputs))
+        changed = self.with_text(self.take(inputs, index), mine)
+        changed |= {name: value[own] for name, value in text.pooled.items()}
+        names = {self.text, *text.more, *text.pooled, *self.text_arguments}
+        return inputs | {
+            n: replaced(inputs.get(n), rows, changed.get(n), self.batch(inputs)) for n in names & {*changed}
+        }
+
+    @property
+    def text_arguments(self) -> tuple[str, ...]:
+        """Arguments with one row a text, besides the text itself."""
+        return ()
 
     # -- branches ----------------------------------------------------------------------------------------------
 
@@ -250,6 +279,28 @@ class Adapter:
                 f"{type(self.denoiser).__name__} has layerwise casting, under which no gradient reaches the latent: "
                 "load it in float16 or bfloat16 instead"
             )
+
+
+def replaced(whole: Any, rows: slice, new: Any, batch: int) -> Any:
+    """An argument with some of its rows replaced, which may be longer or, where it is masked, shorter.
+
+    Raises:
+        SettingError: rows of another length where nothing says so.
+    """
+    if new is None or (whole is None and not isinstance(new, torch.Tensor)):
+        return whole
+    if isinstance(whole, list):
+        return [*whole[: rows.start], *new, *whole[rows.stop :]]
+    if whole is None:  # the prompt alone needed no mask
+        whole = new.new_ones(batch, *new.shape[1:])
+    if whole.shape[1:] != new.shape[1:]:
+        raise SettingError(
+            f"form='rows': a negative of shape {list(new.shape[1:])} beside a prompt of {list(whole.shape[1:])}: this "
+            "model takes texts of one length in a batch; use form='streams', or pad the negative's embeddings"
+        )
+    whole = whole.clone()
+    whole[rows] = new.to(whole)
+    return whole
 
 
 def _of_encoder(text: Any, i: int) -> str:

@@ -33,7 +33,9 @@ class DeclaredAdapter(Adapter):
         self.sample, self.timestep, self.text = family.sample, family.timestep, family.text
         self.positional = tuple(inspect.signature(type(denoiser).forward).parameters)[1:]
         self.batched = tuple(
-            name for name in self.positional if name not in _NOT_BATCHED and not name.endswith("kwargs")
+            name
+            for name in self.positional
+            if name not in _NOT_BATCHED and not name.endswith(("kwargs", "_scale", "_pos"))
         )
         self._asks = {layer.module: _asks(denoiser, family, layer) for layer in self.layers}
         self.layers = _kinds(self.layers, family)
@@ -167,13 +169,13 @@ class DeclaredAdapter(Adapter):
     def text_slice(self, layer: AttentionLayer, inputs: Inputs) -> slice | None:
         if layer.kind not in ("joint", "keys"):
             return None
-        lengths, start = self.lengths(inputs), 0 if self.spec.text_first else self.tokens(inputs)
+        lengths = self.lengths(inputs)
         if len(set(lengths)) > 1:
             raise UnsupportedPipelineError(
                 f"{type(self.pipe).__name__} has texts of different lengths in one batch, where words have no common "
                 "columns: sample these prompts one by one"
             )
-        return slice(start, start + lengths[0])
+        return slice(0, lengths[0]) if self.spec.text_first else slice(-lengths[0], None)
 
     def text_settings(self, running: Running) -> dict[str, Any]:
         told = super().text_settings(running)
@@ -203,6 +205,10 @@ class DeclaredAdapter(Adapter):
             f"{type(self.denoiser).__name__} masks no padding: leave mask= out, and cut the padding off the negative's "
             "embeddings"
         )
+
+    @property
+    def text_arguments(self) -> tuple[str, ...]:
+        return () if self.spec.mask is None else (self.spec.mask,)
 
     # -- encoding ----------------------------------------------------------------------------------------------
 

@@ -82,6 +82,13 @@ def mask_lengths(adapter: Any, inputs: Mapping[str, Any]) -> list[int]:
     return [int(n) for n in inputs["encoder_attention_mask"].sum(1).tolist()]
 
 
+def all_texts(adapter: Any, inputs: Mapping[str, Any]) -> list[int]:
+    """Text tokens where a second text and a picture's tokens stand with the first."""
+    names = ("encoder_hidden_states", "encoder_hidden_states_2", "image_embeds")
+    total = sum(inputs[name].shape[1] for name in names if inputs.get(name) is not None)
+    return [total] * len(inputs["hidden_states"])
+
+
 def patches(adapter: Any, inputs: Mapping[str, Any]) -> int:
     """Image tokens of a latent [B, C, h, w] cut in patches."""
     height, width = inputs["hidden_states"].shape[-2:]
@@ -91,12 +98,17 @@ def patches(adapter: Any, inputs: Mapping[str, Any]) -> int:
 # -- encoders that are asked in another way ---------------------------------------------------------------------------
 
 
-def with_lora(prompts: int, name: str = "joint_attention_kwargs") -> Any:
-    """Encoding by `encode_prompt` with as many prompts, at the LoRA scale that the call has under `name`."""
+def with_lora(prompts: int, pooled: int, name: str = "joint_attention_kwargs") -> Any:
+    """Encoding by `encode_prompt` with as many prompts, at the LoRA scale that the call has under `name`.
+
+    Args:
+        prompts: how many. pooled: place of the pooled text in the answer.
+    """
 
     def encode(adapter: Any, texts: list[str], running: Any) -> Text:
         scale = (running.arguments.get(name) or {}).get("scale")
-        return Text(adapter.encode_prompt(running, *[texts] * prompts, lora_scale=scale)[0])
+        found = adapter.encode_prompt(running, *[texts] * prompts, lora_scale=scale)
+        return Text(found[0], pooled={"pooled_projections": found[pooled]})
 
     return encode
 

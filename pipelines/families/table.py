@@ -32,11 +32,11 @@ FAMILIES: dict[str, Family | Refused] = {
     # -- pictures ------------------------------------------------------------------------------------------------
     "UNet2DConditionModel": Family("unet", sample="sample", denoisers=("unet",), adapter=UNetAdapter),
     "FluxTransformer2DModel": Family(
-        "flux", _two(_ROPE), ids=("txt_ids", ()), encode=odd.with_lora(2), guidance="apart", flag="do_true_cfg",
+        "flux", _two(_ROPE), ids=("txt_ids", ()), encode=odd.with_lora(2, 1), guidance="apart", flag="do_true_cfg",
         tokenizer="tokenizer_2", prompt="prompt_2", latent=Latent("packed"),
     ),
     "SD3Transformer2DModel": Family(
-        "sd3", (Meet("transformer_blocks", layers=(".attn",)),), text_first=False, encode=odd.with_lora(3)
+        "sd3", (Meet("transformer_blocks", layers=(".attn",)),), text_first=False, encode=odd.with_lora(3, 2)
     ),
     "QwenImageTransformer2DModel": Family(
         "qwen",
@@ -89,7 +89,7 @@ FAMILIES: dict[str, Family | Refused] = {
     "CogView4Transformer2DModel": Family("cogview4", (Meet("transformer_blocks"),), guidance="apart"),
     "HunyuanImageTransformer2DModel": Family(
         "hunyuan-image", _two(_MASK4), mask=_M, encoded={TEXT: 0, _M: 1, f"{TEXT}_2": 2, f"{_M}_2": 3},
-        guidance="apart", text_first=False, alone=_CONTEXT, still=False, columns=False,
+        guidance="apart", text_first=False, alone=_CONTEXT, still=False, columns=False, lengths=odd.all_texts,
     ),
     "HunyuanDiT2DModel": Family(
         "hunyuan-dit", _across("blocks", whole=True), encode=odd.clip_and_t5,
@@ -147,7 +147,7 @@ FAMILIES: dict[str, Family | Refused] = {
     "HunyuanVideo15Transformer3DModel": Family(
         "hunyuan-video-1.5", (Meet("transformer_blocks", along=(Along("attention_mask", 1, of="text"),)),), mask=_M,
         encoded={TEXT: 0, _M: 1, f"{TEXT}_2": 2, f"{_M}_2": 3}, guidance="apart", text_first=False, alone=_CONTEXT,
-        still=False, columns=False, latent=_FILM,
+        still=False, columns=False, lengths=odd.all_texts, latent=_FILM,
     ),
     "CogVideoXTransformer3DModel": Family("cogvideox", (Meet("transformer_blocks"),), latent=_FILM),
     "ConsisIDTransformer3DModel": Family("consisid", (Meet("transformer_blocks"),), cut=True, latent=_FILM),

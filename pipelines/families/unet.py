@@ -54,6 +54,13 @@ class UNetAdapter(Adapter):
             taken["cross_attention_kwargs"] = given | {"gligen": grounding}
         return taken
 
+    def with_words(self, inputs: Inputs, rows: slice, text: Text) -> Inputs:
+        if type(self.denoiser).__name__ == "UNetMotionModel":
+            raise UnsupportedPipelineError(
+                f"form='rows': {type(self.pipe).__name__} gives its UNet a text for every frame; use form='streams'"
+            )
+        return super().with_words(inputs, rows, text)
+
     def late_blocks(self) -> Sequence[tuple[str, nn.Module]]:
         unet: Any = self.denoiser
         mid = [("mid_block", unet.mid_block)] if unet.mid_block is not None else []

@@ -83,4 +83,6 @@ def _own_inputs(run: Run, inputs: Inputs, branches: Sequence[Branch]) -> Inputs:
             words = inputs[text].clone()
             words[rows] = branch.text.to(words)
             inputs = {**inputs, text: words}
+        if branch.words is not None:
+            inputs = run.adapter.with_words(inputs, rows, branch.words)
     return inputs

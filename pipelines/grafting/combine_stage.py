@@ -20,6 +20,9 @@ def combine(run: Run, active: Sequence[Plugin], output: Any) -> Any:
     kept = max(rows.stop for name, rows in step.rows.items() if name not in step.likes)
     if not combiners and kept == len(prediction):
         return output
+    if not combiners:
+        run.deltas = []
+        return _folded(run, output, kept, ())
     full = prediction.to(torch.promote_types(prediction.dtype, torch.float32))
     run.deltas = [d for plugin in combiners if (d := plugin.combine(step, full, step.rows)) is not None]
     return _folded(run, output, kept, ("uncond", "cond"))

@@ -49,7 +49,7 @@ class Placed:
 
     def join_block(self, branches: Sequence[Branch]) -> str:
         """Name of the block before which these branches may join, "" for the input."""
-        if any(branch.latent is not None or branch.text is not None for branch in branches):
+        if any(not branch.late for branch in branches):
             return ""
         return min((self.joins.get(branch.name, "") for branch in branches), key=self.blocks.index)
 

@@ -164,7 +164,10 @@ def _lettered(char: str) -> bool:
 
 def _row(text: Text, i: int) -> Text:
     return Text(
-        text.embeddings[i], None if text.mask is None else text.mask[i], {k: v[i] for k, v in text.more.items()}
+        text.embeddings[i],
+        None if text.mask is None else text.mask[i],
+        {k: v[i] for k, v in text.more.items()},
+        {k: v[i] for k, v in text.pooled.items()},
     )
 
 
@@ -173,14 +176,16 @@ def _stack(rows: Sequence[Text]) -> Text:
     longest = max(len(row.embeddings) for row in rows)
     uneven = any(len(row.embeddings) != longest for row in rows)
     more = {name: torch.stack([row.more[name] for row in rows]) for name in rows[0].more}
+    pooled = {name: torch.stack([row.pooled[name] for row in rows]) for name in rows[0].pooled}
     if not uneven and all(row.mask is None for row in rows):
-        return Text(torch.stack([row.embeddings for row in rows]), None, more)
+        return Text(torch.stack([row.embeddings for row in rows]), None, more, pooled)
     masks = [row.embeddings.new_ones(len(row.embeddings), dtype=torch.bool) if row.mask is None else row.mask
              for row in rows]  # fmt: skip
     return Text(
         torch.stack([_padded(row.embeddings, longest) for row in rows]),
         torch.stack([F.pad(mask, (0, longest - len(mask))) for mask in masks]),
         more,
+        pooled,
     )
 
 
