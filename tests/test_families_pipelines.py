@@ -315,3 +315,40 @@ def test_what_rows_of_its_own_refuse():
         run(pipe, dg.NegativeAway(tf.normal(1, 5, 32), form="rows"))
     with pytest.raises(dg.SettingError, match="form="):
         dg.NegativeAway("red", form="columns")
+
+
+# -- words ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["z_image", "klein", "chroma", "lumina2"])
+def test_words_are_found_where_the_template_puts_them(name):
+    """The column of a word is the place of its token in what the text encoder reads."""
+    pipe, seen, read = pipe_of(name), {}, []
+
+    class Look(dg.Plugin):
+        def begin(self, session, step):
+            texts = session.prompt.texts
+            seen.update(texts=texts, span=session.token_spans(texts[0], "ball"), inner=session.token_range(texts[0]))
+
+    hook = pipe.text_encoder.register_forward_pre_hook(
+        lambda module, args, kwargs: read.append(args[0] if args else kwargs["input_ids"]), with_kwargs=True
+    )
+    length = {"max_sequence_length": 40} if name == "lumina2" else {}
+    call = CALLS[name] | {"guidance_scale": 0.0} | length
+    for prompt in ("a blue ball", ["a blue ball"]):
+        read.clear()
+        run(pipe, Look(), prompt=prompt, **call)
+        column = read[0][0].tolist().index(tt.WORDS.index("ball"))
+        assert seen["span"] == [[column]] and seen["texts"] == ["a blue ball"]
+        assert list(seen["inner"])[-1] == column and len(seen["inner"]) == 3
+    hook.remove()
+
+
+@pytest.mark.parametrize("name", ["z_image", "chroma", "klein"])
+def test_segregation_on_the_new_families(name):
+    pipe, call = pipe_of(name), CALLS[name] | {"guidance_scale": 0.0}
+    prompt = "a blue ball and a cat"
+    plain = run(pipe, prompt=prompt, **call)[0]
+    moved, report = run(pipe, dg.AttentionSegregation(["ball", "cat"], loss="attend-and-excite"), prompt=prompt, **call)
+    assert moved.isfinite().all() and not torch.equal(moved, plain) and report.updates > 0
+    assert torch.equal(run(pipe, prompt=prompt, **call)[0], plain)

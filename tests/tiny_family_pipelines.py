@@ -60,7 +60,7 @@ def lumina2() -> Any:
     config = tf.TINY["Lumina2Transformer2DModel"].config | {"cap_feat_dim": 32}
     return tiny.quiet(diffusers.Lumina2Pipeline(
         transformer=tt.lively(diffusers.Lumina2Transformer2DModel(**config)), vae=tt.vae(), scheduler=tt.flow(),
-        text_encoder=tt.gemma(), tokenizer=tt.tokenizer(),
+        text_encoder=tt.gemma(), tokenizer=tt.tokenizer(64),
     ))  # fmt: skip
 
 

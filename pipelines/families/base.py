@@ -249,6 +249,14 @@ class Adapter:
         """The running call's prompt whose tokens are those columns."""
         return running.arguments.get("prompt")
 
+    def wrapped(self, prompt: str) -> str:
+        """What the text encoder really reads for a prompt.
+
+        Raises:
+            UnsupportedPipelineError: a model that puts its text in another order, where words have no columns.
+        """
+        return prompt
+
     # -- refusals ----------------------------------------------------------------------------------------------
 
     def check_inputs(self, inputs: Inputs) -> None:

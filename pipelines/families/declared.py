@@ -24,6 +24,9 @@ from .running import Running
 _NOT_BATCHED = ("return_dict", "img_ids", "txt_ids", "image_ids", "position_ids", "image_rotary_emb")
 
 
+_SIGN = "\N{REPLACEMENT CHARACTER}"
+
+
 class DeclaredAdapter(Adapter):
     """A denoiser as its family describes it."""
 
@@ -232,7 +235,22 @@ class DeclaredAdapter(Adapter):
         return getattr(self.pipe, self.spec.tokenizer, None)
 
     def prompt(self, running: Running) -> Any:
-        return running.arguments.get(self.spec.prompt) or super().prompt(running)
+        told = running.arguments.get(self.spec.prompt) or super().prompt(running)
+        return [self._unwrapped(text) for text in told] if self.spec.wrap and isinstance(told, list) else told
+
+    def wrapped(self, prompt: str) -> str:
+        if not self.spec.columns:
+            raise UnsupportedPipelineError(
+                f"{type(self.denoiser).__name__} puts its text in another order, so that words have no columns "
+                "of their own: give no words to a plugin here"
+            )
+        return prompt if self.spec.wrap is None else self.spec.wrap(self.pipe, prompt)
+
+    def _unwrapped(self, text: str) -> str:
+        """A prompt of a list, into which Z-Image's pipeline writes its template."""
+        head, _, tail = self.wrapped(_SIGN).partition(_SIGN)
+        inside = text.startswith(head) and text.endswith(tail) and len(text) >= len(head) + len(tail)
+        return text[len(head) : len(text) - len(tail)] if inside else text
 
     # -- refusals ----------------------------------------------------------------------------------------------
 

@@ -103,6 +103,7 @@ class Family:
         still: the text's way to the blocks depends on no timestep, so it is heard once a call.
         lengths, tokens: (adapter, inputs) -> text tokens of each row, image tokens; for one-sequence models.
         place: (inputs, text) -> inputs with another text, where naming the arguments is not enough.
+        wrap: (pipe, prompt) -> what is really read, where a pipeline puts a prompt into a template.
         columns: the tokenizer's columns are the text's; False where texts are put in another order.
         tokenizer: the pipeline's attribute, prompt: the call's argument whose tokens the columns are.
         latent: how latents lie in the sample.
@@ -137,6 +138,7 @@ class Family:
     lengths: Callable[[Any, Mapping[str, Any]], list[int]] | None = None
     tokens: Callable[[Any, Mapping[str, Any]], int] | None = None
     place: Callable[[Any, Any], Any] | None = None
+    wrap: Callable[[Any, str], str] | None = None
     columns: bool = True
     tokenizer: str = "tokenizer"
     prompt: str = "prompt"

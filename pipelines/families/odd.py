@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from ...attention.errors import UnsupportedPipelineError
 from ...plugins.base import Text
 
 Inputs = dict[str, Any]
@@ -123,6 +124,30 @@ def clip_and_t5(adapter: Any, texts: list[str], running: Any) -> Text:
 def second_if_picture(module: Any) -> int:
     """Which attention call is the text's, where pictures may be attended to first."""
     return int(getattr(module, "add_k_proj", None) is not None)
+
+
+# -- templates ----------------------------------------------------------------------------------------------------
+
+
+def chat(thinking: bool) -> Any:
+    """A prompt as the only message of a chat."""
+
+    def wrap(pipe: Any, prompt: str) -> str:
+        if getattr(pipe.tokenizer, "chat_template", None) is None:
+            raise UnsupportedPipelineError(
+                f"{type(pipe).__name__} reads its prompt in a form that diffgraft does not know: give no words here"
+            )
+        messages = [{"role": "user", "content": prompt}]
+        return pipe.tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True, enable_thinking=thinking
+        )
+
+    return wrap
+
+
+def system_prompt(pipe: Any, prompt: str) -> str:
+    """Lumina 2's prompt behind its system prompt."""
+    return f"{pipe.system_prompt} <Prompt Start> {prompt}"
 
 
 def nested(pipe: Any, inputs: Mapping[str, Any]) -> bool:

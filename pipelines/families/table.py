@@ -59,11 +59,12 @@ FAMILIES: dict[str, Family | Refused] = {
         (Meet("layers", text=None, sequence="x", along=(Along("freqs_cis", 1, rope=True), Along("attn_mask", 1))),),
         sample="x", timestep="t", text="cap_feats", text_first=False, alone=_REFINED, guidance="cond, uncond",
         flag="apply_cfg", encode=odd.z_image_encode, place=odd.z_image_place, lengths=odd.z_image_lengths,
-        tokens=odd.z_image_tokens, latent=Latent("list"), residuals=("controlnet_block_samples",),
+        tokens=odd.z_image_tokens, wrap=odd.chat(True), latent=Latent("list"), residuals=("controlnet_block_samples",),
         refuse=((odd.nested, "mixes several texts and pictures in its omni mode: use ZImagePipeline"),),
     ),
     "Flux2Transformer2DModel": Family(
-        "flux2", _two(_ROPE, None), ids=("txt_ids", (3,)), cut=True, guidance="apart", latent=Latent("tokens"),
+        "flux2", _two(_ROPE, None), ids=("txt_ids", (3,)), cut=True, guidance="apart", wrap=odd.chat(False),
+        latent=Latent("tokens"),
         refuse=((odd.keeps_keys, "keeps keys of its references from step to step, where a negative would go wrong in "
                                  "silence: use Flux2KleinPipeline"),),
     ),
@@ -76,6 +77,7 @@ FAMILIES: dict[str, Family | Refused] = {
         (Meet("layers", text=None, along=(Along("image_rotary_emb", 1, rope=True), Along("attention_mask", 1))),),
         mask="encoder_attention_mask", encoded={TEXT: 2, "encoder_attention_mask": 3}, as_negative=True, cut=True,
         alone=_REFINED, guidance="apart", lengths=odd.mask_lengths, tokens=odd.patches, masked=True,
+        wrap=odd.system_prompt,
     ),
     "Krea2Transformer2DModel": Family(
         "krea2", (Meet("transformer_blocks", text=None, along=(*_ROPE, Along("attention_mask", 3))),),

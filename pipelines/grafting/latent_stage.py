@@ -34,9 +34,9 @@ def move(run: Run, movers: Sequence[Plugin], inputs: Inputs) -> Inputs:
     key, rows = run.adapter.sample, run.step.rows["cond"]
     with torch.inference_mode(False), torch.enable_grad(), _probing_state(run), followed(run):
         inputs = tree_map(_ordinary, inputs)
-        sample = inputs[key].detach()
+        sample = tree_map(torch.Tensor.detach, inputs[key])
         run.inputs = run.adapter.take(inputs, rows)
-        scale = model_scale(scheduler, run.step.timestep, sample)
+        scale = model_scale(scheduler, run.step.timestep, _one(sample))
         latent = before = _latent_of(run, sample[rows], scale)
         for plugin in movers:
             moved = plugin.latent(run.step, latent.detach(), lambda z: _probe(run, z, scale))
@@ -53,7 +53,7 @@ def moved_again(run: Run, inputs: Inputs) -> Inputs:
     key = run.adapter.sample
     if run.pending is None:
         return inputs
-    scale = model_scale(run.running.pipe.scheduler, run.step.timestep, inputs[key])
+    scale = model_scale(run.running.pipe.scheduler, run.step.timestep, _one(inputs[key]))
     return {**inputs, key: run.adapter.with_latent(inputs[key], run.pending * scale)}
 
 
@@ -68,7 +68,7 @@ def _refuse(run: Run, scheduler: Any) -> None:
         run.adapter.check_gradient()
 
 
-def _latent_of(run: Run, sample: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+def _latent_of(run: Run, sample: Any, scale: torch.Tensor) -> torch.Tensor:
     latent = run.adapter.latent_of(sample, run.step.size)
     return latent.to(torch.promote_types(latent.dtype, torch.float32)) / scale
 
@@ -107,6 +107,11 @@ def _without_pag(denoiser: nn.Module, originals: Mapping[str, Any]) -> Generator
         yield
     finally:
         swap_processors(denoiser, split)
+
+
+def _one(sample: Any) -> torch.Tensor:
+    """A tensor of a sample, which may be a list of them."""
+    return sample if isinstance(sample, torch.Tensor) else sample[0]
 
 
 def _ordinary(value: Any) -> Any:

@@ -89,14 +89,22 @@ class Texts:
             limit = min(tokenizer.model_max_length, 4096)
             return list(tokenizer(text, truncation=not whole, max_length=None if whole else limit).input_ids)
 
+    def columns(self, text: str, whole: bool = False) -> list[int]:
+        """Token ids of the columns of a prompt, its template's among them."""
+        return self.ids(self.adapter.wrapped(text), whole)
+
     def tokens(self, text: str) -> list[str]:
         """The same as strings."""
-        return [str(token) for token in self._tokenizer().convert_ids_to_tokens(self.ids(text))]
+        return [str(token) for token in self._tokenizer().convert_ids_to_tokens(self.columns(text))]
 
     def content(self, text: str) -> range:
-        """Columns of the prompt's own tokens, between the start and the end mark."""
-        ids = self.ids(text)
-        return self._inner(ids)
+        """Columns of the prompt's own tokens, between the start and the end mark or inside of its template."""
+        ids = self.columns(text)
+        if self.adapter.wrapped(text) == text:
+            return self._inner(ids)
+        empty = self.columns("")
+        head, tail = _shared(ids, empty), _shared(ids[::-1], empty[::-1])
+        return range(head, max(head, len(ids) - min(tail, len(empty) - min(head, len(empty)))))
 
     def spans(self, text: str, phrase: str) -> list[list[int]]:
         """Columns of each occurrence of `phrase`, whole words only.
@@ -104,8 +112,8 @@ class Texts:
         Raises:
             ConceptError: the encoder cuts the prompt off before the phrase.
         """
-        found = self._find(self.ids(text), phrase)
-        if not found and self._find(self.ids(text, whole=True), phrase):
+        found = self._find(self.columns(text), phrase)
+        if not found and self._find(self.columns(text, whole=True), phrase):
             raise ConceptError(
                 f"{phrase!r} was cut off: the text encoder reads {len(self.content(text))} tokens of this prompt; "
                 "shorten the prompt or move the word forward"
@@ -156,6 +164,12 @@ class Texts:
                 f"{type(self.adapter.pipe).__name__} has no tokenizer: give token indices or embeddings, not words"
             )
         return tokenizer
+
+
+def _shared(ids: Sequence[int], others: Sequence[int]) -> int:
+    """With how many tokens both begin."""
+    pairs = zip(ids, others, strict=False)
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(ids), len(others)))
 
 
 def _lettered(char: str) -> bool:
