@@ -207,11 +207,16 @@ class Plugin:
     handed from `bind` to `edits`, which are asked one after the other; what belongs to a pipeline call is kept in
     `step.notes` under the plugin, from `begin` on.
 
+    Attributes:
+        films: whether it also works on pipelines that make films, whose latents and maps have frames.
+
     Args:
         start, end: fractions of the run's steps; outside [start, end) nothing of the plugin runs.
     Raises:
         SettingError: not 0 <= start <= end <= 1.
     """
+
+    films: bool = False
 
     def __init__(self, *, start: float = 0.0, end: float = 1.0) -> None:
         if not 0.0 <= finite(start, "start") <= finite(end, "end") <= 1.0:

@@ -142,6 +142,8 @@ class NegativeAway(Plugin):
         ...     image = pipe("a ball , sky", num_inference_steps=1, guidance_scale=0).images[0]
     """
 
+    films = True
+
     def __init__(
         self, negative: Negative, *, rule: str = "nasa", scale: float | None = None, tau: float = 2.5,
         alpha: float | None = None, offset: float = 0.0, joint: str = "text",

@@ -164,3 +164,11 @@ def test_a_family_that_a_user_declares(monkeypatch):
     for wrong in (None, "WanTransformer3DModel"):
         with pytest.raises(dg.SettingTypeError):
             dg.declare_family(name, wrong)
+
+
+def test_the_support_table_is_the_declarations():
+    from pathlib import Path
+
+    from diffgraft.pipelines.families.support import support_table
+
+    assert support_table() in Path(dg.__file__).with_name("pipelines").joinpath("README.md").read_text()

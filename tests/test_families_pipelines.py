@@ -170,6 +170,8 @@ def test_lumina2_encodes_a_negative_as_it_encodes_its_own():
     seen = []
 
     class Look(dg.Plugin):
+        films = True
+
         def begin(self, session, step):
             seen.append(session.encode(["red cat"]))
 
@@ -184,6 +186,8 @@ def test_wan_encodes_a_negative_at_the_length_of_the_call():
     pipe, seen = pipe_of("wan"), []
 
     class Look(dg.Plugin):
+        films = True
+
         def begin(self, session, step):
             seen.append(session.encode(["red cat"]).embeddings.shape[1])
 
@@ -326,6 +330,8 @@ def test_words_are_found_where_the_template_puts_them(name):
     pipe, seen, read = pipe_of(name), {}, []
 
     class Look(dg.Plugin):
+        films = True
+
         def begin(self, session, step):
             texts = session.prompt.texts
             seen.update(texts=texts, span=session.token_spans(texts[0], "ball"), inner=session.token_range(texts[0]))
@@ -344,10 +350,20 @@ def test_words_are_found_where_the_template_puts_them(name):
     hook.remove()
 
 
-@pytest.mark.parametrize("name", ["z_image", "chroma", "klein"])
+@pytest.mark.parametrize("name", ["z_image", "chroma", "klein", "lumina2"])
+def test_a_filtered_start_on_the_new_families(name):
+    pipe, call = pipe_of(name), CALLS[name] | {"guidance_scale": 4.0}
+    plain = run(pipe, **call)[0]
+    filtered, report = run(pipe, dg.StartpointFilter(), **call)
+    assert report.updates == 1 and filtered.isfinite().all() and not torch.equal(filtered, plain)
+    assert torch.equal(run(pipe, **call)[0], plain)
+
+
+@pytest.mark.parametrize("name", ["z_image", "chroma", "klein", "lumina2"])
 def test_segregation_on_the_new_families(name):
     pipe, call = pipe_of(name), CALLS[name] | {"guidance_scale": 0.0}
     prompt = "a blue ball and a cat"
+    call |= {"max_sequence_length": 40} if name == "lumina2" else {}
     plain = run(pipe, prompt=prompt, **call)[0]
     moved, report = run(pipe, dg.AttentionSegregation(["ball", "cat"], loss="attend-and-excite"), prompt=prompt, **call)
     assert moved.isfinite().all() and not torch.equal(moved, plain) and report.updates > 0

@@ -40,3 +40,11 @@ def test_cross_attention_costs_the_negatives_own_attention(name, bound, monkeypa
 def test_joint_attention_costs_the_negatives_tokens(name, bound, monkeypatch):
     _, _, plain, (steered,), _ = counted(name, 1, monkeypatch)
     assert 1 < 100 * (steered / plain - 1) <= bound
+
+
+@pytest.mark.parametrize(
+    "name", ["Z-Image 1024, 128 tokens", "FLUX.2-klein 4B 1024, 512 tokens", "Wan 14B 480p, 81 frames"]
+)
+def test_a_step_of_the_few_step_models_costs_at_most_15_per_cent_more(name, monkeypatch):
+    _, _, plain, (_, steered), _ = counted(name, 2, monkeypatch)
+    assert 0.1 < 100 * (steered / plain - 1) <= 15

@@ -12,14 +12,21 @@ from typing import Any
 import torch
 from diffusers import (
     FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
+    Flux2Transformer2DModel,
     FluxPipeline,
     FluxTransformer2DModel,
     PixArtSigmaPipeline,
     PixArtTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
+    WanPipeline,
+    WanTransformer3DModel,
+    ZImagePipeline,
+    ZImageTransformer2DModel,
 )
 from torch import nn
+from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
 from ... import NegativeAway, graft, picturebook
@@ -38,7 +45,7 @@ class Shape:
     Attributes:
         name: for the table. make: the pipeline on the meta device. inputs: arguments of one row, less the timestep.
         tokens: text tokens of the prompt, and of the negative. width: of the text.
-        first, later: bounds in per cent for the first step and the others.
+        first, later: bounds in per cent for the first step and the others. time: name of the timestep.
     """
 
     name: str
@@ -48,6 +55,7 @@ class Shape:
     width: int
     first: float | None = None
     later: float | None = None
+    time: str = "timestep"
 
 
 def unet(name: str, config: dict[str, Any], side: int, **bounds: float) -> Shape:
@@ -112,6 +120,55 @@ def sd3(name: str, side: int, tokens: int) -> Shape:
     return Shape(name, make, inputs, tokens, 4096)
 
 
+def z_image(name: str, side: int, tokens: int, later: float) -> Shape:
+    """Z-Image at a latent of `side` x `side`; its listening forward is counted with the first step."""
+
+    def make() -> Any:
+        with torch.device("meta"):
+            model = ZImageTransformer2DModel()
+        return around(ZImagePipeline, model)
+
+    def inputs(pipe: Any) -> dict[str, Any]:
+        given = meta(x=(16, 1, side, side), cap_feats=(tokens, 2560))
+        return {key: [value] for key, value in given.items()}
+
+    return Shape(name, make, inputs, tokens, 2560, None, later, time="t")
+
+
+def klein(name: str, side: int, tokens: int, later: float) -> Shape:
+    """FLUX.2 klein 4B at `side` x `side` image tokens."""
+
+    def make() -> Any:
+        with torch.device("meta"):
+            model = Flux2Transformer2DModel(
+                num_layers=5, num_single_layers=20, num_attention_heads=24, joint_attention_dim=7680,
+                guidance_embeds=False,
+            )  # fmt: skip
+        return around(Flux2KleinPipeline, model)
+
+    def inputs(pipe: Any) -> dict[str, Any]:
+        text = torch.cartesian_prod(*(torch.arange(float(n)) for n in (1, 1, 1, tokens)))
+        grid = torch.cartesian_prod(*(torch.arange(float(n)) for n in (1, side, side, 1)))
+        given = meta(hidden_states=(1, side * side, 128), encoder_hidden_states=(1, tokens, 7680))
+        return given | {"txt_ids": text[None], "img_ids": grid[None]}
+
+    return Shape(name, make, inputs, tokens, 7680, None, later)
+
+
+def wan(name: str, frames: int, height: int, width: int, later: float) -> Shape:
+    """Wan 14B at a latent of these sizes."""
+
+    def make() -> Any:
+        with torch.device("meta"):
+            model = WanTransformer3DModel()
+        return around(WanPipeline, model)
+
+    def inputs(pipe: Any) -> dict[str, Any]:
+        return meta(hidden_states=(1, 16, frames, height, width), encoder_hidden_states=(1, 512, 4096))
+
+    return Shape(name, make, inputs, 512, 4096, None, later)
+
+
 SHAPES = [
     unet("SD1.5 512", SD15, 64, first=4.0, later=0.5),
     unet("SD2.1 512", SD21, 64, first=4.0),
@@ -122,6 +179,9 @@ SHAPES = [
     flux("FLUX.1-schnell 1024, 256 tokens", 64, 256, 8.0, guidance=False),
     flux("FLUX.1-dev 1024, 512 tokens", 64, 512, 14.0, guidance=True),
     sd3("SD3.5-large 1024, 333 tokens", 128, 333),
+    z_image("Z-Image 1024, 128 tokens", 128, 128, 15.0),
+    klein("FLUX.2-klein 4B 1024, 512 tokens", 64, 512, 15.0),
+    wan("Wan 14B 480p, 81 frames", 21, 60, 104, 15.0),
 ]
 
 
@@ -147,7 +207,7 @@ def count(shape: Shape, pipe: Any, *plugins: Any, calls: list[str] | None = None
         for timestep in pipe.scheduler.timesteps:
             at = timestep if hasattr(pipe, "unet") else timestep.expand(1)
             with FlopCounterMode(display=False) as counter:
-                denoiser(**inputs, timestep=at, return_dict=False)
+                denoiser(**inputs, **{shape.time: at}, return_dict=False)
             flops.append(counter.get_total_flops())
     for hook in hooks:
         hook.remove()
@@ -156,7 +216,7 @@ def count(shape: Shape, pipe: Any, *plugins: Any, calls: list[str] | None = None
 
 def _to_meta(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Behind the graft, which has to read values of timesteps and positions."""
-    return args, {name: x.to("meta") if isinstance(x, torch.Tensor) else x for name, x in kwargs.items()}
+    return args, tree_map(lambda x: x.to("meta") if isinstance(x, torch.Tensor) else x, kwargs)
 
 
 def _note_text_projections(denoiser: nn.Module, calls: list[str]) -> list[Any]:

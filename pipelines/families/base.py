@@ -69,6 +69,11 @@ class Adapter:
         output.sample = prediction
         return output
 
+    @property
+    def films(self) -> bool:
+        """Whether the pipeline makes films."""
+        return False
+
     # -- what the batch means ----------------------------------------------------------------------------------
 
     @property

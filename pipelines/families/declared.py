@@ -124,6 +124,10 @@ class DeclaredAdapter(Adapter):
         patch = patch if isinstance(patch, int) and latent.layout == "grid" else latent.patch
         return height // patch, width // patch
 
+    @property
+    def films(self) -> bool:
+        return self.spec.latent.layout == "film"
+
     # -- what the batch means ----------------------------------------------------------------------------------
 
     def groups(self, inputs: Inputs, running: Running) -> Rows:

@@ -75,7 +75,7 @@ def hear(adapter: DeclaredAdapter, inputs: Inputs, text: Text, rows: Sequence[in
     text = adapter.to_denoiser(text)
     if len(rows) > 1 and adapter.spec.lengths is not None:  # each has a length of its own
         return _together([hear(adapter, inputs, _row(text, i), [row], step) for i, row in enumerate(rows)])
-    index = torch.tensor(list(rows), device=text.embeddings.device)
+    index = torch.tensor(list(rows))
     given, found = adapter.with_text(adapter.take(inputs, index), text), list[Heard]()
     probing, phase = step.probing, step.phase
     remove = _listen(adapter, given, found)

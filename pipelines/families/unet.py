@@ -54,8 +54,12 @@ class UNetAdapter(Adapter):
             taken["cross_attention_kwargs"] = given | {"gligen": grounding}
         return taken
 
+    @property
+    def films(self) -> bool:
+        return type(self.denoiser).__name__ == "UNetMotionModel"
+
     def with_words(self, inputs: Inputs, rows: slice, text: Text) -> Inputs:
-        if type(self.denoiser).__name__ == "UNetMotionModel":
+        if self.films:
             raise UnsupportedPipelineError(
                 f"form='rows': {type(self.pipe).__name__} gives its UNet a text for every frame; use form='streams'"
             )

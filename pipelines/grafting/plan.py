@@ -62,11 +62,16 @@ def place(adapters: Sequence[Adapter], plugins: Sequence[Plugin]) -> Placed:
     """Ask every plugin for its edits and put them on the layers that they select.
 
     Raises:
-        UnsupportedPipelineError: an edit that selects no layer.
+        UnsupportedPipelineError: an edit that selects no layer; a plugin for pictures where films are made.
     """
     effective = tuple(plugin for plugin in plugins if not plugin.neutral)
     placed = Placed(effective, blocks=("", *(name for name, _ in adapters[0].late_blocks())))
     for plugin in effective:
+        if adapters[0].films and not plugin.films:
+            raise UnsupportedPipelineError(
+                f"{type(plugin).__name__} works on pictures, and {type(adapters[0].pipe).__name__} makes films: "
+                "NegativeAway works there; a plugin of your own says `films = True`"
+            )
         for edit in plugin.edits():
             chosen = _chosen(adapters, plugin, edit)
             for layer in chosen:
