@@ -12,7 +12,7 @@ from ..attention.errors import SettingError
 from .batch.command import batch
 from .console import encodable, reported, say
 from .evaluate.command import evaluate
-from .options import Device, Model, Shared, Verbose, sharing
+from .options import Device, Dtype, Model, Revision, Shared, Variant, Verbose, sharing
 
 app = typer.Typer(
     name="diffgraft",
@@ -130,7 +130,10 @@ def demo(
     share: Annotated[bool, typer.Option("--share", help="A public link through Gradio's servers.")] = False,
     mcp: Annotated[bool, typer.Option("--mcp", help="Also serve the functions as MCP tools.")] = False,
     model: Model = "picturebook",
+    revision: Revision = None,
+    variant: Variant = None,
     device: Device = "auto",
+    dtype: Dtype = "auto",
     verbose: Verbose = False,
 ) -> None:
     """Open the demo in a browser."""
@@ -140,7 +143,8 @@ def demo(
         need("gradio", "demo")
         from .demo import launch
 
-        launch(model=model, device=device, host=host, port=port, share=share, mcp=mcp)
+        how = {"revision": revision, "variant": variant, "device": device, "dtype": dtype}
+        launch(model=model, host=host, port=port, share=share, mcp=mcp, **how)
 
 
 app.command()(batch)

@@ -15,6 +15,7 @@ import diffusers
 import torch
 from PIL import Image, PngImagePlugin
 
+from ..attention.pictures import expanded
 from ..attention.plain import plain
 from .errors import MetadataError
 
@@ -52,7 +53,7 @@ def read_settings(source: str | os.PathLike[str] | bytes) -> dict[str, Any]:
     """
     name = "the picture" if isinstance(source, bytes) else Path(source).name
     try:
-        file = io.BytesIO(source) if isinstance(source, bytes) else source
+        file = io.BytesIO(source) if isinstance(source, bytes) else expanded(source)
         with Image.open(file, formats=("PNG",)) as image:
             text = image.info.get(KEY)
     except (OSError, ValueError, SyntaxError) as error:

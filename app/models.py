@@ -25,8 +25,9 @@ EMBEDDED = tuple(_SUITS)
 
 
 def open_model(
-    name: str = PICTUREBOOK, *, device: str = "auto", dtype: str = "auto", revision: str | None = None
-) -> Any:
+    name: str = PICTUREBOOK, *, device: str = "auto", dtype: str = "auto", revision: str | None = None,
+    variant: str | None = None,
+) -> Any:  # fmt: skip
     """A pipeline on a device.
 
     Args:
@@ -34,6 +35,7 @@ def open_model(
             Hub id.
         device: "auto" takes an accelerator if there is one.
         dtype: "auto" is float32 on a CPU and float16 elsewhere.
+        revision: of a Hub id. variant: of the weights' files, such as "fp16".
 
     Raises:
         ModelLoadError: the model cannot be loaded. SettingError: no such device or dtype.
@@ -42,17 +44,17 @@ def open_model(
     kind = find_dtype(dtype) or (torch.float32 if place.type == "cpu" else torch.float16)
     if name in EMBEDDED:
         return picturebook(one_step=name == ONE_STEP, transformer=name == TRANSFORMER, dtype=kind, device=place)
-    return load(name, dtype=kind, device=place, revision=revision)
+    return load(name, dtype=kind, device=place, revision=revision, variant=variant)
 
 
-def check_model(name: str) -> None:
+def check_model(name: str, variant: str | None = None) -> None:
     """Raise what can be said about a model without opening it.
 
     Raises:
         ModelLoadError: no such file or folder, a pickle, or no checkpoint.
     """
     if name not in EMBEDDED:
-        check(name)
+        check(name, variant)
 
 
 def find_dtype(name: str) -> torch.dtype | None:

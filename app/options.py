@@ -23,6 +23,7 @@ Model = Annotated[
     ),
 ]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub id.")]
+Variant = Annotated[str | None, typer.Option(help="Of the weights' files, such as fp16.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, mps ...")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16.")]
 NoMetadata = Annotated[bool, typer.Option("--no-metadata", help="PNGs hold the pixels only.")]
@@ -42,6 +43,7 @@ class Shared:
     guidance: Annotated[float | None, typer.Option(help="Classifier-free guidance; 1 switches it off.")] = None
     model: Model = "picturebook"
     revision: Revision = None
+    variant: Variant = None
     device: Device = "auto"
     dtype: Dtype = "auto"
     no_metadata: NoMetadata = False
@@ -52,7 +54,8 @@ class Shared:
         """Model and output."""
         from .tasks import Wish
 
-        return Wish(self.model, self.device, self.dtype, self.revision, self.quiet, not self.no_metadata)
+        told = self.quiet, not self.no_metadata
+        return Wish(self.model, self.device, self.dtype, self.revision, *told, self.variant)
 
     def settings(self) -> dict[str, Any]:
         """What goes to the task."""

@@ -13,6 +13,7 @@ from PIL import Image
 import diffgraft
 
 from ..attention.errors import SettingError
+from ..attention.pictures import expanded
 from ..pipelines.tasks.generate import resolve_seed
 from .errors import ImageError
 from .images import load_image, load_mask
@@ -34,10 +35,12 @@ class Wish:
     revision: str | None = None
     quiet: bool = False
     metadata: bool = True
+    variant: str | None = None
 
     def pipe(self) -> Any:
         """The model, with its progress bar as wanted."""
-        pipe = open_model(self.model, device=self.device, dtype=self.dtype, revision=self.revision)
+        how = {"dtype": self.dtype, "revision": self.revision, "variant": self.variant}
+        pipe = open_model(self.model, device=self.device, **how)
         pipe.set_progress_bar_config(disable=self.quiet)
         return pipe
 
@@ -54,7 +57,7 @@ def generate(
     """`diffgraft generate`: the paths written, in the order of the seeds."""
     for spec in specs:
         check(spec)
-    _png(out)
+    out = _png(expanded(out))
     first = resolve_seed(seed)
     output_folder(out.parent)
     plugins = [build(spec) for spec in specs]
@@ -69,6 +72,7 @@ def generate(
 
 def erase(wish: Wish, image: Path, mask: Path, out: Path, *, invert: bool, **options: Any) -> list[Path]:
     """`diffgraft erase`: the paths written."""
+    image, mask, out = expanded(image), expanded(mask), expanded(out)
 
     def opened(source: Path, other: Path) -> tuple[Image.Image, Image.Image]:
         picture = load_image(source)
@@ -79,6 +83,7 @@ def erase(wish: Wish, image: Path, mask: Path, out: Path, *, invert: bool, **opt
 
 def stylize(wish: Wish, content: Path, style: Path, out: Path, **options: Any) -> list[Path]:
     """`diffgraft stylize`: the paths written."""
+    content, style, out = expanded(content), expanded(style), expanded(out)
 
     def opened(source: Path, other: Path) -> tuple[Image.Image, Image.Image]:
         return load_image(source), load_image(other)

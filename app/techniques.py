@@ -12,6 +12,7 @@ from typing import Any
 import diffgraft
 
 from ..attention.errors import GraftError, SettingError, SettingTypeError
+from ..attention.pictures import expanded
 from ..plugins.base import Plugin
 from .images import load_image, load_mask
 
@@ -61,7 +62,7 @@ def build(spec: Mapping[str, Any], folder: Path = Path()) -> Plugin:
         GraftError: unknown plugin or argument, unusable value or picture.
     """
     kind, arguments = _arguments(spec)
-    arguments = with_files(arguments, lambda name, path: _FILES[name](folder / path))
+    arguments = with_files(arguments, lambda name, path: _FILES[name](folder / expanded(path)))
     try:
         return kind(**arguments)
     except GraftError:

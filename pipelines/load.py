@@ -22,6 +22,9 @@ from huggingface_hub.errors import (
 from safetensors import SafetensorError
 
 from ..attention.errors import ModelLoadError, SettingError, SettingTypeError
+from ..attention.pictures import expanded
+from .single_file import open_file
+from .variants import variant_for
 
 if TYPE_CHECKING:  # diffusers imports its pipelines when they are first asked for; importing diffgraft must not ask
     from diffusers import DiffusionPipeline
@@ -37,20 +40,23 @@ def load(
     dtype: torch.dtype | None = None,
     device: str | torch.device | None = None,
     revision: str | None = None,
+    variant: str | None = None,
     trust_remote_code: bool = False,
     **options: Any,
 ) -> Any:
     """Load a diffusers pipeline from a folder, a `.safetensors` file or a Hub id.
 
     Args:
-        model: the folder that `save_pretrained` wrote, one file with all weights (needs `pipeline`), or "owner/name".
+        model: the folder that `save_pretrained` wrote, one file with all weights, or "owner/name". `~` is the home
+            folder.
         pipeline: the class that is wanted; another one found is an error. Default: the one that the checkpoint names.
         dtype: of the weights; None leaves diffusers' default, float32.
         device: where to put it; None leaves it on the CPU.
         revision: branch, tag or commit of a Hub id.
+        variant: of the weights' files, such as "fp16"; None takes the plain ones, or a folder's only variant.
         trust_remote_code: run Python code out of the repository. Needs `revision` to be a full commit, so that what was
             read is what runs.
-        options: passed on to `from_pretrained` (`variant="fp16"`, components, `local_files_only=True` ...).
+        options: passed on to `from_pretrained` (components, `local_files_only=True` ...).
 
     Raises:
         ModelLoadError: missing, offline, gated, pickled, damaged, or not a pipeline of the wanted class.
@@ -66,15 +72,17 @@ def load(
     from diffusers import DiffusionPipeline
 
     wanted = pipeline or DiffusionPipeline
-    path = Path(model)
+    path = expanded(model)
     options |= {"dtype": dtype} if dtype is not None else {}
     try:
-        check(model)
+        check(model, variant)
         if _is_file(path):
-            pipe = _from_file(path, wanted, options)
+            pipe = open_file(path, wanted, options)
         else:
+            variant = variant_for(path, variant) if path.is_dir() else variant
+            options |= {} if variant is None else {"variant": variant}
             pipe = DiffusionPipeline.from_pretrained(
-                str(model), use_safetensors=True, revision=revision, trust_remote_code=trust_remote_code, **options
+                str(path), use_safetensors=True, revision=revision, trust_remote_code=trust_remote_code, **options
             )
     except (ModelLoadError, SettingError):
         raise
@@ -85,18 +93,20 @@ def load(
     return pipe if device is None else pipe.to(device)
 
 
-def check(model: str | os.PathLike[str]) -> None:
+def check(model: str | os.PathLike[str], variant: str | None = None) -> None:
     """Raise what can be said about a file or folder before diffusers opens it; of a Hub id, nothing.
 
     Raises:
-        ModelLoadError: missing, pickled, or no checkpoint.
+        ModelLoadError: missing, pickled, no checkpoint, or without this variant.
     """
-    path = Path(model)
+    path = expanded(model)
     try:
         if _is_file(path):
             _check_file(path)
         else:
             _check_folder(path, str(model))
+            if path.is_dir():
+                variant_for(path, variant)
     except OSError as error:
         raise ModelLoadError(f"{str(model)[:200]!r} cannot be opened: {error.strerror}") from None
 
@@ -115,15 +125,6 @@ def _check_file(path: Path) -> None:
         raise ModelLoadError(f"{path.name} is not a checkpoint; expected a folder, a .safetensors file or a Hub id")
     if not path.exists():
         raise ModelLoadError(f"{str(path)!r} does not exist")
-
-
-def _from_file(path: Path, pipeline: type[DiffusionPipeline], options: dict[str, Any]) -> Any:
-    single = getattr(pipeline, "from_single_file", None)
-    if single is None:
-        raise ModelLoadError(
-            f"{path.name} is a single file: say what it is with pipeline=StableDiffusionPipeline or alike"
-        )
-    return single(str(path), **options)
 
 
 def _check_folder(path: Path, name: str) -> None:

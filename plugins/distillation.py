@@ -17,7 +17,7 @@ from ..attention.errors import SettingError, SettingTypeError
 from ..attention.layer import AttentionLayer
 from ..attention.step import Step
 from .base import Plugin, Probe, Session, finite, listed
-from .moves import LOSS_SCALE, gradient_of
+from .moves import LOSS_SCALE, gradient_of, need_gradients
 from .reference import Reference, Sight
 from .style_injection import Layers, choose_layers
 
@@ -180,6 +180,8 @@ class _Look(Edit):
         elif seen.role == "content":
             seen.queries[name] = call.q
         elif call.step.probing:  # gradient checkpointing runs the layer again, after the loss is known
+            if torch.is_grad_enabled():
+                need_gradients([call.q, out])
             ideal = call.attend(call.q.detach(), *seen.keys[name], call.mask)
             seen.style = seen.style + difference(out, ideal)
             if name in seen.queries:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 import torch.nn.functional as F
 
@@ -52,12 +54,35 @@ def shuffled(noise: torch.Tensor, number: int) -> torch.Tensor:
     return noise.flatten(1)[:, order].view_as(noise)
 
 
+_NO_GRADIENT = (
+    "the attention maps have no gradient with respect to the latent (quantised layers without a backward pass, or a "
+    "processor under no_grad; {}): load the model in float16, bfloat16 or float32"
+)
+_WAYS = ("does not require grad", "not have been used in the graph", "derivative for", "not implemented", "backward")
+
+
 def gradient_of(loss: torch.Tensor, latent: torch.Tensor, scale: float) -> torch.Tensor:
-    """d loss / d latent, computed with the loss times `scale`."""
-    if not loss.requires_grad:
-        raise UnsupportedPipelineError(
-            "the attention maps have no gradient with respect to the latent (quantised layers without a backward pass, "
-            "or a processor under no_grad): load the model in float16, bfloat16 or float32"
-        )
-    (gradient,) = torch.autograd.grad(scale * loss, latent)
+    """d loss / d latent, computed with the loss times `scale`.
+
+    Raises:
+        UnsupportedPipelineError: there is none, or layers on the way have no backward pass.
+    """
+    need_gradients([loss])
+    try:
+        (gradient,) = torch.autograd.grad(scale * loss, latent)
+    except RuntimeError as error:
+        if not any(way in str(error) for way in _WAYS) or isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise UnsupportedPipelineError(_NO_GRADIENT.format(" ".join(str(error).split())[:150])) from error
     return gradient / scale
+
+
+def need_gradients(parts: Iterable[torch.Tensor]) -> None:
+    """Refuse parts of a loss of which some are cut off from the latent: the others' gradient would mislead.
+
+    Raises:
+        UnsupportedPipelineError: so it is.
+    """
+    found = [part.requires_grad for part in parts]
+    if not all(found):
+        raise UnsupportedPipelineError(_NO_GRADIENT.format(f"{len(found) - sum(found)} of {len(found)} are cut off"))

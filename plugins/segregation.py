@@ -17,7 +17,16 @@ from ..attention.step import Step
 from .base import Plugin, Probe, Session, finite
 from .concepts import Concepts, Picture, attributes_by_prompt, check_concepts, find_picture, for_pictures
 from .losses import Loss, Maps, attend_and_excite, binding_loss, find_loss
-from .moves import LOSS_SCALE, gradient_of, gradient_step, low_pass, relative_step, shuffled, step_factor
+from .moves import (
+    LOSS_SCALE,
+    gradient_of,
+    gradient_step,
+    low_pass,
+    need_gradients,
+    relative_step,
+    shuffled,
+    step_factor,
+)
 from .presets import Route, Units, check_choices, check_refine, preset_named
 from .retention import Regions, Rule, read_layout
 
@@ -258,6 +267,8 @@ class AttentionSegregation(Plugin):
         """The loss of each picture at `latent` [n, C, h, w]; a picture without concepts has 0."""
         call.probed.clear()
         probe(latent)
+        if latent.requires_grad:
+            need_gradients(call.probed.maps.values())
         maps = self._split(call.probed.averaged(), call.pictures)
         call.last = [concepts.detach() for concepts, _ in maps]
         return [self._loss_of(call.regions, i, *both) for i, both in enumerate(maps)]

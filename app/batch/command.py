@@ -8,10 +8,11 @@ from typing import Annotated, Any
 
 import typer
 
+from ...attention.pictures import expanded
 from ..console import reported, say
 from ..errors import ManifestError
 from ..extras import need
-from ..options import Device, Dtype, NoMetadata, Quiet, Revision, Verbose
+from ..options import Device, Dtype, NoMetadata, Quiet, Revision, Variant, Verbose
 
 
 def batch(
@@ -35,6 +36,7 @@ def batch(
     fail_fast: Annotated[bool, typer.Option("--fail-fast", help="Stop at the first failed row.")] = False,
     max_failures: Annotated[int | None, typer.Option(min=1, help="Stop after this many failed rows.")] = None,
     revision: Revision = None,
+    variant: Variant = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
     no_metadata: NoMetadata = False,
@@ -51,8 +53,10 @@ def batch(
         from .plan import Setup
 
         given = _defaults(set_) | {k: v for k, v in {"steps": steps, "guidance": guidance}.items() if v is not None}
+        manifest, out = expanded(manifest), expanded(out)
         setup = Setup(
             out=out, base=manifest.parent.resolve(), model=model, device=device, dtype=dtype, revision=revision,
+            variant=variant,
             threads=threads, batch_size=batch_size, metadata=not no_metadata,
         )  # fmt: skip
         options = run.Options(

@@ -11,6 +11,7 @@ from functools import lru_cache
 from pathlib import Path, PurePath
 from typing import Any
 
+from ...attention.pictures import expanded
 from ...pipelines.tasks.generate import SEEDS
 from ..errors import ImageError
 from ..models import shown_name, suits
@@ -18,7 +19,7 @@ from ..techniques import with_files
 from .manifest import file_names
 from .schema import FILES, Row
 
-_NOT_SETTINGS = {"id", "task", "seed", "n", "model", "plugins", "settings", "negative", *FILES}
+_NOT_SETTINGS = {"id", "task", "seed", "n", "model", "dtype", "variant", "plugins", "settings", "negative", *FILES}
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class Setup:
     device: str = "auto"
     dtype: str = "auto"
     revision: str | None = None
+    variant: str | None = None
     threads: int = 1
     batch_size: int = 1
     metadata: bool = True
@@ -53,6 +55,13 @@ class Job:
     """Paths by field: image, mask, content, style."""
     specs: tuple[Mapping[str, Any], ...]
     hash: str
+    dtype: str = "auto"
+    variant: str | None = None
+
+    @property
+    def opened(self) -> tuple[str, str, str | None]:
+        """Jobs with equal values share a model."""
+        return self.model, self.dtype, self.variant
 
     @property
     def alike(self) -> str:
@@ -89,6 +98,7 @@ def make_job(row: Row, line: int, setup: Setup, run_seed: int) -> Job:
         settings["negative"] = row.negative
     inputs = {name: value for name in FILES if (value := getattr(row, name)) is not None}
     specs = tuple(row.specs())
+    dtype, variant = row.dtype or setup.dtype, row.variant or (None if row.model else setup.variant)
     seed = row.seed if row.seed is not None and row.seed >= 0 else derived_seed(run_seed, row.id)
     files = tuple(file_names(row.id, row.n))
     read = list(inputs.values())
@@ -96,11 +106,11 @@ def make_job(row: Row, line: int, setup: Setup, run_seed: int) -> Job:
         with_files(spec, lambda _, path: read.append(path))
     identity = {
         "row": [row.id, row.task, seed, files, settings, inputs, specs],
-        "model": [model, setup.revision, setup.dtype, setup.metadata],
-        "files": _digests([setup.base / path for path in read]),
+        "model": [model, setup.revision, dtype, setup.metadata, *([variant] if variant else [])],
+        "files": _digests([setup.base / expanded(path) for path in read]),
     }
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
-    return Job(row.id, line, row.task, model, seed, files, settings, inputs, specs, digest)
+    return Job(row.id, line, row.task, model, seed, files, settings, inputs, specs, digest, dtype, variant)
 
 
 def derived_seed(run_seed: int, row_id: str) -> int:
@@ -117,9 +127,9 @@ def in_shard(row_id: str, index: int, count: int) -> bool:
 
 def batches(jobs: Iterable[Job], size: int) -> list[list[Job]]:
     """Jobs of one model and kind next to each other, together where they can be sampled together."""
-    groups: dict[tuple[str, str], list[Job]] = {}
+    groups: dict[tuple[Any, str], list[Job]] = {}
     for job in jobs:
-        groups.setdefault((job.model, job.alike), []).append(job)
+        groups.setdefault((job.opened, job.alike), []).append(job)
     ordered: list[list[Job]] = []
     for model in dict.fromkeys(model for model, _ in groups):
         for (of, _), group in groups.items():

@@ -103,7 +103,7 @@ def dry_run(manifest_path: Path, setup: Setup, options: Options) -> tuple[int, l
     records = store.records() if setup.out.is_dir() else {}
     plan = make_plan(manifest, setup, options, store, records)
     if any(job.model == setup.model for job in plan.jobs):
-        check_model(setup.model)
+        check_model(setup.model, setup.variant)
     wrong = [(bad.line, bad.message) for bad in plan.bad]
     for job in plan.jobs:
         wrong += [(job.line, one_line(error)) for error in problems(job, setup)]

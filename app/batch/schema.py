@@ -23,7 +23,7 @@ REQUIRED: Mapping[str, tuple[str, ...]] = {
     "erase": ("image", "mask"),
     "stylize": ("content", "style"),
 }
-_COMMON = {"id", "task", "seed", "n", "model"}
+_COMMON = {"id", "task", "seed", "n", "model", "dtype", "variant"}
 
 Text = Field(default=None, max_length=LONGEST_PROMPT)
 Path = Field(default=None, min_length=1, max_length=4096)
@@ -56,6 +56,9 @@ class Row(BaseModel):
     style: str | None = Path
     model: str | None = Field(default=None, min_length=1, max_length=1000)
     """Default: the run's."""
+    dtype: Literal["auto", "float32", "float16", "bfloat16"] | None = None
+    variant: str | None = Field(default=None, min_length=1, max_length=100)
+    """Of the weights' files, such as "fp16"."""
     plugins: list[dict[str, Any]] = Field(default_factory=list, max_length=20)
     """Such as {"plugin": "NegativeAway", "negative": "red"}."""
     settings: dict[str, Any] = Field(default_factory=dict, max_length=50)

@@ -17,6 +17,7 @@ from PIL import Image
 import diffgraft
 
 from ...attention.errors import GraftError, ModelLoadError
+from ...attention.pictures import expanded
 from ...pipelines.families.running import part_of
 from ...pipelines.tasks.generate import sample
 from ..console import one_line
@@ -42,14 +43,14 @@ class Worker:
         torch.set_num_threads(setup.threads)
         self.setup = setup
         self.batch_size = setup.batch_size
-        self._model: tuple[str, Any] | None = None
+        self._model: tuple[Any, Any] | None = None
 
     def run(self, jobs: Sequence[Job]) -> list[Record]:
         """A record for each job; only what ends the whole run is raised."""
         if len(jobs) > 1:
             try:
                 return self._make(jobs)
-            except (ModelLoadError, OutputError):
+            except OutputError:
                 raise
             except Exception as error:
                 del error  # its frames hold the pictures of the batch
@@ -59,7 +60,8 @@ class Worker:
         except OutputError:
             raise
         except Exception as error:
-            if isinstance(error, ModelLoadError) and jobs[0].model == self.setup.model:
+            own = self.setup.model, self.setup.dtype, self.setup.variant
+            if isinstance(error, ModelLoadError) and jobs[0].opened == own:
                 raise
             for name in jobs[0].files:
                 (self.setup.out / name).unlink(missing_ok=True)
@@ -78,7 +80,7 @@ class Worker:
         return [done(job, sizes[job.id], seconds, said) for job in jobs]
 
     def _generate(self, jobs: Sequence[Job]) -> Iterator[tuple[Job, int, Image.Image]]:
-        pipe = self._pipe(jobs[0].model)
+        pipe = self._pipe(jobs[0])
         plugins = [build(spec, self.setup.base) for spec in jobs[0].specs]
         settings = {name: value for name, value in jobs[0].settings.items() if name != "prompt"}
         wanted = [(job, i) for job in jobs for i in range(len(job.files))]
@@ -110,8 +112,8 @@ class Worker:
 
     def _edit(self, jobs: Sequence[Job]) -> Iterator[tuple[Job, int, Image.Image]]:
         [job] = jobs
-        paths = {name: self.setup.base / path for name, path in job.inputs.items()}
-        pipe = self._pipe(job.model)
+        paths = {name: self.setup.base / expanded(path) for name, path in job.inputs.items()}
+        pipe = self._pipe(job)
         settings = dict(job.settings)
         if job.specs:
             settings["plugins"] = [build(spec, self.setup.base) for spec in job.specs]
@@ -131,14 +133,14 @@ class Worker:
         write_whole(self.setup.out / job.files[index], data)
         return len(data)
 
-    def _pipe(self, name: str) -> Any:
-        if self._model is None or self._model[0] != name:
+    def _pipe(self, job: Job) -> Any:
+        if self._model is None or self._model[0] != job.opened:
             self._model = None  # two large models rarely fit
             free_memory()
-            setup = self.setup
-            pipe = open_model(name, device=setup.device, dtype=setup.dtype, revision=setup.revision)
+            how = {"dtype": job.dtype, "revision": self.setup.revision, "variant": job.variant}
+            pipe = open_model(job.model, device=self.setup.device, **how)
             pipe.set_progress_bar_config(disable=True)
-            self._model = (name, pipe)
+            self._model = (job.opened, pipe)
         return self._model[1]
 
 
@@ -190,9 +192,10 @@ def problems(job: Job, setup: Setup) -> Iterator[GraftError]:
         else:
             size[:] = [load_image(path).size]
 
-    checks = [partial(opened, name, setup.base / path) for name, path in job.inputs.items()]
+    checks = [partial(opened, name, setup.base / expanded(path)) for name, path in job.inputs.items()]
     checks += [partial(build, spec, setup.base) for spec in job.specs]
-    checks += [partial(check_model, job.model)] if job.model != setup.model else []
+    if (job.model, job.variant) != (setup.model, setup.variant):
+        checks.append(partial(check_model, job.model, job.variant))
     for check in checks:
         try:
             check()

@@ -12,7 +12,7 @@ import gradio as gr
 from ...attention.errors import SettingError
 from ..console import say
 from ..extras import need
-from ..models import PICTUREBOOK
+from ..models import PICTUREBOOK, open_model
 from . import looks
 from .checks import UPLOADS
 from .parts import visitor
@@ -70,7 +70,7 @@ def serve(studio: Studio, *, host: str = "127.0.0.1", port: int | None = None, *
 
 def launch(
     *, model: str = PICTUREBOOK, device: str = "auto", host: str = "127.0.0.1", port: int = 7860, share: bool = False,
-    mcp: bool = False,
+    mcp: bool = False, dtype: str = "auto", revision: str | None = None, variant: str | None = None,
 ) -> None:  # fmt: skip
     """Open the demo and serve it until Ctrl-C.
 
@@ -81,13 +81,19 @@ def launch(
         port: where to listen.
         share: a public link through Gradio's servers.
         mcp: also offer the functions as MCP tools.
+        dtype: of every model. revision, variant: of the page's own.
     Raises:
         MissingExtraError: MCP without its package. ModelLoadError: the model cannot be loaded.
         SettingError: the port is taken, or there is no such device.
     """
     if mcp:
         need("mcp", "mcp")
-    studio = Studio(model, device, fixed=share or host not in LOCAL)
+
+    def opened(name: str, device: str) -> Any:
+        own = {"revision": revision, "variant": variant} if name == model else {}
+        return open_model(name, device=device, dtype=dtype, **own)
+
+    studio = Studio(model, device, fixed=share or host not in LOCAL, opener=opened)
     studio.open()
     try:
         blocks = serve(studio, host=host, port=port, share=share, mcp_server=mcp, prevent_thread_lock=True)

@@ -11,7 +11,7 @@ import typer
 
 from ...attention.errors import SettingError
 from ..console import FAILED, reported, say
-from ..options import Device, Dtype, Model, NoMetadata, Quiet, Revision, Verbose
+from ..options import Device, Dtype, Model, NoMetadata, Quiet, Revision, Variant, Verbose
 
 if TYPE_CHECKING:
     from .run import Pair
@@ -36,6 +36,7 @@ def evaluate(
     width: Annotated[int | None, typer.Option(help="Pixels, of generated pictures.")] = None,
     height: Annotated[int | None, typer.Option(help="Pixels, of generated pictures.")] = None,
     revision: Revision = None,
+    variant: Variant = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
     no_metadata: NoMetadata = False,
@@ -62,7 +63,7 @@ def evaluate(
         folder = output_folder(out or Path("outputs/evaluate") / f"{technique}-{_slug(shown_name(model))}")
         asked = {"steps": steps, "guidance": guidance} | ({} if chosen.task else {"width": width, "height": height})
         call = ({} if chosen.task else suits(model)) | {k: v for k, v in asked.items() if v is not None}
-        pipe = open_model(model, device=device, dtype=dtype, revision=revision)
+        pipe = open_model(model, device=device, dtype=dtype, revision=revision, variant=variant)
         pipe.set_progress_bar_config(disable=True)
         scorers = [named("pixels"), *(named(text, pipe.device) for text in scorer or ())]
         evaluation = Evaluation(chosen, pipe, folder, own, call, shown_name(model), not no_metadata)

@@ -10,7 +10,7 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 
-from ...attention.errors import SettingError, UnsupportedPipelineError
+from ...attention.errors import SettingError, UnsupportedPipelineError, UnsupportedSchedulerError
 from ...attention.masks import Bools, level_mask
 from ...attention.pictures import as_rgb
 from ...plugins.base import Plugin
@@ -22,6 +22,7 @@ from .blend import Blend, Inverted, Noised, StartAt, sibling
 from .generate import as_list, guard, unblanked
 from .inversion import invert
 from .region import Region
+from .schedule import EXACT
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,11 @@ def sample(pipe: Any, jobs: Sequence[Job], sampling: Sampling) -> list[Image.Ima
     masks = [job.region.cut_mask(job.hole) for job in jobs]
     if inpainting and sampling.method == "dip":
         raise UnsupportedPipelineError("a UNet with 9 channels cannot be inverted without a mask: use method='sip'")
+    if sampling.method == "dip" and type(pipe.scheduler).__name__ not in EXACT:
+        raise UnsupportedSchedulerError(
+            f"method='dip' goes back through the steps, and {type(pipe.scheduler).__name__} has no exact inverse: "
+            "pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config), or method='sip', which needs none"
+        )
     clean = encode_image(pipe, parts).to(pipe.unet.dtype)
     grid = (clean.shape[-2], clean.shape[-1])
     redirection = SelfAttentionRedirection(masks, **sampling.redirection)
