@@ -23,6 +23,7 @@ from ...plugins.base import Plugin
 from ..families import adapters_for
 from ..families.base import Adapter, Inputs
 from ..families.running import Running, find_running
+from ..families.words import in_turn
 from .blocks import Block, block_here, complaint, holders, is_suspended
 from .branch_stage import arriving
 from .calls import Calls
@@ -247,6 +248,7 @@ class Graft:
             for name, block in adapter.late_blocks() if placed.brings_rows else ():
                 stack.callback(hook_block(denoiser, block, functools.partial(self._arriving, name)))
         stack.callback(self._unlink)
+        stack.enter_context(in_turn(self.pipe))
 
     # -- what hooks ask ----------------------------------------------------------------------------------------
 
