@@ -19,7 +19,7 @@ from diffgraft.app.bench.redirection_scores import KINDS, cases, score
 from diffgraft.attention.morphology import distance, grow
 from diffgraft.pipelines.families.latents import decode_latents, encode_image
 from diffgraft.pipelines.tasks.blend import sibling
-from diffgraft.pipelines.tasks.candidates import untinted
+from diffgraft.pipelines.tasks.candidates import loss, untinted
 from diffgraft.pipelines.tasks.continuation import exemplar, harmonic
 from diffgraft.pipelines.tasks.edges import Edges
 from diffgraft.pipelines.tasks.fill import Job, Sampling, sample
@@ -497,6 +497,14 @@ def test_a_tint_goes_and_the_rim_meets_the_picture():
     assert not changed(
         untinted(Image.fromarray(tinted.astype(np.uint8)), shifted, hole), Image.fromarray(tinted.astype(np.uint8))
     ).any()
+
+
+def test_what_the_autoencoder_takes_from_a_start_comes_back_up_to_half_strength(pipe):
+    image = picture(24, 32)
+    [back] = decode_latents(pipe, encode_image(pipe, image))
+    whole = np.asarray(image, float) - np.asarray(back, float)
+    for strength, share in ((0.2, 1.0), (0.5, 1.0), (0.75, 0.5), (1.0, 0.0)):
+        assert np.array_equal(loss(pipe, image, strength), share * whole)
 
 
 @pytest.mark.parametrize("size", [(16, 16), (37, 90), (200, 31)])

@@ -11,8 +11,8 @@ import numpy as np
 from PIL import Image
 
 from ...attention.masks import Bools, as_mask
-from ..families.latents import native_side, side_multiple
-from .continuation import exemplar, harmonic
+from ..families.latents import decode_latents, encode_image, native_side, side_multiple
+from .continuation import Pixels, exemplar, harmonic
 from .edges import Edges
 from .fill import Job, Sampling, sample
 from .region import Region, hold, paste, plan_regions
@@ -20,9 +20,12 @@ from .region import Region, hold, paste, plan_regions
 
 @dataclass
 class Candidate:
-    """A picture on its way: `made` is what there is after some of the regions; `starts` are empty if it starts itself.
+    """A picture on its way; candidates of one picture share all but `made` and the seed.
 
-    Candidates of one picture share all but `made` and the seed.
+    Attributes:
+        made: what there is after some of the regions.
+        starts: what each region begins with; empty if it begins with itself.
+        lost: what the autoencoder takes from each start and is put back.
     """
 
     made: Image.Image
@@ -33,6 +36,7 @@ class Candidate:
     seed: int
     used: dict[str, int]
     starts: Sequence[Image.Image] = ()
+    lost: Sequence[Pixels] = ()
 
     def job(self, index: int) -> Job:
         """What is to be made of a region."""
@@ -43,8 +47,11 @@ class Candidate:
         """Lay what was made of a region over the picture."""
         region = self.regions[index]
         left, top, right, bottom = region.box
-        new, opacity = region.uncut(generated), self.opacity[top:bottom, left:right]
-        if self.starts:
+        opacity = self.opacity[top:bottom, left:right]
+        if not self.starts:
+            new = region.uncut(generated)
+        else:
+            new = region.uncut(_picture(np.asarray(generated, np.float64) + self.lost[index]))
             new = untinted(self.made.convert("RGB").crop(region.box), new, opacity > 0)
         self.made = paste(self.made, new, (left, top), opacity)
 
@@ -59,13 +66,10 @@ def untinted(picture: Image.Image, generated: Image.Image, hole: Bools) -> Image
 
 
 def candidates(
-    pipe: Any, picture: Image.Image, mask: Any, prompt: str, seeds: Sequence[int], edges: Edges, crop: bool, clean: bool
-) -> list[Candidate]:
-    """One for each seed, without regions if nothing is to be done.
-
-    Args:
-        clean: regions begin with the hole filled from around it, so that nothing has seen what was there.
-    """
+    pipe: Any, picture: Image.Image, mask: Any, prompt: str, seeds: Sequence[int], edges: Edges, crop: bool,
+    sampling: Sampling,
+) -> list[Candidate]:  # fmt: skip
+    """One for each seed, without regions if nothing is to be done."""
     marked = edges.clean(as_mask(mask, (picture.height, picture.width)))
     regions: list[Region] = []
     hole, opacity, used = edges.apply(marked)
@@ -76,13 +80,26 @@ def candidates(
             regions = plan_regions(opacity > 0, *size)
     else:
         warnings.warn("the mask is empty: the picture comes back unchanged", stacklevel=3)
-    starts = [emptied(region.cut(picture), region.cut_mask(hole)) for region in regions if clean]
-    return [Candidate(picture.copy(), hole, opacity, regions, prompt, seed, used, starts) for seed in seeds]
+    starts = [emptied(r.cut(picture), r.cut_mask(hole)) for r in regions if sampling.origin == "clean"]
+    lost = [loss(pipe, start, sampling.strength) for start in starts]
+    return [Candidate(picture.copy(), hole, opacity, regions, prompt, seed, used, starts, lost) for seed in seeds]
 
 
 def emptied(part: Image.Image, hole: Bools) -> Image.Image:
     """A region without what its hole covers."""
     return _picture(exemplar(np.asarray(part, np.float64), hole))
+
+
+def loss(pipe: Any, start: Image.Image, strength: float) -> Pixels:
+    """What the autoencoder takes from a start: all of it up to half strength, less beyond, at 1 nothing.
+
+    The more of a start is painted over, the less its details belong to what is there afterwards.
+    """
+    share = min(1.0, 2 * (1 - strength))
+    if not share:
+        return np.zeros((start.height, start.width, 3))
+    [back] = decode_latents(pipe, encode_image(pipe, start))
+    return share * (np.asarray(start, np.float64) - np.asarray(back, np.float64))
 
 
 def fill_all(pipe: Any, every: Sequence[Candidate], sampling: Sampling, batch_size: int) -> None:

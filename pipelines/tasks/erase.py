@@ -44,8 +44,9 @@ def erase(
         seed: candidate i of picture j has the seed `seed + j * n + i`; None draws one.
         n: candidates of each picture.
         origin: "clean" begins with the hole filled by pieces of the picture, so that neither the start nor what is
-            known around the hole has seen what was there, and spreads the difference along the rim into the hole, so
-            that no tint of the autoencoder is left; "picture" begins with the picture itself, as published.
+            known around the hole has seen what was there, puts back what the autoencoder took from that, and spreads
+            the difference along the rim into the hole, so that no tint is left; "picture" begins with the picture
+            itself, as published.
         method: "sip" starts from noise and gives another fill for every seed; "dip" starts from the inversion and
             gives one. Both are the paper's.
         prompt: what is to be there instead, or a list with one for each image. Nothing, as published; naming the
@@ -87,7 +88,7 @@ def erase(
     masks = as_masks(mask) if several and hasattr(mask, "ndim") else mask if several else [mask]
     groups = [
         candidates(pipe, as_picture(picture), marked, text, range(first + j * n, first + (j + 1) * n), edges, crop,
-                   origin == "clean")
+                   sampling)
         for j, (picture, marked, text) in enumerate(_wanted(images, masks, prompt))
     ]  # fmt: skip
     fill_all(pipe, [candidate for group in groups for candidate in group], sampling, batch_size)
