@@ -209,13 +209,29 @@ def run_edited(layer: AttentionLayer, work: Work, forward: Callable[..., Any], *
     with Tap(layer, work, project, _text_of(kwargs) if work.memo else None) as tap:
         out = forward(*args, **kwargs)
     if not tap.calls:
-        processor = type(getattr(layer.module, "processor", None)).__name__
-        raise AttentionNotReachedError(
-            f"{layer.name} ran with {processor}, which does not use torch's scaled_dot_product_attention, so it cannot "
-            "be edited: call pipe.disable_attention_slicing(), pipe.disable_xformers_memory_efficient_attention() or "
-            "set the layer's processor to AttnProcessor2_0"
-        )
+        raise AttentionNotReachedError(f"{layer.name} {_not_reached(layer)}")
     return out
+
+
+def _not_reached(layer: AttentionLayer) -> str:
+    """Why a layer's attention was not caught, and what to do."""
+    processor = getattr(layer.module, "processor", None)
+    name = type(processor).__name__
+    if hasattr(processor, "_attention_backend"):  # diffusers' dispatcher; a backend set on one model holds for all
+        from diffusers.models import attention_dispatch
+
+        own = getattr(processor, "_attention_backend", None)
+        registry: Any = getattr(attention_dispatch, "_AttentionBackendRegistry")  # noqa: B009
+        backend: Any = own or registry.get_active_backend()[0]
+        return (
+            f"ran on the attention backend {getattr(backend, 'value', backend)!r}, where it cannot be edited: call "
+            "set_attention_backend('native') on the denoiser, or leave this layer out by layers="
+        )
+    return (
+        f"ran with {name}, which does not use torch's scaled_dot_product_attention, so it cannot be edited: call "
+        "pipe.disable_attention_slicing(), pipe.disable_xformers_memory_efficient_attention() or set the layer's "
+        "processor to AttnProcessor2_0"
+    )
 
 
 class Seam:

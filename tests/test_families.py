@@ -172,3 +172,23 @@ def test_rows_of_its_own_are_refused_where_every_frame_has_a_text():
     texts = texts_of(FRAMES[0], (7, 7))
     with pytest.raises(dg.UnsupportedPipelineError, match="every frame"):
         steered(FRAMES[0], texts, away(FRAMES[0], texts[1], form="rows"))
+
+
+def test_a_controlnet_of_a_one_sequence_model_adds_nothing_to_the_negative():
+    """Its residuals are those of image and prompt; the streams' columns get none."""
+    name = "ZImageTransformer2DModel"
+    texts, settings = texts_of(name, (7, 7)), CASES["nag"]
+    residual = {0: normal(1, 64, 32, seed=4) * 0.3}
+
+    def call(rows):
+        given = {place: value.expand(len(rows), -1, -1) for place, value in residual.items()}
+        return TINY[name].call(rows) | {"controlnet_block_samples": given}
+
+    with Doubled(name, [7, 7], settings), torch.no_grad():
+        both = residual[0].repeat(2, 1, 1)
+        both[1, 32:] = 0  # the negative's row: the image's residual alone
+        expected = outcome(tf.denoiser(name)(**call(texts) | {"controlnet_block_samples": {0: both}}))[:1]
+    with dg.graft(tf.bare(name), dg.NegativeAway(texts[1][None], **settings)), torch.no_grad():
+        found = outcome(tf.denoiser(name)(**call(texts[:1])))
+    assert (found - expected).abs().max() <= 1e-6 * expected.abs().max()
+    assert (found - steered(name, texts, away(name, texts[1], **settings))[0]).abs().max() > 1e-3

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 
 import diffusers
 import pytest
@@ -368,3 +369,55 @@ def test_segregation_on_the_new_families(name):
     moved, report = run(pipe, dg.AttentionSegregation(["ball", "cat"], loss="attend-and-excite"), prompt=prompt, **call)
     assert moved.isfinite().all() and not torch.equal(moved, plain) and report.updates > 0
     assert torch.equal(run(pipe, prompt=prompt, **call)[0], plain)
+
+
+# -- pictures beside the prompt, other pipelines and backends ----------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("local", "cls"), [("prompt_image", "QwenImageEditPipeline"), ("condition_images", "QwenImageEditPlusPipeline")]
+)
+def test_an_edit_pipeline_encodes_the_negative_with_its_pictures(local, cls, monkeypatch):
+    """The picture that the running call gave its encoder goes to the negative's."""
+    from diffgraft.pipelines.families.running import Running
+
+    parts, asked = tt.qwen().components, []
+    kind = getattr(diffusers, cls)
+    assert (
+        local in inspect.unwrap(kind.__call__).__code__.co_varnames
+        and "image" in kind.encode_prompt.__code__.co_varnames
+    )
+    pipe = kind(**parts, processor=None)
+
+    def encode(self, prompt, image=None, device=None, num_images_per_prompt=1, max_sequence_length=1024):
+        asked.append((prompt, image, max_sequence_length))
+        return torch.zeros(len(prompt), 4, 32), torch.ones(len(prompt), 4)
+
+    monkeypatch.setattr(kind, "encode_prompt", encode)
+    adapter = adapter_for(pipe)
+    running = Running(
+        pipe, True, {local: "picture", "max_sequence_length": 77}, encoding=frozenset({"max_sequence_length"})
+    )
+    text = adapter.encode_text(["red", "blue"], running)
+    assert asked == [(["red", "blue"], "picture", 77)] and text.mask.dtype == torch.bool
+
+
+def test_a_modular_pipeline_is_refused_by_name():
+    pipe = diffusers.ModularPipeline
+    made = type("FluxModularPipeline", (pipe,), {"__init__": lambda self: None})()
+    with pytest.raises(dg.UnsupportedPipelineError, match="FluxModularPipeline is a modular pipeline"):
+        dg.graft(made, dg.NegativeAway("red"))
+
+
+def test_an_attention_backend_that_cannot_be_edited_is_named():
+    pipe = fp.wan()
+    call = {"num_frames": 5, "guidance_scale": 1.0}
+    pipe.transformer.set_attention_backend("native")
+    steered = run(pipe, dg.NegativeAway("red cat", scale=0.8), **call)[0]
+    assert torch.equal(run(fp.wan(), dg.NegativeAway("red cat", scale=0.8), **call)[0], steered)
+    pipe.transformer.set_attention_backend("flex")  # diffusers sets it for all models
+    try:
+        with pytest.raises(dg.AttentionNotReachedError, match=r"backend 'flex'.*set_attention_backend\('native'\)"):
+            run(pipe, dg.NegativeAway("red cat", scale=0.8), **call)
+    finally:
+        pipe.transformer.set_attention_backend("native")

@@ -20,6 +20,11 @@ def adapters_for(pipe: Any) -> list[Adapter]:
     Raises:
         UnsupportedPipelineError: not a diffusers pipeline, or a denoiser that nobody declared, or that is refused.
     """
+    if _is_modular(pipe):
+        raise UnsupportedPipelineError(
+            f"{type(pipe).__name__} is a modular pipeline, whose guider calls the denoiser once for each of its "
+            "batches, and whose encoders are blocks: load it with diffusers.DiffusionPipeline.from_pretrained"
+        )
     found = [(name, getattr(pipe, name, None)) for name in ("unet", "transformer", "transformer_2")]
     held = [(name, _bare(module)) for name, module in found if isinstance(_bare(module), nn.Module)]
     if not held:
@@ -54,6 +59,10 @@ def _family(pipe: Any, denoiser: nn.Module) -> Family:
     if said is None:
         raise _unknown(pipe, denoiser)
     return said
+
+
+def _is_modular(pipe: Any) -> bool:
+    return any(kind.__name__ == "ModularPipeline" for kind in type(pipe).__mro__)
 
 
 def _bare(module: Any) -> Any:
