@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -100,7 +99,7 @@ class SelfAttentionRedirection(Plugin):
         levels = self.coverage(session.layers, step.size)
         masked = [round(float(one.mean()), 4) for one in self._masks]
         told = {"masked pixels": masked, "masked tokens (largest share)": levels}
-        step.notes[self] = Call(session.latent_channels)
+        step.notes[self] = session.latent_channels
         self.tell(session, lambda: told)
 
     def coverage(self, layers: Sequence[AttentionLayer], size: tuple[int, int]) -> dict[str, float]:
@@ -122,7 +121,7 @@ class SelfAttentionRedirection(Plugin):
     def combine(self, step: Step, prediction: torch.Tensor, rows: Rows) -> torch.Tensor | None:
         if BRANCH not in rows:
             return None
-        channels = self.call(step).channels
+        channels: int = step.notes[self]
         plain, redirected = (prediction[rows[group], :channels] for group in ("cond", BRANCH))
         delta = guide(plain, redirected, self.scale)
         for row, mask in enumerate(spread(self._masks, len(delta))):
@@ -134,13 +133,10 @@ class SelfAttentionRedirection(Plugin):
         """Whether the redirected prediction is all that is wanted: at scale 1 without a second guidance."""
         return self.scale == 1 and "uncond" not in step.rows
 
-    def call(self, step: Step) -> Call:
-        """What the pipeline call of this step holds."""
-        return step.notes[self]
-
     def tokens(self, call: AttentionCall) -> Tokens:
         """(indices of background tokens, masked [N]) of each picture at a layer."""
-        kept, key = self.call(call.step).tokens, (call.step.size, call.grid, call.q.device)
+        kept: dict[Any, Tokens] = call.step.notes.setdefault((self, "tokens"), {})
+        key = (call.step.size, call.grid, call.q.device)
         if key not in kept:
             masks = [level_mask(mask, call.step.size, call.grid).flatten() for mask in self._masks]
             pairs = [((~mask).nonzero()[:, 0], mask) for mask in masks]  # counted on the CPU: a GPU would wait
@@ -153,14 +149,6 @@ class SelfAttentionRedirection(Plugin):
 
 
 Tokens = list[tuple[torch.Tensor, torch.Tensor]]
-
-
-@dataclass
-class Call:
-    """State of one pipeline call: channels of its latents, and `tokens` of the layers that ran, by their grid."""
-
-    channels: int
-    tokens: dict[Any, Tokens] = field(default_factory=dict[Any, Tokens])
 
 
 class _Redirect(Edit):
