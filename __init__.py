@@ -46,6 +46,8 @@ if TYPE_CHECKING:
     from .pipelines.tasks.maps import AttentionMasks as AttentionMasks
     from .pipelines.tasks.maps import attention_maps as attention_maps
     from .pipelines.tasks.maps import attention_masks as attention_masks
+    from .pipelines.tasks.optimise import Startpoint as Startpoint
+    from .pipelines.tasks.optimise import optimise_startpoint as optimise_startpoint
     from .pipelines.tasks.seeds import rank_seeds as rank_seeds
     from .pipelines.tasks.stylize import stylize as stylize
     from .plugins.base import Branch as Branch
@@ -58,6 +60,9 @@ if TYPE_CHECKING:
     from .plugins.redirection import SelfAttentionRedirection as SelfAttentionRedirection
     from .plugins.segregation import AttentionSegregation as AttentionSegregation
     from .plugins.startpoint import StartpointFilter as StartpointFilter
+    from .plugins.startpoint_losses import colour_loss as colour_loss
+    from .plugins.startpoint_losses import histogram_loss as histogram_loss
+    from .plugins.startpoint_losses import intensity_loss as intensity_loss
     from .plugins.style_injection import StyleInjection as StyleInjection
 
 __version__ = "0.2.0"
@@ -83,6 +88,7 @@ _HOMES = {
     "pipelines.load": ("load",),
     "pipelines.tasks.maps": ("AttentionMaps", "AttentionMasks", "attention_maps", "attention_masks"),
     "pipelines.picturebook": ("picturebook",),
+    "pipelines.tasks.optimise": ("Startpoint", "optimise_startpoint"),
     "pipelines.tasks.seeds": ("rank_seeds",),
     "pipelines.tasks.stylize": ("stylize",),
     "plugins.base": ("Branch", "Plugin"),
@@ -93,6 +99,7 @@ _HOMES = {
     "plugins.redirection": ("SelfAttentionRedirection",),
     "plugins.segregation": ("AttentionSegregation",),
     "plugins.startpoint": ("StartpointFilter",),
+    "plugins.startpoint_losses": ("colour_loss", "histogram_loss", "intensity_loss"),
     "plugins.style_injection": ("StyleInjection",),
 }  # fmt: skip
 _HOME = {name: module for module, names in _HOMES.items() for name in names}

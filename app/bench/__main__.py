@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 TABLES = {
+    "optimise_effect": "startpoints found on the student, drawn by the many-step model",
     "overhead": "session overhead with no active edit",
     "negative_cost": "FLOPs of negatives inside attention",
     "negative_effect": "what a negative removes from one-step and guided pictures",
