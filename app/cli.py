@@ -69,6 +69,35 @@ def generate(
 
 @app.command()
 @sharing
+def optimise(
+    prompt: Annotated[str, typer.Argument(help='Such as "a red ball , sky".')],
+    loss: Annotated[
+        str,
+        typer.Option(
+            help='{"loss": "colour", "colour": "blue", "region": "left"}; "intensity" with a mask, "histogram" with an '
+            'image; {"loss": "a-star", "concepts": ["ball", "star"]}.'
+        ),
+    ],
+    iterations: Annotated[int, typer.Option(min=0, max=10_000, help="Updates of the noise.")] = 20,
+    one_step: Annotated[
+        bool, typer.Option("--one-step", help="Search on the one-step student, draw with the model.")
+    ] = False,
+    plugin: Annotated[list[str] | None, typer.Option(help="Repeatable, as for generate.")] = None,
+    out: Out = Path("out.png"),
+    *,
+    shared: Shared,
+) -> list[Path]:
+    """Search the noise whose picture has a small loss, and draw it. Ctrl-C draws the best so far."""
+    from . import tasks
+    from .techniques import parse
+
+    specs = [parse(text) for text in plugin or ()]
+    settings = shared.settings() | {"iterations": iterations, "one_step": one_step}
+    return tasks.optimise(shared.wish(), prompt, loss, specs, out, **settings)
+
+
+@app.command()
+@sharing
 def erase(
     image: Annotated[Path, typer.Argument(help="A picture, or a folder of pictures.")],
     mask: Annotated[

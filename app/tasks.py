@@ -15,6 +15,7 @@ import diffgraft
 from ..attention.errors import SettingError
 from ..attention.pictures import expanded
 from ..pipelines.tasks.generate import resolve_seed
+from . import losses
 from .errors import ImageError
 from .images import load_image, load_mask
 from .metadata import encode_png
@@ -68,6 +69,37 @@ def generate(
         [picture] = diffgraft.generate(pipe, prompt, plugins=plugins, seed=first + i, **chosen)
         wish.write(path, picture, picture.info["diffgraft"])
     return paths
+
+
+def optimise(
+    wish: Wish, prompt: str, loss: str, specs: Sequence[Mapping[str, Any]], out: Path, *, seed: int | None, n: int,
+    one_step: bool, **settings: Any,
+) -> list[Path]:  # fmt: skip
+    """`diffgraft optimise`: the paths written; the losses of each picture are among its settings."""
+    for spec in specs:
+        check(spec)
+    wanted = losses.build(losses.parse(loss))
+    _png(out)
+    first = resolve_seed(seed)
+    output_folder(out.parent)
+    plugins, pipe = [build(spec) for spec in specs], wish.pipe()
+    chosen = suits(wish.model) | _given(settings) | wanted
+    if one_step:
+        chosen["surrogate"] = _student(wish)
+    paths = _numbered(out, n)
+    for i, path in enumerate(paths):
+        found = diffgraft.optimise_startpoint(pipe, prompt, plugins=plugins, seed=first + i, **chosen)
+        wish.write(path, found.picture, found.picture.info["diffgraft"])
+        if found.interrupted:
+            return paths[: i + 1]
+    return paths
+
+
+def _student(wish: Wish) -> Any:
+    """The embedded model's one-step student, for the search."""
+    if wish.model != "picturebook":
+        raise SettingError("--one-step: the student belongs to the embedded model; in Python give surrogate=")
+    return diffgraft.picturebook(one_step=True)
 
 
 def erase(wish: Wish, image: Path, mask: Path, out: Path, *, invert: bool, **options: Any) -> list[Path]:

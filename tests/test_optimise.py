@@ -167,3 +167,20 @@ def test_wrong_settings_say_so(sd15):
             dg.optimise_startpoint(sd15, wrong.pop("prompt", "a ball"), wrong["loss"], width=32, height=32)
     with pytest.raises(dg.SettingError, match="gradient"):
         dg.optimise_startpoint(sd15, "a ball", lambda pictures, prompt: pictures.detach().mean(), width=32, height=32)
+
+
+def test_losses_as_a_person_writes_them(tmp_path):
+    from diffgraft.app import losses
+    from diffgraft.app.batch.schema import make_row
+    from diffgraft.app.errors import ManifestError
+
+    picture = torch.zeros(1, 3, 8, 8)
+    spec = losses.parse('{"loss": "colour", "colour": "#0000ff", "region": "left"}')
+    assert losses.build(spec)["loss"](picture, "").item() == pytest.approx(1 / 3)
+    assert losses.build({"loss": "intensity", "region": "all"})["loss"](picture, "").item() == pytest.approx(1)
+    assert losses.build({"loss": "a-star", "concepts": ["a"]}) == {"loss": "a-star", "concepts": ["a"]}
+    row = {"task": "optimise", "prompt": "a ball", "settings": {"loss": dict(spec), "iterations": 2}}
+    assert make_row(row, {}, 1, strict=True).settings["iterations"] == 2
+    for wrong in ({"loss": "x"}, {"loss": "a-star"}, {"loss": "colour"}, None, {"loss": "intensity", "mask": "a.png"}):
+        with pytest.raises(ManifestError):
+            make_row({**row, "settings": {"loss": wrong}}, {}, 1, strict=True)

@@ -93,7 +93,7 @@ def make_job(row: Row, line: int, setup: Setup, run_seed: int) -> Job:
     """
     model = row.model or setup.model
     given = row.model_dump(exclude=_NOT_SETTINGS, exclude_none=True)
-    settings = (suits(model) if row.task == "generate" else {}) | given | row.settings
+    settings = (suits(model) if row.task in ("generate", "optimise") else {}) | given | row.settings
     if row.negative and row.task != "generate":
         settings["negative"] = row.negative
     inputs = {name: value for name in FILES if (value := getattr(row, name)) is not None}

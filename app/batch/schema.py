@@ -6,7 +6,7 @@ import difflib
 import inspect
 from collections.abc import Iterator, Mapping
 from functools import cache
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
@@ -14,7 +14,7 @@ import diffgraft
 
 from ...attention.errors import GraftError
 from ...pipelines.tasks.generate import LONGEST_PROMPT, SEEDS
-from .. import techniques
+from .. import losses, techniques
 from ..errors import ManifestError
 
 FILES = ("image", "mask", "content", "style")
@@ -22,7 +22,11 @@ REQUIRED: Mapping[str, tuple[str, ...]] = {
     "generate": ("prompt",),
     "erase": ("image", "mask"),
     "stylize": ("content", "style"),
+    "optimise": ("prompt",),
 }
+FUNCTIONS: Mapping[str, str] = {"optimise": "optimise_startpoint"}
+"""Tasks whose function has another name."""
+_IN_PYTHON = ("concepts", "surrogate", "callback")  # objects of Python, or said by the loss
 _COMMON = {"id", "task", "seed", "n", "model", "dtype", "variant"}
 
 Text = Field(default=None, max_length=LONGEST_PROMPT)
@@ -36,7 +40,7 @@ class Row(BaseModel):
 
     id: str = Field(min_length=1, max_length=1000)
     """Names the pictures: DIR/<id>.png. Default: the row's line."""
-    task: Literal["generate", "erase", "stylize"] = "generate"
+    task: Literal["generate", "erase", "stylize", "optimise"] = "generate"
     prompt: str | None = Text
     negative: str | None = Text
     """Kept away by `NegativeAway`, with or without guidance."""
@@ -62,7 +66,8 @@ class Row(BaseModel):
     plugins: list[dict[str, Any]] = Field(default_factory=list, max_length=20)
     """Such as {"plugin": "NegativeAway", "negative": "red"}."""
     settings: dict[str, Any] = Field(default_factory=dict, max_length=50)
-    """Further arguments of `diffgraft.erase` or `diffgraft.stylize`, such as {"strength": 0.8}."""
+    """Further arguments of `diffgraft.erase` or `diffgraft.stylize`, such as {"strength": 0.8}; of "optimise" its loss
+    too: {"loss": {"loss": "colour", "colour": "blue"}, "iterations": 20}."""
 
     @field_validator("id", mode="before")
     @classmethod
@@ -96,7 +101,7 @@ def make_row(given: Mapping[str, Any], defaults: Mapping[str, Any], line: int, *
         row = Row.model_validate(merged, strict=strict)
     except ValidationError as error:
         raise ManifestError("; ".join(_said(e) for e in error.errors(include_url=False))) from None
-    wrong = [*_fits_task(row, given, takes), *_fits_plugins(row)]
+    wrong = [*_fits_task(row, given, takes), *_fits_loss(row), *_fits_plugins(row)]
     if wrong:
         raise ManifestError("; ".join(wrong))
     return row
@@ -121,8 +126,9 @@ def fields_of(task: str) -> set[str]:
 
 def _arguments(task: str) -> list[str]:
     """Keyword arguments of a task's function."""
-    parameters = inspect.signature(getattr(diffgraft, task)).parameters.values()
-    return [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
+    parameters = inspect.signature(getattr(diffgraft, FUNCTIONS.get(task, task))).parameters.values()
+    named = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
+    return [*(name for name in named if name not in _IN_PYTHON), "loss"] if task == "optimise" else named
 
 
 def _fits_task(row: Row, given: Mapping[str, Any], takes: set[str]) -> Iterator[str]:
@@ -137,6 +143,17 @@ def _fits_task(row: Row, given: Mapping[str, Any], takes: set[str]) -> Iterator[
     strange = [name for name in row.settings if name not in further]
     if strange:
         yield f"settings: {row.task} has no {', '.join(strange)}; there are {', '.join(further)}"
+
+
+def _fits_loss(row: Row) -> Iterator[str]:
+    if row.task == "optimise":
+        loss = row.settings.get("loss")
+        try:
+            losses.check(loss)
+            if {"mask", "image"} & {*cast("Mapping[str, Any]", loss)}:
+                yield "settings: a loss in a manifest takes no files: give a colour, a region, or concepts"
+        except GraftError as error:
+            yield f"settings: {error}"
 
 
 def _fits_plugins(row: Row) -> Iterator[str]:

@@ -20,6 +20,7 @@ from ...attention.errors import GraftError, ModelLoadError
 from ...attention.pictures import expanded
 from ...pipelines.families.running import part_of
 from ...pipelines.tasks.generate import sample
+from .. import losses
 from ..console import one_line
 from ..errors import OutputError
 from ..images import load_image, load_mask
@@ -117,6 +118,12 @@ class Worker:
         settings = dict(job.settings)
         if job.specs:
             settings["plugins"] = [build(spec, self.setup.base) for spec in job.specs]
+        if job.task == "optimise":
+            loss = losses.build(settings.pop("loss"), self.setup.base)
+            for i in range(len(job.files)):
+                found = diffgraft.optimise_startpoint(pipe, seed=job.seed + i, **settings, **loss)
+                yield job, i, found.picture
+            return
         if job.task == "erase":
             picture = load_image(paths["image"])
             pictures = (picture, load_mask(paths["mask"], picture.size))

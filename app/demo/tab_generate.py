@@ -46,6 +46,10 @@ class GenerateTab:
                 negative = gr.Textbox(
                     "", label="Keep away", info="A negative prompt inside the attention. Empty: off", placeholder="red"
                 )
+                never = gr.Textbox(
+                    "", label="Never draw", info="Words that a prompt may not ask for, with commas. Empty: off",
+                    placeholder="star",
+                )  # fmt: skip
                 compare = gr.Checkbox(True, label="Also paint it plain, with the same seed")
                 buttons = parts.buttons("Paint")
                 knobs = parts.knobs(self.studio, steps=25, guidance=2.5)
@@ -58,7 +62,7 @@ class GenerateTab:
                 seed, settings = parts.facts()
         inputs = [
             prompt, concepts, negative, compare, knobs.steps, knobs.guidance, knobs.count, knobs.seed, width, height,
-            knobs.model,
+            knobs.model, never,
         ]  # fmt: skip
         parts.runs("generate", self.studio, self.generate, inputs, [pictures, maps, seed, settings], buttons)
 
@@ -75,6 +79,7 @@ class GenerateTab:
         width: int | None = None,
         height: int | None = None,
         model: str = "",
+        never: str = "",
         request: gr.Request | None = None,
         progress: gr.Progress = gr.Progress(),  # noqa: B008
     ) -> tuple[Shown, Shown, str, str]:
@@ -92,6 +97,7 @@ class GenerateTab:
             width: Pixels, a multiple of 8; empty leaves it to the model.
             height: Pixels, a multiple of 8; empty leaves it to the model.
             model: Empty for the page's model, else a folder, a .safetensors file or a Hub id.
+            never: Words that must not be drawn, separated by commas; empty switches this off.
 
         Returns:
             Pictures, attention maps of the first one, its seed, and its settings as JSON.
@@ -105,7 +111,7 @@ class GenerateTab:
         together, first = checks.words(concepts, "concepts"), checks.seed(seed)
         number = checks.whole(count, "pictures", 1, checks.PICTURES)
         name = self.studio.check(model)
-        plugins = techniques(together, kept_away)
+        plugins = techniques(together, kept_away, checks.words(never, "never"))
         shown: Shown = []
         with parts.turn(self.studio, model, request, progress) as job:
             made, seen = look(job, text, together, plugins, first, wish, f"picture 1 of {number}")
@@ -120,13 +126,15 @@ class GenerateTab:
         return shown, seen, str(first), parts.as_json(settings)
 
 
-def techniques(concepts: list[str], negative: str) -> list[Plugin]:
-    """What the two fields stand for."""
+def techniques(concepts: list[str], negative: str, never: list[str]) -> list[Plugin]:
+    """What the three fields stand for."""
     plugins: list[Plugin] = []
     if concepts:
         plugins.append(diffgraft.AttentionSegregation(concepts))
     if negative:
         plugins.append(diffgraft.NegativeAway(negative))
+    if never:
+        plugins.append(diffgraft.ConceptBlock(never))
     return plugins
 
 
@@ -162,6 +170,6 @@ def paint(job: Job, prompt: str, plugins: list[Plugin], seed: int, wish: dict[st
 
 def caption(plugins: list[Plugin], seed: int) -> str:
     """What stands under a picture."""
-    names = {"AttentionSegregation": "concepts", "NegativeAway": "negative"}
+    names = {"AttentionSegregation": "concepts", "NegativeAway": "negative", "ConceptBlock": "never"}
     used = " + ".join(names.get(type(plugin).__name__, type(plugin).__name__) for plugin in plugins)
     return f"{used or 'plain'}, seed {seed}"
