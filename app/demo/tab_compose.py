@@ -27,6 +27,7 @@ NEVER = ("image", "layout", "content", "generator")
 STARTS: Mapping[str, Mapping[str, Any]] = {
     "AttentionDistillation": {"style": UPLOAD, "rate": 0.05},
     "AttentionSegregation": {"concepts": ["house", "tree"]},
+    "ConceptBlock": {"concepts": ["tree"]},
     "NegativeAway": {"negative": "blue"},
     "SelfAttentionRedirection": {"mask": UPLOAD, "scale": 3.0},
     "StartpointFilter": {"alpha": 0.8, "sigma": 0.3},
