@@ -84,6 +84,7 @@ def test_the_gradient_is_the_slope():
 @pytest.mark.parametrize("make", [tiny.sd15, tiny.sdxl, tt.sd3, tt.flux], ids=["sd15", "sdxl", "sd3", "flux"])
 def test_every_family_finds_a_lower_loss_and_is_put_back(make):
     pipe = make()
+    dg.generate(pipe, "a red ball", seed=1, **SMALL)  # a scheduler's first call leaves a mark
     before, bar = fingerprint(pipe), dict(getattr(pipe, "_progress_bar_config", {}))
     trained = [p.requires_grad for part in (pipe.vae, pipe.text_encoder) for p in part.parameters()]
     seen = []

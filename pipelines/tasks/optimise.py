@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from ...attention.errors import NonFiniteError, SettingError, SettingTypeError
+from ...attention.plain import plainly
 from ...plugins.base import Plugin, finite
 from ...plugins.concepts import Concepts
 from ...plugins.losses import Loss
@@ -54,6 +55,7 @@ class SearchError(NonFiniteError):
         self.startpoint = startpoint
 
 
+@plainly
 def optimise_startpoint(
     pipe: Any,
     prompt: str | Sequence[str],

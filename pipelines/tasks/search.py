@@ -122,7 +122,7 @@ class _Look(AttentionSegregation):
 
     def latent(self, step: Step, latent: torch.Tensor, probe: Probe) -> None:
         z = latent.detach().requires_grad_()
-        losses = torch.stack(self.losses(z, probe))
+        losses = torch.stack(self.losses(self.call(step), z, probe))
         (gradient,) = torch.autograd.grad(losses.sum(), z)
         self.found = losses.detach(), gradient
         raise _Found
