@@ -129,6 +129,10 @@ FILM = (4, 2, 8, 8)
 
 MORE: dict[str, Tiny] = {
     "WanTransformer3DModel": Tiny(WAN, FILM, (16,), CROSS, "cross", 0),
+    "WanTransformer3DModel with a picture": Tiny(
+        WAN | {"image_dim": 16, "added_kv_proj_dim": 24}, FILM, (16,), CROSS, "cross", 0, picture, own=1,
+        lengths=((512, 512),),
+    ),
     "LTXVideoTransformer3DModel": Tiny(
         {"in_channels": 4, "out_channels": 4, "num_attention_heads": 2, "attention_head_dim": 8,
          "cross_attention_dim": 16, "num_layers": 2, "caption_channels": 16},
