@@ -23,6 +23,7 @@ from diffgraft.pipelines.tasks.candidates import loss, untinted
 from diffgraft.pipelines.tasks.continuation import exemplar, harmonic
 from diffgraft.pipelines.tasks.edges import Edges
 from diffgraft.pipelines.tasks.fill import Job, Sampling, sample
+from diffgraft.pipelines.tasks.ranking import seam, strangeness
 from diffgraft.pipelines.tasks.region import Region, paste, plan_region, plan_regions
 
 
@@ -531,6 +532,27 @@ def test_pieces_continue_a_texture_and_never_hold_what_was_covered():
     large, wide = (np.kron(x, np.ones((3, 3, 1))) for x in (covered, hole[..., None]))
     assert exemplar(large, wide[..., 0] > 0).min() >= 0  # found at a third of the size, copied at the full one
     assert np.isfinite(exemplar(covered[:9, :9], np.eye(9) > 0)).all()  # too small for a whole piece
+
+
+def test_the_best_candidate_comes_first_by_what_speaks_against_it(pipe):
+    """Seam and strangeness are told, the order follows them, and by seed is still the default."""
+    settings = {"seed": 3, "n": 3, "strength": 0.8}
+    by_seed, best = (quick(pipe, picture(), box(), best_first=first, **settings) for first in (False, True))
+    said = [p.info["diffgraft"] for p in best]
+    assert [p.info["diffgraft"]["seed"] for p in by_seed] == [3, 4, 5] and "seam" not in by_seed[0].info["diffgraft"]
+    sums = [one["seam"] + one["strangeness"] for one in said]
+    assert sums == sorted(sums) and {one["seed"] for one in said} == {3, 4, 5}
+    assert not changed(best[0], by_seed[said[0]["seed"] - 3]).any()
+
+
+def test_what_was_invented_is_stranger_than_what_continues():
+    rng, hole = np.random.default_rng(0), box(64, 64, 20, 20, 24)
+    texture = np.tile(rng.uniform(0, 255, (8, 8, 3)), (8, 8, 1))
+    disc = texture.copy()
+    disc[26:38, 26:38] = (250, 10, 10)
+    assert strangeness(texture, hole) < 0.5 < 20 < strangeness(disc, hole)
+    assert strangeness(texture[:9, :9], box(9, 9, 3, 3, 2)) == 0  # no whole piece
+    assert seam(texture, texture + 4, hole) == pytest.approx(4) and seam(disc, texture, hole) == 0
 
 
 # -- pipelines ------------------------------------------------------------------------------------------------------

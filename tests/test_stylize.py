@@ -143,11 +143,8 @@ def test_twenty_contents_in_forty_styles_are_sixty_inversions(negative, inversio
     pipe = tiny.sd15(unet=tiny.unet(sample_size=4))
     rows = []
     pipe.unet.register_forward_pre_hook(lambda _, args: rows.append(len(args[0])))
-    recipe = module.Recipe(
-        prompt="", strength=1.0, structure=0.5, steps=1, guidance=1.0, method="styleid", alpha=0.7, gamma=0.75,
-        temperature=1.5, invert_style=True, negative=negative, omega=1.5, iterations=0, tolerance=0.0, plugins=(),
-        call={},
-    )  # fmt: skip
+    look = module.Look("styleid", 1.0, 0.5, 0.7, 0.75, 1.5, True)
+    recipe = module.Recipe("", 1, 1.0, look, module.Inverting(negative, 1.5, 0, 0.0), (), {})
     contents, styles = ([picture(8, 8, seed) for seed in seeds] for seeds in (range(20), range(20, 60)))
     made = list(module.pairs(pipe, recipe, contents, styles, 0))
     used = {(id(pair.inversion), id(pair.reference.style)) for pair in made}

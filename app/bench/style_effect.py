@@ -19,13 +19,19 @@ from PIL import Image
 from ... import AttentionDistillation, Inversion, Plugin, StartpointFilter, StyleInjection, graft, invert
 from ...pipelines.families.latents import decode_latents, encode_image
 from . import world
+from .judge import WEIGHTS, Verdict, load_judge, look
 from .rows import KEPT, Rows, fingerprint, scale_of, subject
-from .statistics import mean, paired_difference
+from .statistics import mean, paired_difference, share
 from .style_plot import plot
 from .style_scores import layout_accuracy, leak, psnr, style_distance
 from .training import share_cores
 
 STEPS = 20
+HEAD = (
+    "| way | PSNR to the truth, dB | layout accuracy | style distance / nothing done | canary leak "
+    "| judge: style right | judge: kinds kept | judge sees the style picture's thing |\n"
+    "|---|---|---|---|---|---|---|---|\n"
+)
 STYLES = ("sketch", "mosaic", "dots", "watercolor")
 BATCH = 2 * len(STYLES)
 
@@ -77,12 +83,21 @@ SWEEP = tuple(
 
 @dataclass
 class Scores:
-    """One number a pair of each kind."""
+    """One value a pair of each kind; the last three are the judge's, empty without one."""
 
     psnr: list[float] = field(default_factory=list[float])
     layout: list[float] = field(default_factory=list[float])
     style: list[float] = field(default_factory=list[float])
     leak: list[float] = field(default_factory=list[float])
+    right: list[bool] = field(default_factory=list[bool])
+    kept: list[bool] = field(default_factory=list[bool])
+    intruder: list[bool] = field(default_factory=list[bool])
+
+    def judge(self, pair: Pair, verdict: Verdict) -> None:
+        """What the judge sees of a pair: the style, the content's kinds, the style picture's thing."""
+        self.right.append(verdict.style == pair.style.style)
+        self.kept.append({thing.kind for thing in pair.content.things} <= set(verdict.colours))
+        self.intruder.append(pair.style.things[0].kind in verdict.colours)
 
 
 def pairs(contents: int, split: str = "any") -> list[Pair]:
@@ -114,7 +129,8 @@ class Studio:
     def __init__(self, pipe: Any, path: Path = KEPT / "style.jsonl", steps: int = STEPS) -> None:
         self.pipe, self.steps, self.rows = pipe, steps, Rows(path)
         self.inversions: dict[Any, Inversion] = {}
-        self.key = {"model": fingerprint(pipe)["model"], "steps": steps}
+        self.key = fingerprint(pipe) | {"steps": steps}
+        self.judge = load_judge() if WEIGHTS.exists() else None
 
     def paint(self, way: Way, batch: Sequence[Pair], styles: Sequence[Image.Image], seed: int) -> list[Image.Image]:
         """One output a pair, for these style pictures."""
@@ -209,8 +225,7 @@ def scored(studio: Studio, way: Way, batch: Sequence[Pair], seed: int, canary: b
     scores = Scores()
     styles = [world.render(pair.style) for pair in batch]
     outs = studio.paint(way, batch, styles, seed)
-    for pair, style, out in zip(batch, styles, outs, strict=True):
-        _score(scores, pair, style, out)
+    _score(studio, scores, batch, styles, outs)
     if canary:
         bare = [world.render(pair.style.empty()) for pair in batch]
         others = studio.paint(way, batch, bare, seed)
@@ -219,10 +234,16 @@ def scored(studio: Studio, way: Way, batch: Sequence[Pair], seed: int, canary: b
     return asdict(scores)
 
 
-def _score(scores: Scores, pair: Pair, style: Image.Image, out: Image.Image) -> None:
-    scores.psnr.append(psnr(out, pair.truth))
-    scores.layout.append(layout_accuracy(out, pair.content))
-    scores.style.append(style_distance(out, style) / _nothing(pair))
+def _score(
+    studio: Studio, scores: Scores, batch: Sequence[Pair], styles: Sequence[Image.Image], outs: Sequence[Image.Image]
+) -> None:
+    for pair, style, out in zip(batch, styles, outs, strict=True):
+        scores.psnr.append(psnr(out, pair.truth))
+        scores.layout.append(layout_accuracy(out, pair.content))
+        scores.style.append(style_distance(out, style) / _nothing(pair))
+    if studio.judge is not None:
+        for pair, verdict in zip(batch, look(studio.judge, outs), strict=True):
+            scores.judge(pair, verdict)
 
 
 @cache
@@ -239,15 +260,18 @@ def given(studio: Studio, chosen: Sequence[Pair]) -> dict[str, Scores]:
         "the true re-rendering": lambda pair: pair.truth,
         "the style picture": lambda pair: world.render(pair.style),
     }
+    kinds["the truth behind the autoencoder"] = lambda pair: decoded(studio.pipe, pair.truth)
     for name, make in kinds.items():
         rows[name] = Scores()
         for pair in chosen:
-            _score(rows[name], pair, world.render(pair.style), make(pair))
-    rows["the truth behind the autoencoder"] = Scores()
-    for pair in chosen:
-        [out] = decode_latents(studio.pipe, encode_image(studio.pipe, pair.truth))
-        _score(rows["the truth behind the autoencoder"], pair, world.render(pair.style), out)
+            _score(studio, rows[name], [pair], [world.render(pair.style)], [make(pair)])
     return rows
+
+
+def decoded(pipe: Any, picture: Image.Image) -> Image.Image:
+    """A picture behind the autoencoder."""
+    [out] = decode_latents(pipe, encode_image(pipe, picture))
+    return out
 
 
 def line(name: str, scores: Scores) -> str:
@@ -260,6 +284,7 @@ def line(name: str, scores: Scores) -> str:
         return f"{found.value:{form}} ({found.low:{form}} to {found.high:{form}})"
 
     cells = [cell(scores.psnr, ".2f"), cell(scores.layout, ".3f"), cell(scores.style, ".3f"), cell(scores.leak, ".3f")]
+    cells += [share(judged).percent() if judged else "-" for judged in (scores.right, scores.kept, scores.intruder)]
     return f"| {name} | {' | '.join(cells)} |"
 
 
@@ -275,8 +300,7 @@ def run(full: bool, model: Path | None = None) -> None:
 def tables(studio: Studio, chosen: Sequence[Pair], canaries: int, swept: int, ways: Sequence[Way] = WAYS) -> None:
     """The same with a choice of pairs and ways, StyleID among them."""
     _write(f"{len(chosen)} pairs; intervals: 95%, bootstrap over pairs\n\n")
-    _write("| way | PSNR to the truth, dB | layout accuracy | style distance / nothing done | canary leak |\n")
-    _write("|---|---|---|---|---|\n")
+    _write(HEAD)
     for name, scores in given(studio, chosen).items():
         _write(line(name, scores) + "\n")
     found: dict[str, Scores] = {}
@@ -301,8 +325,7 @@ def _difference(name: str, after: Scores, before: Scores) -> str:
 def sweep_strength(studio: Studio, chosen: Sequence[Pair]) -> None:
     """Print and draw what `strength` trades."""
     sweep = {way: measure(studio, way, chosen, 0) for way in SWEEP}
-    _write("\n| strength sweep | PSNR to the true re-rendering, dB | layout accuracy | style distance | |\n")
-    _write("|---|---|---|---|---|\n")
+    _write("\n" + HEAD.replace("| way |", "| strength sweep |"))
     for way, scores in sweep.items():
         _write(line(way.name, scores) + "\n")
     path = studio.rows.path.with_name("style-pareto.png")

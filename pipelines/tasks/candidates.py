@@ -15,6 +15,7 @@ from ..families.latents import decode_latents, encode_image, native_side, side_m
 from .continuation import Pixels, exemplar, harmonic
 from .edges import Edges
 from .fill import Job, Sampling, sample
+from .ranking import seam, strangeness
 from .region import Region, hold, paste, plan_regions
 
 
@@ -26,6 +27,7 @@ class Candidate:
         made: what there is after some of the regions.
         starts: what each region begins with; empty if it begins with itself.
         lost: what the autoencoder takes from each start and is put back.
+        seam: how far the model's version was from the picture along the rim, of the worst region, in levels.
     """
 
     made: Image.Image
@@ -34,9 +36,10 @@ class Candidate:
     regions: list[Region]
     prompt: str
     seed: int
-    used: dict[str, int]
+    used: dict[str, float]
     starts: Sequence[Image.Image] = ()
     lost: Sequence[Pixels] = ()
+    seam: float = 0.0
 
     def job(self, index: int) -> Job:
         """What is to be made of a region."""
@@ -48,12 +51,20 @@ class Candidate:
         region = self.regions[index]
         left, top, right, bottom = region.box
         opacity = self.opacity[top:bottom, left:right]
-        if not self.starts:
-            new = region.uncut(generated)
-        else:
-            new = region.uncut(_picture(np.asarray(generated, np.float64) + self.lost[index]))
-            new = untinted(self.made.convert("RGB").crop(region.box), new, opacity > 0)
+        if self.starts:
+            generated = _picture(np.asarray(generated, np.float64) + self.lost[index])
+        new, before = region.uncut(generated), self.made.convert("RGB").crop(region.box)
+        self.seam = max(self.seam, seam(*(np.asarray(image, np.float64) for image in (before, new)), opacity > 0))
+        if self.starts:
+            new = untinted(before, new, opacity > 0)
         self.made = paste(self.made, new, (left, top), opacity)
+
+    def unease(self) -> dict[str, float]:
+        """What speaks against it, without knowing what is behind the hole; both in levels, less is better."""
+        if not self.regions:
+            return {"seam": 0.0, "strangeness": 0.0}
+        strange = strangeness(np.asarray(self.made.convert("RGB"), np.float64), self.hole)
+        return {"seam": round(self.seam, 3), "strangeness": round(strange, 3)}
 
 
 def untinted(picture: Image.Image, generated: Image.Image, hole: Bools) -> Image.Image:
@@ -82,7 +93,7 @@ def candidates(
         warnings.warn("the mask is empty: the picture comes back unchanged", stacklevel=3)
     starts = [emptied(r.cut(picture), r.cut_mask(hole)) for r in regions if sampling.origin == "clean"]
     lost = [loss(pipe, start, sampling.strength) for start in starts]
-    return [Candidate(picture.copy(), hole, opacity, regions, prompt, seed, used, starts, lost) for seed in seeds]
+    return [Candidate(picture.copy(), hole, opacity, regions, prompt, seed, dict(used), starts, lost) for seed in seeds]
 
 
 def emptied(part: Image.Image, hole: Bools) -> Image.Image:

@@ -5,6 +5,8 @@ Pictures are float [h, w, c] in any range, holes boolean [h, w]; what is outside
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
@@ -79,8 +81,7 @@ def exemplar(picture: Pixels, hole: Bools) -> Pixels:
     the full one. Without a single whole piece in the picture the smooth surface comes back.
     """
     smooth = harmonic(picture, hole)
-    factor = -(-max(hole.shape) // LARGEST)
-    small, empty = (smooth, hole) if factor == 1 else _shrunk(smooth, hole, factor)
+    small, empty, factor = shrunk(smooth, hole)
     moved = _moves(small, empty)
     if moved is None or not hole.any():
         return smooth
@@ -92,25 +93,26 @@ def exemplar(picture: Pixels, hole: Bools) -> Pixels:
     return smooth
 
 
-def _shrunk(picture: Pixels, hole: Bools, factor: int) -> tuple[Pixels, Bools]:
-    """Means of squares of pixels; a hole wherever one of them is."""
+def shrunk(picture: Pixels, hole: Bools) -> tuple[Pixels, Bools, int]:
+    """At most `LARGEST` wide and high, by a factor: means of squares of pixels, a hole wherever one of them is."""
+    factor = -(-max(hole.shape) // LARGEST)
     more = [(0, -side % factor) for side in hole.shape]
     padded, marked = np.pad(picture, [*more, (0, 0)], mode="edge"), np.pad(hole, more)
     rows, columns = (side // factor for side in marked.shape)
     shape = (rows, factor, columns, factor)
-    return padded.reshape(*shape, -1).mean((1, 3)), np.any(marked.reshape(shape), (1, 3))
+    return padded.reshape(*shape, -1).mean((1, 3)), np.any(marked.reshape(shape), (1, 3)), factor
 
 
 def _moves(smooth: Pixels, hole: Bools) -> NDArray[np.intp] | None:
     """[h, w, 2]: how far away the pixel is that goes to each pixel of the hole; None if there is no whole piece."""
     side, channels = 2 * REACH + 1, smooth.shape[-1]
-    sources = np.argwhere(~_windows(np.pad(hole, REACH, constant_values=True)).any((-2, -1)))
+    whole = np.pad(hole, REACH, constant_values=True)[..., None]
+    sources = np.argwhere(~windows(whole).any(-1))
     if not len(sources):
         return None
     canvas = np.pad(smooth.astype(np.float32), [(REACH, REACH), (REACH, REACH), (0, 0)], mode="edge")
     open_, trust = np.pad(hole, REACH), np.pad(~hole, REACH).astype(np.float64)
-    views = np.moveaxis(sliding_window_view(canvas, (side, side), axis=(0, 1)), 2, -1)
-    pieces = views[sources[:, 0], sources[:, 1]].reshape(len(sources), -1)
+    pieces = windows(canvas)[sources[:, 0], sources[:, 1]]
     squares = pieces**2
     moves = np.zeros((*open_.shape, 2), np.intp)
     while open_.any():
@@ -142,6 +144,10 @@ def _sums(values: NDArray[np.float64]) -> NDArray[np.float64]:
     return total[side:, side:] - total[:-side, side:] - total[side:, :-side] + total[:-side, :-side]
 
 
-def _windows(values: Bools) -> NDArray[np.bool_]:
+def windows(values: NDArray[Any]) -> NDArray[Any]:
+    """[h, w, c] as every whole piece of it, float32: [h - 2 * REACH, w - 2 * REACH, side * side * c]."""
     side = 2 * REACH + 1
-    return sliding_window_view(values, (side, side))
+    if min(values.shape[:2]) < side:
+        return np.zeros((0, 0, side * side * values.shape[-1]), np.float32)
+    views = np.moveaxis(sliding_window_view(values, (side, side), axis=(0, 1)), 2, -1)
+    return views.reshape(*views.shape[:2], -1).astype(np.float32)

@@ -39,12 +39,12 @@ class Edges:
         mask = drop_small(mask, self.min_area) if self.min_area > 1 else mask
         return fill_holes(mask) if self.fill else mask
 
-    def apply(self, mask: Bools) -> tuple[Bools, Any, dict[str, int]]:
+    def apply(self, mask: Bools) -> tuple[Bools, Any, dict[str, float]]:
         """(the hole, the opacity of what is generated, the pixels used for both)."""
         usual = min(REACH // 2, max(2, min(mask.shape) // 64))
-        used = {
+        used: dict[str, float] = {
             "grow": usual if self.grow is None else int(self.grow),
             "feather": usual if self.feather is None else int(self.feather),
         }
-        hole = grown(mask, used["grow"])
-        return hole, feather(hole, used["feather"]), used
+        hole = grown(mask, int(used["grow"]))
+        return hole, feather(hole, int(used["feather"])), used

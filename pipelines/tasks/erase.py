@@ -31,7 +31,7 @@ def erase(
     scale: float | None = None, suppression: float = 0.3, suppression_steps: int = 10,
     layers: str | Sequence[str | int] = "up", start: float = 0.0, end: float = 1.0,
     grow: int | None = None, feather: int | None = None, fill: bool = False, min_area: int = 0,
-    crop: bool = True, batch_size: int = 1, plugins: Sequence[Plugin] = (), **call: Any,
+    crop: bool = True, batch_size: int = 1, best_first: bool = False, plugins: Sequence[Plugin] = (), **call: Any,
 ) -> Any:  # fmt: skip
     """Remove what a mask covers and continue the background.
 
@@ -63,6 +63,8 @@ def erase(
         crop: give the model the surroundings of the hole at their own resolution; False: the whole picture.
         batch_size: regions at once, where they are of one size. At 1, the default, a picture is the same bytes
             whichever others are made with it.
+        best_first: candidates come by what speaks against them instead of by seed: the difference to the picture along
+            the rim, and how far pieces of the hole are from all pieces around. Both are in their settings.
         plugins: further techniques for the same run.
         call: passed on to the pipeline, such as `negative_prompt` or, with a ControlNet, `control_image` (of the whole
             picture, which is cut out alike; for several ControlNets a list with one for each).
@@ -92,6 +94,7 @@ def erase(
         for j, (picture, marked, text) in enumerate(_wanted(images, masks, prompt))
     ]  # fmt: skip
     fill_all(pipe, [candidate for group in groups for candidate in group], sampling, batch_size)
+    groups = [_ranked(group) if best_first else group for group in groups]
     made = [[_signed(pipe, candidate, settings, plugins) for candidate in group] for group in groups]
     results = [group if n > 1 else group[0] for group in made]
     return results if several else results[0]
@@ -102,6 +105,13 @@ def _usual(origin: str, **given: float | None) -> tuple[float, ...]:
     if origin not in USUAL:
         raise SettingError(f"origin={origin!r}: choose 'clean' (the hole filled first) or 'picture' (as published)")
     return tuple(USUAL[origin][name] if value is None else value for name, value in given.items())
+
+
+def _ranked(group: Sequence[Candidate]) -> list[Candidate]:
+    """The best first, with what was compared among its settings."""
+    for candidate in group:
+        candidate.used |= candidate.unease()
+    return sorted(group, key=lambda candidate: candidate.used["seam"] + candidate.used["strangeness"])
 
 
 def _signed(pipe: Any, candidate: Candidate, settings: dict[str, Any], plugins: Sequence[Plugin]) -> Image.Image:

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from PIL import Image, ImageOps
@@ -18,7 +18,7 @@ from ...attention.plain import plainly
 from ...plugins.base import Plugin, finite
 from ...plugins.distillation import AttentionDistillation
 from ...plugins.startpoint import StartpointFilter
-from ...plugins.style_injection import Method, StyleInjection
+from ...plugins.style_injection import StyleInjection
 from ..families import adapter_for, latents
 from ..families.base import has_ip_adapter
 from ..families.loop import loop_for
@@ -29,8 +29,39 @@ from .inversion import Inversion, invert
 from .region import Region, whole_region
 from .schedule import EXACT, invertible
 
+How = Literal["styleid", "stylealigned", "ip_adapter", "distillation"]
 _ETA = 2010025020
 """Added to the seed for the noise of `eta`, which is not to be the noise of the refill."""
+
+
+@dataclass(frozen=True)
+class Look:
+    """How style gets in: as the arguments of `stylize`, none of them open."""
+
+    method: How
+    strength: float
+    structure: float
+    alpha: float
+    gamma: float
+    temperature: float
+    invert_style: bool
+
+    def __post_init__(self) -> None:
+        if self.method not in get_args(How):
+            raise SettingError(f"method={self.method!r}: choose {', '.join(get_args(How))}")
+        for name in ("strength", "structure", "alpha", "gamma"):
+            finite(getattr(self, name), name, 0, 1)
+        finite(self.temperature, "temperature", 1e-3)
+
+
+@dataclass(frozen=True)
+class Inverting:
+    """How pictures are inverted."""
+
+    negative: Any
+    omega: float
+    iterations: int
+    tolerance: float
 
 
 @dataclass(frozen=True)
@@ -38,47 +69,22 @@ class Recipe:
     """Everything about how, the same for every pair."""
 
     prompt: str
-    strength: float
-    structure: float
     steps: int
     guidance: float
-    method: Method | Literal["distillation"]
-    alpha: float
-    gamma: float
-    temperature: float
-    invert_style: bool
-    negative: Any
-    omega: float
-    iterations: int
-    tolerance: float
+    look: Look
+    inverting: Inverting
     plugins: Sequence[Plugin]
     call: dict[str, Any]
 
 
 @plainly
 def stylize(
-    pipe: Any,
-    content: Any,
-    style: Any,
-    *,
-    seed: int | None = None,
-    strength: float | None = None,
-    structure: float = 0.5,
-    prompt: str = "",
-    steps: int = 50,
-    guidance: float = 1.0,
-    method: Method | Literal["distillation"] = "styleid",
-    alpha: float | None = None,
-    gamma: float | None = None,
-    temperature: float = 1.5,
-    invert_style: bool = True,
-    negative: Any = None,
-    omega: float = 1.5,
-    iterations: int = 5,
-    tolerance: float = 1e-3,
-    plugins: Sequence[Plugin] = (),
-    **call: Any,
-) -> Any:
+    pipe: Any, content: Any, style: Any, *, seed: int | None = None, strength: float | None = None,
+    structure: float = 0.5, prompt: str = "", steps: int = 50, guidance: float = 1.0, method: How = "styleid",
+    alpha: float | None = None, gamma: float | None = None, temperature: float = 1.5, invert_style: bool = True,
+    negative: Any = None, omega: float = 1.5, iterations: int = 5, tolerance: float = 1e-3,
+    plugins: Sequence[Plugin] = (), **call: Any,
+) -> Any:  # fmt: skip
     """Repaint a picture in the style of another one.
 
     The content is inverted, its startpoint filtered (StyleSSP), and sampled again beside the style (StyleID or
@@ -116,29 +122,34 @@ def stylize(
     Raises:
         SettingError, SettingTypeError: a setting out of range, or no picture. NonFiniteError: sampling diverged.
     """
-    structure = finite(structure, "structure", 0, 1)
-    temperature, guidance = finite(temperature, "temperature", 1e-3), finite(guidance, "guidance")
-    omega = finite(omega, "omega")
-    if method not in ("styleid", "stylealigned", "ip_adapter", "distillation"):
-        raise SettingError(f"method={method!r}: choose styleid, stylealigned, ip_adapter or distillation")
     if not isinstance(prompt, str):
         raise SettingTypeError(f"prompt={prompt!r}: a text is needed")
-    first, sampler, plugins = resolve_seed(seed), sampling_pipe(pipe), as_list(plugins)
+    first, sampler = resolve_seed(seed), sampling_pipe(pipe)
     check_call(sampler, call, ("guidance_scale", "latents", "width", "height", "prompt_embeds"))
     book = adapter_for(sampler).family == "picturebook"
-    damped, usual = 0.0 if book else 0.6 * structure, 0.6 if book and method == "styleid" else 1.0
-    recipe = Recipe(
-        prompt, usual if strength is None else finite(strength, "strength", 0, 1), structure, steps, guidance, method,
-        1 - damped if alpha is None else finite(alpha, "alpha", 0, 1),
-        0.5 + structure / 2 if gamma is None else finite(gamma, "gamma", 0, 1),
-        temperature, invert_style, negative, omega, iterations, tolerance, plugins, call,
-    )  # fmt: skip
+    look = look_of(
+        book, method, finite(structure, "structure", 0, 1), strength, alpha, gamma, temperature, invert_style
+    )
+    inverting = Inverting(negative, finite(omega, "omega"), iterations, tolerance)
+    recipe = Recipe(prompt, steps, finite(guidance, "guidance"), look, inverting, as_list(plugins), call)
     contents, styles = as_list(content), [as_rgb(item) for item in as_list(style)]
     every = pairs(sampler, recipe, map(as_rgb, contents), styles, first)
     made = [paint(sampler, recipe, pair) for pair in every]
     rows = [made[i * len(styles) : (i + 1) * len(styles)] for i in range(len(contents))]
     rows = rows if isinstance(style, (list, tuple)) else [row[0] for row in rows]
     return rows if isinstance(content, (list, tuple)) else rows[0]
+
+
+def look_of(
+    book: bool, method: How, structure: float, strength: float | None, alpha: float | None, gamma: float | None,
+    temperature: float, invert_style: bool,
+) -> Look:  # fmt: skip
+    """What was given, and what is usual for the rest: on the picture book (`book`), or elsewhere."""
+    usual, damped = 0.6 if book and method == "styleid" else 1.0, 0.0 if book else 0.6 * structure
+    return Look(
+        method, usual if strength is None else strength, structure, 1 - damped if alpha is None else alpha,
+        0.5 + structure / 2 if gamma is None else gamma, temperature, invert_style,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -162,14 +173,15 @@ class Subject:
     @cached_property
     def shared(self) -> Inversion:
         """The inversion for every style."""
-        return self.inverted(self.recipe.negative)
+        return self.inverted(self.recipe.inverting.negative)
 
     def inverted(self, negative: Any) -> Inversion:
         """An inversion away from `negative`."""
-        how = self.recipe
+        recipe, how = self.recipe, self.recipe.inverting
         return invert(
-            self.pipe, self.seen, prompt=how.prompt, negative=negative, guidance=how.omega, steps=how.steps,
-            iterations=how.iterations, tolerance=how.tolerance, trajectory=how.method in ("styleid", "distillation"),
+            self.pipe, self.seen, prompt=recipe.prompt, negative=negative, guidance=how.omega, steps=recipe.steps,
+            iterations=how.iterations, tolerance=how.tolerance,
+            trajectory=recipe.look.method in ("styleid", "distillation"),
         )  # fmt: skip
 
 
@@ -190,12 +202,13 @@ class Reference:
     @cached_property
     def style(self) -> Any:
         """What `StyleInjection` takes."""
-        if not self.recipe.invert_style:
+        recipe, how = self.recipe, self.recipe.inverting
+        if not recipe.look.invert_style:
             return latents.encode_image(self.pipe, self.fitted).float()
-        how = self.recipe
         return invert(
-            self.pipe, self.fitted, steps=how.steps, iterations=how.iterations, tolerance=how.tolerance, trajectory=True
-        )
+            self.pipe, self.fitted, steps=recipe.steps, iterations=how.iterations, tolerance=how.tolerance,
+            trajectory=True,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -209,7 +222,7 @@ class Pair:
     @cached_property
     def inversion(self) -> Inversion:
         """The content's, its own for this pair only if the style picture is the negative."""
-        negative = self.subject.recipe.negative
+        negative = self.subject.recipe.inverting.negative
         by_pair = isinstance(negative, str) and negative == "style"
         return self.subject.inverted(self.reference.fitted) if by_pair else self.subject.shared
 
@@ -231,38 +244,37 @@ def pairs(
 def paint(pipe: Any, recipe: Recipe, pair: Pair) -> Image.Image:
     """One pair."""
     settings = {
-        "task": "stylize", "seed": pair.seed, "strength": recipe.strength, "structure": recipe.structure,
-        "prompt": recipe.prompt, "steps": recipe.steps, "guidance": recipe.guidance, "method": recipe.method,
-        "temperature": recipe.temperature, "invert_style": recipe.invert_style, "omega": recipe.omega,
-        "iterations": recipe.iterations, "tolerance": recipe.tolerance,
+        "task": "stylize", "seed": pair.seed, "prompt": recipe.prompt, "steps": recipe.steps,
+        "guidance": recipe.guidance, **vars(recipe.look), "omega": recipe.inverting.omega,
+        "iterations": recipe.inverting.iterations, "tolerance": recipe.inverting.tolerance,
         "pipeline": type(pipe).__name__, "scheduler": type(pipe.scheduler).__name__,
         "plugins": [{"plugin": type(plugin).__name__} | plugin.settings() for plugin in recipe.plugins],
     }  # fmt: skip
-    if recipe.strength == 0:
+    if recipe.look.strength == 0:
         return _noted(pair.subject.picture.copy(), settings)
-    settings |= {"alpha": recipe.alpha, "gamma": recipe.gamma, "negative": pair.inversion.negative}
-    with graft(pipe, *_plugins(pipe, recipe, pair), *recipe.plugins):
+    settings["negative"] = pair.inversion.negative
+    with graft(pipe, *_plugins(pipe, recipe.look, pair), *recipe.plugins):
         out = pipe(**_options(pipe, recipe, pair))
     settings |= unblanked(out, [pair.seed])
     [picture] = latents.as_pil(out.images)
     return _noted(pair.subject.region.uncut(picture), settings)
 
 
-def _plugins(pipe: Any, recipe: Recipe, pair: Pair) -> list[Plugin]:
+def _plugins(pipe: Any, look: Look, pair: Pair) -> list[Plugin]:
     noise = torch.Generator().manual_seed(pair.seed)
-    start: list[Plugin] = [StartpointFilter(recipe.alpha, generator=torch.Generator().manual_seed(pair.seed))]
-    styleid, adapter = recipe.method == "styleid", recipe.method == "ip_adapter"
+    start: list[Plugin] = [StartpointFilter(look.alpha, generator=torch.Generator().manual_seed(pair.seed))]
+    styleid, adapter = look.method == "styleid", look.method == "ip_adapter"
     if _has_adapter(pipe) and not adapter:  # as in the inversion
         start.append(StyleInjection(method="ip_adapter", scale=0.0))
-    if recipe.method == "distillation":
-        how: dict[str, Any] = {"rate": 0.05 * recipe.strength, "content_weight": recipe.structure / 2}
+    if look.method == "distillation":
+        how: dict[str, Any] = {"rate": 0.05 * look.strength, "content_weight": look.structure / 2}
         return [*start, AttentionDistillation(pair.reference.style, content=pair.inversion, generator=noise, **how)]
     return [
         *start,
         StyleInjection(
-            None if adapter else pair.reference.style, method=recipe.method,
-            content=pair.inversion if styleid else None, strength=recipe.strength, gamma=recipe.gamma,
-            temperature=recipe.temperature, start_adain=recipe.invert_style and not adapter, generator=noise,
+            None if adapter else pair.reference.style, method=look.method,
+            content=pair.inversion if styleid else None, strength=look.strength, gamma=look.gamma,
+            temperature=look.temperature, start_adain=look.invert_style and not adapter, generator=noise,
         ),
     ]  # fmt: skip
 
@@ -283,7 +295,7 @@ def _options(pipe: Any, recipe: Recipe, pair: Pair) -> dict[str, Any]:
         nets = getattr(pipe.controlnet, "nets", None)  # several, of which each wants its own
         seen = pair.subject.seen if nets is None else [pair.subject.seen] * len(nets)
         shown = "image" if "image" in accepted else "control_image"
-        options |= {shown: seen, "controlnet_conditioning_scale": recipe.structure}
+        options |= {shown: seen, "controlnet_conditioning_scale": recipe.look.structure}
     if _has_adapter(pipe) and "ip_adapter_image_embeds" not in recipe.call:
         options["ip_adapter_image"] = [pair.reference.fitted] * len(pipe.unet.encoder_hid_proj.image_projection_layers)
     if "use_resolution_binning" in accepted:  # PixArt would move the size to one of its list
