@@ -26,6 +26,8 @@ class Edit:
             first layer where such an edit is selected.
         keeps_text: True lets the layer's products of an unchanged text be kept over the steps of a call.
         owns: group whose attention this edit computes itself, in `attention`, instead of the kernel.
+        traced: True says that torch.compile may trace its stages: they read nothing that changes from step to step,
+            by layer or by thread, but what `planned` put into it. With other edits a compiled model runs eager.
     """
 
     order: int = 0
@@ -34,14 +36,22 @@ class Edit:
     rows: tuple[str, ...] | None = None
     keeps_text: bool = False
     owns: str | None = None
+    traced: bool = False
 
     def selects(self, layer: AttentionLayer) -> bool:
         """Which layers the edit is put on; asked once, when the graft is attached."""
         raise NotImplementedError
 
     def active(self, layer: AttentionLayer, step: Step) -> bool:
-        """Whether it runs now; asked for every call of a selected layer."""
+        """Whether it runs at this step; asked before every denoiser call for every selected layer."""
         return step.phase == "predict"
+
+    def planned(self, layer: AttentionLayer, step: Step) -> Edit | None:
+        """The edit as it runs in this layer at this step, None where it does not; asked before the denoiser is called.
+
+        An edit that looks things up by layer or step does that here, and gives another one that holds what it found.
+        """
+        return self if self.active(layer, step) else None
 
     def qkv(self, call: AttentionCall) -> None:
         """Rebind call.q, call.k, call.v, call.mask or call.scale. Never write into the tensors."""
@@ -74,20 +84,29 @@ def attend(call: AttentionCall, edits: Sequence[Edit]) -> torch.Tensor:
     """
     for edit in edits:
         edit.qkv(call)
-    present = call.rows
-    owned = sorted(((present[e.owns], e) for e in edits if e.owns in present), key=lambda pair: pair[0].start)
-    out = _attend_shared(call, edits, [rows for rows, _ in owned])
-    for rows, edit in owned:
-        out = torch.cat([out[: rows.start], edit.attention(call.narrow(rows)), out[rows.start :]])
+    if any(edit.owns is not None for edit in edits):
+        out = _attend_owned(call, edits)
+    else:
+        out = _attend_shared(call, edits, [])
     for edit in edits:
         out = edit.out(call, out)
     return out
 
 
+def _attend_owned(call: AttentionCall, edits: Sequence[Edit]) -> torch.Tensor:
+    """Attention where edits compute that of their groups themselves."""
+    present = call.rows
+    owned = sorted(((present[e.owns], e) for e in edits if e.owns in present), key=lambda pair: pair[0].start)
+    out = _attend_shared(call, edits, [rows for rows, _ in owned])
+    for rows, edit in owned:
+        out = torch.cat([out[: rows.start], edit.attention(call.narrow(rows)), out[rows.start :]])
+    return out
+
+
 def _attend_shared(call: AttentionCall, edits: Sequence[Edit], owned: list[slice]) -> torch.Tensor:
     """Attention of the rows that no edit owns."""
-    taken = {i for rows in owned for i in range(rows.start, rows.stop)}
-    if taken:
+    if owned:
+        taken = {i for rows in owned for i in range(rows.start, rows.stop)}
         first = min(taken)  # branches are appended, so what is left is usually one slice: no copy
         rest = [i for i in range(len(call.q)) if i not in taken]
         call = call.narrow(slice(0, first) if rest == list(range(first)) else rest)

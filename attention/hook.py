@@ -11,8 +11,9 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
+import torch
 from torch import nn
 
 _LOCK = threading.RLock()
@@ -39,6 +40,7 @@ class Gate:
         self.root: Callable[[], nn.Module | None] = _nothing
         self.handle: Any = None
 
+    @torch.compiler.disable  # a compiled model calls its own hooks outside of what is traced, and they stay there
     def __call__(self, module: Any, *given: Any) -> Any:
         if len(given) != self.takes:
             return None
@@ -96,11 +98,11 @@ def _take(root: nn.Module, gate: Gate, function: Callable[..., Any]) -> None:
 
 def _register(root: nn.Module, module: nn.Module, takes: int) -> Gate:
     gate = Gate(takes)
-    gate.root = weakref.ref(root)
+    gate.root, hook = weakref.ref(root), cast("Callable[..., Any]", gate)
     if takes == _AFTER:
-        gate.handle = module.register_forward_hook(gate, with_kwargs=True, always_call=True)
+        gate.handle = module.register_forward_hook(hook, with_kwargs=True, always_call=True)
     else:
-        gate.handle = module.register_forward_pre_hook(gate, with_kwargs=True, prepend=True)
+        gate.handle = module.register_forward_pre_hook(hook, with_kwargs=True, prepend=True)
     return gate
 
 

@@ -127,6 +127,7 @@ class MapCapture(Edit):
     ) -> None:
         self.layers = layers
         self.phase: Phase = phase
+        self.traced = phase == "latent"  # probes run eager anyway
         self.kind: Kind = kind_of_maps(layers, kind)
         self.tokens = tokens
         self.choice: LayerChoice = choice
@@ -193,7 +194,7 @@ class ByCall(Edit):
     order = MapCapture.order
 
     def __init__(self, like: MapCapture, of: Callable[[Step], MapCapture]) -> None:
-        self.like, self.of = like, of
+        self.like, self.of, self.traced = like, of, like.traced
 
     def selects(self, layer: AttentionLayer) -> bool:
         return self.like.selects(layer)
@@ -211,6 +212,8 @@ class ValuesOnly(Edit):
     Deep layers of small models look at nearly one token and flip to another at tiny changes of the latent, so that
     the exact gradient turns with its last digits; this one is smooth, and not the gradient of the loss.
     """
+
+    traced = True
 
     def __init__(self, capture: MapCapture) -> None:
         self.capture = capture

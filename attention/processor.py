@@ -12,7 +12,7 @@ from typing import Any
 
 from .edit import Edit
 from .layer import AttentionLayer, find_layers
-from .seam import Work, run_edited
+from .seam import Work, positional_names, run_edited
 from .step import Step
 
 
@@ -30,6 +30,7 @@ class EditProcessor:
         self, layer: AttentionLayer, inner: Callable[..., Any], edits: list[Edit], step: Step | Callable[[], Step]
     ) -> None:
         self.layer, self.inner, self.edits, self.step = layer, inner, edits, step
+        self._names = positional_names(inner)
 
         @functools.wraps(inner.__call__)  # pyright: ignore[reportFunctionMemberAccess]
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -43,10 +44,11 @@ class EditProcessor:
 
     def _run(self, *args: Any, **kwargs: Any) -> Any:
         step = self.step() if callable(self.step) else self.step
-        edits = [edit for edit in self.edits if edit.active(self.layer, step)]
+        edits = [found for edit in self.edits if (found := edit.planned(self.layer, step)) is not None]
         if not edits:
             return self.inner(*args, **kwargs)
-        return run_edited(self.layer, Work(step, edits), self.inner, *args, **kwargs)
+        work = Work(self.layer, step, edits, [edit for edit in edits if edit.every_call])
+        return run_edited(work, self.inner, self._names, args, kwargs)
 
 
 def edit_processors(denoiser: Any, *edits: Edit, step: Step | Callable[[], Step] | None = None) -> dict[str, Any]:

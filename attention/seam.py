@@ -3,6 +3,10 @@
 The layer's `forward` is wrapped on the instance. While it runs, a `TorchFunctionMode` catches
 `F.scaled_dot_product_attention`, where q, k and v arrive after LoRA, norms, rotary embeddings and fused projections.
 The processor stays the user's own.
+
+What a layer is to do is laid out for it before the denoiser is called, for each thread by itself: a seam finds its
+`Work` or nothing, and decides nothing. torch.compile traces it: so the wrapper is a bound method, of one function for
+all layers, and whatever belongs to a layer or a thread hangs on the `Seam` that the module carries.
 """
 
 from __future__ import annotations
@@ -13,9 +17,10 @@ import functools
 import inspect
 import math
 import threading
-from collections.abc import Callable, Mapping, Sequence
+import types
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -30,103 +35,111 @@ from .memo import TextMemo
 from .sequence import Columns
 from .step import Step
 
-_SDPA = F.scaled_dot_product_attention
+_SDPA, _LINEAR = F.scaled_dot_product_attention, F.linear
 _ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 _LOCK = threading.RLock()
+_KEY = "_diffgraft_seam"
 
 
 class StopForward(BaseException):
     """Ends a probe once the last layer that matters has been seen. Not an error: nothing but the probe catches it."""
 
 
-@dataclass
+class Task(Protocol):
+    """What a seam may find laid out."""
+
+    def run(self, forward: Callable[..., Any], names: tuple[str, ...], args: Any, kwargs: Any) -> Any:
+        """Run the module's own `forward`, whose positional arguments have these names, and change what it does."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
 class Work:
-    """What a source wants done in one run of a layer.
+    """What one run of a layer does: its attention is edited.
 
     Attributes:
-        step: where in the run. edits: sorted by their order. kernel: for rows without explicit probabilities.
-        text: columns of the text in a joint sequence, from its end where negative.
+        layer: which one.
+        edits: of its own attention call. more: those of them that run in its further calls, an IP-Adapter's, too.
+        kernel: for rows without explicit probabilities. text: columns of the text in a joint sequence, counted from its
+            end where negative.
         memo: keeps the products of an unchanged text.
         columns: where further texts stand beside the prompt's: one for all rows, or one a row where they differ.
-        asks: how the layer asks its text.
+        asks: how the layer asks its text. total: rows of the denoiser's batch, branches included; 0 where unknown.
     """
 
+    layer: AttentionLayer
     step: Step
     edits: Sequence[Edit]
+    more: Sequence[Edit] = ()
     kernel: Kernel = _SDPA
     text: slice | None = None
     memo: TextMemo | None = None
     columns: Sequence[Columns] = ()
     asks: TextCall = TextCall()
+    total: int = 0
 
-
-class Source(Protocol):
-    """Whoever holds edits for a layer: a graft, or an `EditProcessor`."""
-
-    def work(self, layer: AttentionLayer) -> Work | None:
-        """The edits to run now in this context, None where the layer is to be left alone."""
-        ...
+    def run(self, forward: Callable[..., Any], names: tuple[str, ...], args: Any, kwargs: Any) -> Any:
+        if torch.compiler.is_compiling() and not all(edit.traced for edit in self.edits):
+            return _run_untraced(self, forward, names, args, kwargs)  # compiled after the graft went on
+        return run_edited(self, forward, names, args, kwargs)
 
 
 class Tap(TorchFunctionMode):
-    """While active, sends each scaled dot-product attention through `attend`."""
+    """While active, sends each scaled dot-product attention through `attend`.
+
+    Args:
+        words: the text whose products `work.memo` keeps. heard: gets an entry for each attention.
+    """
 
     def __init__(
-        self, layer: AttentionLayer, work: Work, project: Project | None = None, words: torch.Tensor | None = None
+        self, work: Work, project: Project | None, words: torch.Tensor | None, heard: list[AttentionCall | None]
     ) -> None:
-        super().__init__()
-        self.layer, self.task, self.calls, self.project, self.words = layer, work, 0, project, words
+        self.task, self.project, self.words, self.heard = work, project, words, heard
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is F.linear and args and args[0] is self.words and self.task.memo is not None:
-            return self.task.memo.linear(self.layer.name, func, args, kwargs or {})
-        if func is not _SDPA:
-            return func(*args, **(kwargs or {}))
-        given: dict[str, Any] = dict(zip(_ARGUMENTS, args, strict=False)) | (kwargs or {})
-        number, self.calls = self.calls, self.calls + 1
-        edits = [edit for edit in self.task.edits if number == self.task.asks.own or edit.every_call]
+        if func is _SDPA:
+            return self._attend(args, kwargs or {})
+        if func is _LINEAR and self.words is not None and args[0] is self.words and self.task.memo is not None:
+            return self.task.memo.linear(self.task.layer.name, func, args, kwargs or {})
+        return func(*args, **kwargs) if kwargs else func(*args)
+
+    def _attend(self, args: Any, kwargs: Any) -> Any:
+        number, task = len(self.heard), self.task
+        self.heard.append(None)
+        edits = task.edits if number == task.asks.own else task.more
         if not edits:
-            return self.task.kernel(*args, **(kwargs or {}))
-        if len(self.task.columns) > 1:
-            return self._by_row(given, number, edits)
-        call = self._call(given, number)
-        if self.task.columns:
-            call.text, call.streams = self.task.columns[0].text, self.task.columns[0].streams
+            return task.kernel(*args, **kwargs)
+        given: dict[str, Any] = dict(zip(_ARGUMENTS, args, strict=False)) | kwargs
+        if len(task.columns) > 1:
+            return _by_row(task, given, number, self.project, edits)
+        call = _call(task, given, number, self.project)
+        if task.columns:
+            call.text, call.streams = task.columns[0].text, task.columns[0].streams
         return attend(call, edits)
 
-    def _by_row(self, given: dict[str, Any], number: int, edits: Sequence[Edit]) -> torch.Tensor:
-        """Rows whose texts differ in length, one at a time and without their padding."""
-        step, outs = self.task.step, list[torch.Tensor]()
-        for row, columns in enumerate(self.task.columns):
-            kept, whole = columns.kept()
-            own = dict(given, attn_mask=_mask_of(given.get("attn_mask"), row, kept))
-            own |= {name: given[name][row : row + 1, :, kept] for name in ("query", "key", "value")}
-            call = self._call(own, number)
-            rows = {name: slice(0, 1) for name, held in step.rows.items() if held.start <= row < held.stop}
-            call.step, call.text, call.streams = replace(step, rows=rows), whole.text, whole.streams
-            out = attend(call, edits)
-            place = torch.tensor(kept, device=out.device)
-            padded = out.new_zeros(1, out.shape[1], given["query"].shape[-2], out.shape[-1])
-            outs.append(padded.index_copy(2, place, out))
-        return torch.cat(outs)
 
-    def _call(self, given: dict[str, Any], number: int) -> AttentionCall:
-        q, k, v, scale = given["query"], given["key"], given["value"], given.get("scale")
-        step, text = _by_frame(self.task.step, len(q)), self.task.text
-        text = None if text is None else slice(*text.indices(k.shape[-2])[:2])  # it may be counted from the end
-        if given.get("enable_gqa") and k.shape[1] != q.shape[1]:  # no kernel that gives the log-sum-exp knows groups
-            k, v = (tensor.repeat_interleave(q.shape[1] // k.shape[1], 1) for tensor in (k, v))
-        return AttentionCall(
-            self.layer, q, k, v, given.get("attn_mask"), 1 / math.sqrt(q.shape[-1]) if scale is None else scale,
-            number, step, text, given.get("is_causal", False), False, self.task.kernel,
-            self.project,
-        )  # fmt: skip
+def _by_row(
+    work: Work, given: dict[str, Any], number: int, project: Project | None, edits: Sequence[Edit]
+) -> torch.Tensor:
+    """Rows whose texts differ in length, one at a time and without their padding."""
+    outs: list[torch.Tensor] = []
+    for row, columns in enumerate(work.columns):
+        kept, whole = columns.kept()
+        own = dict(given, attn_mask=_mask_of(given.get("attn_mask"), row, kept))
+        own |= {name: given[name][row : row + 1, :, kept] for name in ("query", "key", "value")}
+        call = _call(work, own, number, project)
+        rows = {name: slice(0, 1) for name, held in work.step.rows.items() if held.start <= row < held.stop}
+        call.step, call.text, call.streams = replace(work.step, rows=rows), whole.text, whole.streams
+        out = attend(call, edits)
+        place = torch.tensor(kept, device=out.device)
+        padded = out.new_zeros(1, out.shape[1], given["query"].shape[-2], out.shape[-1])
+        outs.append(padded.index_copy(2, place, out))
+    return torch.cat(outs)
 
 
-def _by_frame(step: Step, batch: int) -> Step:
+def _by_frame(step: Step, batch: int, total: int) -> Step:
     """The step with its rows as a layer has them that takes a film's frames one by one: each row so many times."""
-    total = max((rows.stop for rows in step.rows.values()), default=batch)
-    if batch <= total or batch % total:
+    if not total or batch <= total or batch % total:
         return step
     n = batch // total
     return replace(step, rows={name: slice(rows.start * n, rows.stop * n) for name, rows in step.rows.items()})
@@ -141,25 +154,41 @@ def _mask_of(mask: torch.Tensor | None, row: int, kept: list[int]) -> torch.Tens
     return None if own.dtype == torch.bool and bool(own.all()) else own
 
 
-class _Listener(Tap):
-    """Keeps the layer's own attention call and ends the forward there."""
+class _Listener(TorchFunctionMode):
+    """Keeps the layer's own attention call. It ends the forward there; while torch.compile traces, which takes no way
+    out but the return, the forward goes on, and what it computes is not used."""
 
-    heard: AttentionCall | None = None
+    def __init__(self, work: Work, heard: list[AttentionCall | None]) -> None:
+        self.task, self.heard = work, heard
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is not _SDPA:
             return func(*args, **(kwargs or {}))
-        number, self.calls = self.calls, self.calls + 1
-        if number != self.task.asks.own:
+        number, own = len(self.heard), self.task.asks.own
+        given: dict[str, Any] = dict(zip(_ARGUMENTS, args, strict=False)) | (kwargs or {})
+        self.heard.append(_call(self.task, given, 0, None) if number == own else None)
+        if number != own:
             return func(*args, **(kwargs or {}))
-        self.heard = self._call(dict(zip(_ARGUMENTS, args, strict=False)) | (kwargs or {}), 0)
+        if torch.compiler.is_compiling():
+            return torch.zeros_like(given["query"])
         raise StopForward
 
 
+def _call(work: Work, given: Mapping[str, Any], number: int, project: Project | None) -> AttentionCall:
+    q, k, v, scale = given["query"], given["key"], given["value"], given.get("scale")
+    text = None if work.text is None else slice(*work.text.indices(k.shape[-2])[:2])  # it may count from the end
+    if given.get("enable_gqa") and k.shape[1] != q.shape[1]:  # no kernel that gives the log-sum-exp knows groups
+        k, v = (tensor.repeat_interleave(q.shape[1] // k.shape[1], 1) for tensor in (k, v))
+    scale, step = 1 / math.sqrt(q.shape[-1]) if scale is None else scale, _by_frame(work.step, len(q), work.total)
+    return AttentionCall(
+        work.layer, q, k, v, given.get("attn_mask"), scale, number, step, text, given.get("is_causal", False),
+        False, work.kernel, project, {},
+    )  # fmt: skip
+
+
 def project_text(
-    layer: AttentionLayer, work: Work, forward: Callable[..., Any], arguments: dict[str, Any],
-    text: torch.Tensor, others: Mapping[str, Any],
-) -> AttentionCall:  # fmt: skip
+    work: Work, forward: Callable[..., Any], arguments: dict[str, Any], text: torch.Tensor, others: Mapping[str, Any]
+) -> AttentionCall:
     """The attention call that a layer would make for another text.
 
     Its own processor runs on one image token, or on one row of them where it rotates queries, up to its attention, so
@@ -177,10 +206,16 @@ def project_text(
     image = arguments["hidden_states"][:1] if asks.whole else arguments["hidden_states"][:1, :1]
     changed = {"hidden_states": image.expand(len(text), -1, -1), "encoder_hidden_states": other}
     changed |= {name: value for name, value in others.items() if value is not None or name in arguments}
-    with _Listener(layer, work) as listener, contextlib.suppress(StopForward):
-        forward(**(arguments | changed))
-    assert listener.heard is not None
-    return listener.heard
+    heard: list[AttentionCall | None] = []
+    if torch.compiler.is_compiling():
+        with _Listener(work, heard):
+            forward(**(arguments | changed))
+    else:
+        with _Listener(work, heard), contextlib.suppress(StopForward):
+            forward(**(arguments | changed))
+    call = heard[asks.own]
+    assert call is not None
+    return call
 
 
 def _text_of(arguments: dict[str, Any]) -> torch.Tensor | None:
@@ -189,28 +224,35 @@ def _text_of(arguments: dict[str, Any]) -> torch.Tensor | None:
     return given if isinstance(given, torch.Tensor) else None
 
 
-def _named(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    bound = inspect.signature(forward).bind(*args, **kwargs)
-    rest = next((p.name for p in bound.signature.parameters.values() if p.kind is p.VAR_KEYWORD), "")
-    named = dict(bound.arguments)
-    return named | named.pop(rest, {})
+def positional_names(forward: Callable[..., Any]) -> tuple[str, ...]:
+    """Names of a function's arguments, in the order in which they can be given without a name."""
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return tuple(name for name, found in inspect.signature(forward).parameters.items() if found.kind in kinds)
 
 
-def run_edited(layer: AttentionLayer, work: Work, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def run_edited(work: Work, forward: Callable[..., Any], names: tuple[str, ...], args: Any, kwargs: Any) -> Any:
     """Run `forward` of a layer with its attention edited.
 
+    Args:
+        names: of the positional arguments of `forward`.
     Raises:
         AttentionNotReachedError: the layer's processor never called scaled dot-product attention.
     """
 
     def project(text: torch.Tensor, others: Mapping[str, Any]) -> AttentionCall:
-        return project_text(layer, work, forward, _named(forward, args, kwargs), text, others)
+        named = dict(zip(names, args, strict=False)) | kwargs
+        return project_text(work, forward, named, text, others)
 
-    with Tap(layer, work, project, _text_of(kwargs) if work.memo else None) as tap:
+    heard: list[AttentionCall | None] = []
+    keeps = work.memo is not None and not torch.compiler.is_compiling()
+    with Tap(work, project, _text_of(kwargs) if keeps else None, heard):
         out = forward(*args, **kwargs)
-    if not tap.calls:
-        raise AttentionNotReachedError(f"{layer.name} {_not_reached(layer)}")
+    if not heard:
+        raise AttentionNotReachedError(f"{work.layer.name} {_not_reached(work.layer)}")
     return out
+
+
+_run_untraced = cast("Callable[..., Any]", torch.compiler.disable(run_edited))
 
 
 def _not_reached(layer: AttentionLayer) -> str:
@@ -235,53 +277,128 @@ def _not_reached(layer: AttentionLayer) -> str:
 
 
 class Seam:
-    """Stands in for one module's `forward`; passes through unless a source has work in this context.
+    """What a wrapped module carries: its own `forward`, and for each thread the work that is laid out for it.
 
-    A copy of the module gets the original back, bound to the copy.
+    In a copy of the module it is without work, and its `original` is bound to the copy.
+
+    Attributes:
+        key: under which the module carries it. was_own: whether the module had a `forward` of its own before.
+        names: of the positional arguments of `forward`.
+        users: how many put it on.
+        here: `here.task` is this thread's work.
+        elsewhere: are asked for work by threads that have none while gradients are on: gradient checkpointing runs
+            layers again on autograd's own threads.
     """
 
-    def __init__(self, layer: AttentionLayer) -> None:
-        self.layer, self.sources = layer, list[Source]()
-        self.original: Callable[..., Any] = layer.module.forward
-        self.was_own = "forward" in layer.module.__dict__
-        functools.update_wrapper(self, self.original)
+    def __init__(self, key: str, original: Callable[..., Any], was_own: bool, names: tuple[str, ...]) -> None:
+        self.key, self.original, self.was_own, self.names = key, original, was_own, names
+        self.users = 0
+        self.here = threading.local()
+        self.elsewhere: list[Callable[[], Task | None]] = []
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        for source in tuple(self.sources):
-            work = source.work(self.layer)
-            if work is not None:
-                return run_edited(self.layer, work, self.original, *args, **kwargs)
-        return self.original(*args, **kwargs)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        return copy.deepcopy(self.original, memo)
+    def __deepcopy__(self, memo: dict[int, Any]) -> Seam:
+        return Seam(self.key, copy.deepcopy(self.original, memo), self.was_own, self.names)
 
     def __reduce__(self) -> Any:
-        return getattr, (self.layer.module, "forward")
+        return _unpickled, (self.key,)
 
 
-def install(layer: AttentionLayer, source: Source) -> Callable[[], None]:
-    """Let `source` edit `layer`; returns the undo, which may be called in any order among sources."""
+def _unpickled(key: str) -> Seam:
+    """In place of a seam that was pickled; its module's `forward` is the class's again."""
+    return Seam(key, _no_forward, False, ())
+
+
+def _no_forward(*args: Any, **kwargs: Any) -> Any:
+    raise AssertionError
+
+
+@functools.cache
+def _seamed(own: Callable[..., Any], key: str) -> Callable[..., Any]:
+    """The wrapper around modules whose class has the forward `own`, one for them all."""
+
+    @functools.wraps(own)
+    def forward(module: Any, *args: Any, **kwargs: Any) -> Any:
+        seam: Seam | None = module.__dict__.get(key)
+        if seam is None:  # it went off while this call began
+            return own(module, *args, **kwargs)
+        task: Task | None = getattr(seam.here, "task", None)
+        if task is None and torch.is_grad_enabled() and seam.elsewhere:
+            task = next((found for ask in seam.elsewhere if (found := ask()) is not None), None)
+        if task is None:
+            return seam.original(*args, **kwargs)
+        return task.run(seam.original, seam.names, args, kwargs)
+
+    return forward
+
+
+@contextlib.contextmanager
+def seam_on(module: nn.Module, elsewhere: Callable[[], Task | None] | None = None) -> Generator[Seam]:
+    """Inside, the module has a seam: a new one, or the one that another user put on; users may leave in any order."""
+    asked = [] if elsewhere is None else [elsewhere]
+    seam = _put_on(module, asked)
+    try:
+        yield seam
+    finally:
+        _take_off(module, seam, asked)
+
+
+def _put_on(module: nn.Module, asked: list[Callable[[], Task | None]]) -> Seam:
+    own = type(module).forward
     with _LOCK:
-        seam = layer.module.__dict__.get("forward")
-        if not isinstance(seam, Seam):
-            seam = Seam(layer)
-            layer.module.forward = seam
-        seam.sources.append(source)
-    return functools.partial(_remove, layer.module, seam, source)
+        key = _KEY
+        while key in module.__dict__ and not _is_seamed(module, key):
+            key += "_"  # somebody wrapped on top of that one, or the module is an unpickled copy
+        if key not in module.__dict__:
+            seam = Seam(key, module.forward, "forward" in module.__dict__, positional_names(own)[1:])
+            module.__dict__[key] = seam
+            module.__dict__["forward"] = types.MethodType(_seamed(own, key), module)
+        seam: Seam = module.__dict__[key]
+        seam.users += 1
+        seam.elsewhere = seam.elsewhere + asked
+    return seam
 
 
-def _remove(module: nn.Module, seam: Seam, source: Source) -> None:
+def _is_seamed(module: nn.Module, key: str) -> bool:
+    """Whether the module's `forward` is the wrapper of that key."""
+    return getattr(module.__dict__.get("forward"), "__func__", None) is _seamed(type(module).forward, key)
+
+
+def _take_off(module: nn.Module, seam: Seam, asked: list[Callable[[], Task | None]]) -> None:
     with _LOCK:
-        if source in seam.sources:
-            seam.sources.remove(source)
+        seam.users -= 1
+        seam.elsewhere = [ask for ask in seam.elsewhere if ask not in asked]
         # Whoever wrapped on top of the seam holds it as "the original": then it stays, inert.
-        if seam.sources or module.__dict__.get("forward") is not seam:
+        if seam.users or not _is_seamed(module, seam.key):
             return
         if seam.was_own:
-            module.forward = seam.original
+            module.__dict__["forward"] = seam.original
         else:
             del module.__dict__["forward"]
+        del module.__dict__[seam.key]
+
+
+def lay_out(plan: Iterable[tuple[Seam, Task]]) -> None:
+    """Give seams their work in this thread."""
+    for seam, task in plan:
+        seam.here.task = task
+
+
+def clear(seams: Iterable[Seam]) -> None:
+    """Take their work from seams in this thread."""
+    for seam in seams:
+        seam.here.__dict__.pop("task", None)
+
+
+@contextlib.contextmanager
+def laid_out(plan: Sequence[tuple[Seam, Task]]) -> Generator[None]:
+    """Inside, seams have this work in this thread; then what they had before."""
+    before = [(seam, task) for seam, _ in plan if (task := getattr(seam.here, "task", None)) is not None]
+    lay_out(plan)
+    try:
+        yield
+    finally:
+        clear(seam for seam, _ in plan)
+        lay_out(before)
 
 
 def stop_probe(step: Step) -> None:

@@ -28,6 +28,7 @@ class Step:
             while another text is heard.
         probing: True while a probe's own forward runs; False when gradient checkpointing runs a layer again.
         may_stop: whether an edit may end that forward early, see `diffgraft.attention.seam.stop_probe`.
+        device: of the latents.
         heard: further texts of this call, by the identity of what their plugin gave, as the blocks get them whose
             layers attend across, each with the other arguments of the layer that go with it, its mask among them.
         notes: what plugins keep of this pipeline call, each under itself; emptied when the call is over.
@@ -43,6 +44,7 @@ class Step:
     phase: Phase = "predict"
     probing: bool = False
     may_stop: bool = True
+    device: torch.device | None = None
     heard: dict[int, tuple[torch.Tensor, dict[str, Any]]] = field(default_factory=dict[int, Any])
     notes: dict[Any, Any] = field(default_factory=dict[Any, Any])
 

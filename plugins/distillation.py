@@ -162,6 +162,7 @@ class _Look(Edit):
     """Keeps what layers attend with while a reference is looked at, and sums the losses while the latent is."""
 
     order = 900  # behind the edits that change what is attended with
+    traced = True  # it runs in probes only, which are eager
 
     def __init__(self, plugin: AttentionDistillation, chosen: set[str]) -> None:
         self.plugin, self.chosen = plugin, chosen

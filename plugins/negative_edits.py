@@ -17,6 +17,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from torch import nn
 
 from ..attention.call import AttentionCall, Kernel
 from ..attention.edit import Edit
@@ -28,6 +29,7 @@ from .base import Text
 
 _LSE, _STREAMS, _SHARED = "positive lse", "streams cut out", "attention over the image"
 _FIRST, _LAST = -1000, 1000
+_UNUSED = torch.empty(0)
 
 
 @dataclass
@@ -45,33 +47,22 @@ class Call:
     rule: str
     combine: Callable[..., torch.Tensor]
     joint: str
-    keys: dict[tuple[str, int], tuple[Any, ...]] = field(default_factory=dict[tuple[str, int], tuple[Any, ...]])
+    edits: dict[tuple[str, str], Edit] = field(default_factory=dict[tuple[str, str], Edit])
 
     def steer(self, positive: torch.Tensor, lse: torch.Tensor | None, negatives: Sequence[Partial]) -> torch.Tensor:
         """Z of Z+ [B, H, L, D] and the negatives, in the dtype of Z+, of which it keeps the range."""
         one = pooled(self.rule, negatives, self.weights)
         new = self.combine(positive, lse, one.out, one.lse)
-        limit = torch.finfo(positive.dtype).max
-        return (new.clamp(-limit, limit) if positive.dtype == torch.float16 else new).to(positive.dtype)
-
-    def projected(self, call: AttentionCall, number: int, rows: int) -> tuple[Any, ...]:
-        """Keys, values and mask of a negative in this layer for `rows` rows; projected at the first use."""
-        module, (words, others) = call.layer.module, call.step.heard[id(self.texts[number])]
-        lora = (lora_state(getattr(module, name, None)) for name in ("to_k", "to_v"))
-        mark = (id(words), call.q.dtype, call.q.device, *lora)
-        kept = self.keys.get((call.layer.name, number))
-        if kept is None or kept[0] != mark:
-            assert call.project is not None
-            made = call.project(words.to(call.q), others)
-            kept = self.keys[call.layer.name, number] = mark, made.k, made.v, made.mask
-        cond = call.step.rows["cond"]
-        return tuple(for_rows(tensor, rows, cond.stop - cond.start) for tensor in kept[1:])
+        if positive.dtype == torch.float16:
+            limit = torch.finfo(positive.dtype).max
+            new = new.clamp(-limit, limit)
+        return new.to(positive.dtype)
 
 
 def for_rows(tensor: torch.Tensor | None, rows: int, pictures: int) -> torch.Tensor | None:
     """One row, or one a prompt, for every one of `rows`: the pictures, and the branches that copy them."""
-    if tensor is None:
-        return None
+    if tensor is None or len(tensor) == rows:
+        return tensor
     n = len(tensor)
     if n == 1:
         return tensor.expand(rows, *tensor.shape[1:])
@@ -116,7 +107,7 @@ class Steering:
 class _TextEdit(Edit):
     """An edit of the conditional rows of the text-attention layers."""
 
-    rows = ("cond",)
+    rows, traced = ("cond",), True
     kind = "cross"
 
     def __init__(self, steering: Steering) -> None:
@@ -128,6 +119,18 @@ class _TextEdit(Edit):
     def active(self, layer: AttentionLayer, step: Step) -> bool:
         return step.phase == "predict" and "cond" in step.rows
 
+    def planned(self, layer: AttentionLayer, step: Step) -> Edit | None:
+        if not self.active(layer, step):
+            return None
+        call, key = self.steering.call(step), (type(self).__name__, layer.name)
+        if key not in call.edits:
+            call.edits[key] = self.made(layer, call, step.rows["cond"])
+        return call.edits[key]
+
+    def made(self, layer: AttentionLayer, call: Call, rows: slice) -> Edit:
+        """The edit as it runs in this layer during a pipeline call whose pictures have these rows."""
+        return self
+
 
 class CrossAway(_TextEdit):
     """Steers a cross-attention layer."""
@@ -137,30 +140,16 @@ class CrossAway(_TextEdit):
     def selects(self, layer: AttentionLayer) -> bool:
         return super().selects(layer) and self.steering.chooses(layer)
 
-    def qkv(self, call: AttentionCall) -> None:
-        if self.steering.rule == "vsf":
-            call.kernel = _keeping_lse(call.aside)
+    def planned(self, layer: AttentionLayer, step: Step) -> Edit | None:
+        edit = super().planned(layer, step)
+        if isinstance(edit, SteeredCross):
+            edit.heard = [step.heard[id(text)] for text in edit.call.texts]
+        return edit
 
-    def out(self, call: AttentionCall, out: torch.Tensor) -> torch.Tensor:
-        rows, state = call.select("cond"), self.steering.call(call.step)
-        some = call.narrow(rows)
-        lse, negatives = None, list[Partial]()
-        for number in range(len(state.texts)):
-            k, v, mask = state.projected(call, number, len(some.q))
-            negatives.append(self._attend(some, k, v, mask))
-        if self.steering.rule == "vsf":
-            kept: torch.Tensor | None = call.aside.get(_LSE)
-            if kept is not None and len(kept) == len(call.q):
-                lse = kept[rows]
-            else:  # another edit took the kernel's place
-                lse = attend_with_lse(some.q, some.k, some.v, some.mask, some.scale).lse
-        return placed(out, rows, state.steer(out[rows], lse, negatives))
-
-    def _attend(self, call: AttentionCall, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> Partial:
-        if self.steering.rule == "vsf":
-            return attend_with_lse(call.q, k, v, mask, call.scale)
-        out = call.attend(call.q, k, v, mask)
-        return Partial(out, out.new_empty(0))
+    def made(self, layer: AttentionLayer, call: Call, rows: slice) -> Edit:
+        edit = SteeredCross(layer.module, call, rows)
+        edit.keeps_text = self.keeps_text
+        return edit
 
 
 class KeysAway(CrossAway):
@@ -168,20 +157,84 @@ class KeysAway(CrossAway):
 
     kind = "keys"
 
+    def made(self, layer: AttentionLayer, call: Call, rows: slice) -> Edit:
+        return _SteeredKeys(layer.module, call, rows)
+
+
+class SteeredCross(Edit):
+    """Steers one cross-attention layer during one pipeline call, and keeps the keys and values of its negatives.
+
+    Args:
+        rows: of the pictures.
+
+    Attributes:
+        heard: the negatives at this step, as the layer's block gets them.
+    """
+
+    rows, traced, keeps_text = ("cond",), True, True
+
+    def __init__(self, module: Any, call: Call, rows: slice) -> None:
+        self.module, self.call, self.pictures = module, call, rows.stop - rows.start
+        self.vsf = call.rule == "vsf"
+        self.heard: list[tuple[torch.Tensor, dict[str, Any]]] = []
+        self.kept: list[tuple[Any, ...]] = []
+        self.mark: tuple[Any, ...] = ()
+
+    def qkv(self, call: AttentionCall) -> None:
+        if self.vsf:
+            call.kernel = _keeping_lse(call.aside)
+
+    def out(self, call: AttentionCall, out: torch.Tensor) -> torch.Tensor:
+        rows = call.select("cond")
+        some = call if rows == slice(0, len(out)) else call.narrow(rows)
+        negatives = [self._attend(some, *kept) for kept in self.projected(call, len(some.q))]
+        lse = None
+        if self.vsf:
+            found: torch.Tensor | None = call.aside.get(_LSE)
+            if found is not None and len(found) == len(call.q):
+                lse = found[rows]
+            else:  # another edit took the kernel's place
+                lse = attend_with_lse(some.q, some.k, some.v, some.mask, some.scale).lse
+        return placed(out, rows, self.call.steer(out if some is call else out[rows], lse, negatives))
+
+    def _attend(self, call: AttentionCall, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> Partial:
+        if self.vsf:
+            return attend_with_lse(call.q, k, v, mask, call.scale)
+        return Partial(call.attend(call.q, k, v, mask), _UNUSED)
+
+    def projected(self, call: AttentionCall, rows: int) -> list[tuple[Any, ...]]:
+        """Keys, values and mask of each negative for `rows` rows, by the layer itself; at the first use, unless this is
+        traced, where nothing may be kept.
+        """
+        if torch.compiler.is_compiling():
+            kept = self._project(call)
+        else:
+            parts = self.module._modules
+            lora = (lora_state(parts.get("to_k")), lora_state(parts.get("to_v")))
+            mark = (call.q.dtype, call.q.device, *lora, *(id(words) for words, _ in self.heard))
+            if mark != self.mark:
+                self.mark, self.kept = mark, self._project(call)
+            kept = self.kept
+        return [tuple(for_rows(tensor, rows, self.pictures) for tensor in each) for each in kept]
+
+    def _project(self, call: AttentionCall) -> list[tuple[Any, ...]]:
+        assert call.project is not None
+        made = [call.project(words.to(call.q), others) for words, others in self.heard]
+        return [(each.k, each.v, each.mask) for each in made]
+
+
+class _SteeredKeys(SteeredCross):
     def qkv(self, call: AttentionCall) -> None:
         """Nothing is kept: the parts are computed apart."""
 
     def out(self, call: AttentionCall, out: torch.Tensor) -> torch.Tensor:
-        rows, state = call.select("cond"), self.steering.call(call.step)
+        rows = call.select("cond")
         some, n = call.narrow(rows), call.q.shape[-2]
         first = call.text is not None and call.text.start == 0
         seen, own = _apart(some, some.k, some.v, some.mask, n, first)
-        negatives = list[Partial]()
-        for number in range(len(state.texts)):
-            k, v, mask = state.projected(call, number, len(some.q))
-            word = _apart(some, k, v, mask, n, first)[1]
-            negatives.append(negative_of(state, word, seen))
-        return placed(out, rows, state.steer(out[rows], merge([seen, own]).lse, negatives))
+        words = [_apart(some, k, v, mask, n, first)[1] for k, v, mask in self.projected(call, len(some.q))]
+        negatives = [negative_of(self.call, word, seen) for word in words]
+        return placed(out, rows, self.call.steer(out[rows], merge([seen, own]).lse, negatives))
 
 
 def _apart(
@@ -225,6 +278,13 @@ class JointAway(_TextEdit):
     """Steers the image tokens of a joint layer, and puts the negatives' own attention back."""
 
     kind, order = "joint", _LAST
+    call: Call
+    chosen = False
+
+    def made(self, layer: AttentionLayer, call: Call, rows: slice) -> Edit:
+        edit = JointAway(self.steering)
+        edit.call, edit.chosen = call, self.steering.chooses(layer)
+        return edit
 
     def out(self, call: AttentionCall, out: torch.Tensor) -> torch.Tensor:
         assert call.text is not None
@@ -232,7 +292,7 @@ class JointAway(_TextEdit):
         own = out.new_zeros(len(out), out.shape[1], sum(s.q.shape[-2] for s in streams), out.shape[-1])
         if rows != []:  # a row by itself may be guidance's
             streams = [stream.narrow(rows) for stream in streams]
-            if self.steering.chooses(call.layer):
+            if self.chosen:
                 steered = self._steered(call, without(out, text, -2), rows, streams)
                 out = joined(out[:, :, text], steered, text)
             own = placed(own, rows, torch.cat([_own_attention(call.narrow(rows), stream) for stream in streams], -2))
@@ -242,7 +302,7 @@ class JointAway(_TextEdit):
         self, call: AttentionCall, out: torch.Tensor, rows: slice | list[int], streams: list[_Stream]
     ) -> torch.Tensor:
         """Image tokens of all rows, those of `rows` steered."""
-        state = self.steering.call(call.step)
+        state = self.call
         image, positive = _shared_for(call, rows)
         q = _image(call.narrow(rows).q, call.text)
         words = [attend_with_lse(q, s.k, s.v, s.by_image, s.scale) for s in streams]
@@ -367,6 +427,6 @@ def _image(tensor: torch.Tensor, text: slice | None) -> torch.Tensor:
 
 def lora_state(linear: Any) -> tuple[Any, ...]:
     """Changes whenever the LoRA state of a projection does."""
-    if not hasattr(linear, "active_adapters"):
+    if type(linear) is nn.Linear or not hasattr(linear, "active_adapters"):
         return ()
     return (*linear.scaling.items(), *linear.active_adapters, linear.disable_adapters, *linear.merged_adapters)

@@ -133,14 +133,14 @@ class SelfAttentionRedirection(Plugin):
         """Whether the redirected prediction is all that is wanted: at scale 1 without a second guidance."""
         return self.scale == 1 and "uncond" not in step.rows
 
-    def tokens(self, call: AttentionCall) -> Tokens:
-        """(indices of background tokens, masked [N]) of each picture at a layer."""
-        kept: dict[Any, Tokens] = call.step.notes.setdefault((self, "tokens"), {})
-        key = (call.step.size, call.grid, call.q.device)
+    def tokens(self, grid: tuple[int, int], step: Step, device: torch.device | None) -> Tokens:
+        """(indices of background tokens, masked [N]) of each picture on a grid of tokens."""
+        kept: dict[Any, Tokens] = step.notes.setdefault((self, "tokens"), {})
+        key = step.size, grid, device
         if key not in kept:
-            masks = [level_mask(mask, call.step.size, call.grid).flatten() for mask in self._masks]
+            masks = [level_mask(mask, step.size, grid).flatten() for mask in self._masks]
             pairs = [((~mask).nonzero()[:, 0], mask) for mask in masks]  # counted on the CPU: a GPU would wait
-            kept[key] = [(index.to(call.q.device), mask.to(call.q.device)) for index, mask in pairs]
+            kept[key] = [(index.to(device), mask.to(device)) for index, mask in pairs]
         return kept[key]
 
     def selects(self, layer: AttentionLayer) -> bool:
@@ -154,6 +154,8 @@ Tokens = list[tuple[torch.Tensor, torch.Tensor]]
 class _Redirect(Edit):
     """Computes the attention of its group; only one of the two groups is active at a step."""
 
+    traced = True
+
     def __init__(self, plugin: SelfAttentionRedirection, group: str) -> None:
         self.plugin, self.owns = plugin, group
 
@@ -163,19 +165,41 @@ class _Redirect(Edit):
     def active(self, layer: AttentionLayer, step: Step) -> bool:
         return step.phase == "predict" and (self.owns == "cond") == self.plugin.alone(step)
 
+    def planned(self, layer: AttentionLayer, step: Step) -> Edit | None:
+        if not self.active(layer, step):
+            return None
+        return self._on(_grid_at(layer.level, step.size), step, step.device)
+
+    def attention(self, call: AttentionCall) -> torch.Tensor:
+        return self._on(call.grid, call.step, call.q.device).attention(call)
+
+    def _on(self, grid: tuple[int, int], step: Step, device: torch.device | None) -> _Redirected:
+        early = step.index < self.plugin.suppression_steps and self.plugin.suppression != 1
+        tokens = self.plugin.tokens(grid, step, device)
+        return _Redirected(str(self.owns), tokens, self.plugin.suppression if early else None)
+
+
+class _Redirected(Edit):
+    """The redirected attention of a group in one layer at one step.
+
+    Args:
+        tokens: see `SelfAttentionRedirection.tokens`. suppression: factor of masked queries' logits, None for none.
+    """
+
+    def __init__(self, group: str, tokens: Tokens, suppression: float | None) -> None:
+        self.owns, self.tokens, self.suppression = group, tokens, suppression
+
     def attention(self, call: AttentionCall) -> torch.Tensor:
         # One picture after the other: a padded batch needs a mask, which keeps the flash kernel away.
-        tokens = self.plugin.tokens(call)
-        size = len(call.q) // len(tokens)
-        groups = (call.narrow(slice(i * size, (i + 1) * size)) for i in range(len(tokens)))
-        outs = [self._redirected(group, *picture) for group, picture in zip(groups, tokens, strict=True)]
+        size = len(call.q) // len(self.tokens)
+        groups = (call.narrow(slice(i * size, (i + 1) * size)) for i in range(len(self.tokens)))
+        outs = [self._redirected(group, *picture) for group, picture in zip(groups, self.tokens, strict=True)]
         return outs[0] if len(outs) == 1 else torch.cat(outs)
 
     def _redirected(self, call: AttentionCall, kept: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
         if len(kept) == len(masked):
             return call.attend(call.q, call.k, call.v, call.mask)
-        early = call.step.index < self.plugin.suppression_steps and self.plugin.suppression != 1
-        q = suppress(call.q, masked, self.plugin.suppression) if early else call.q
+        q = call.q if self.suppression is None else suppress(call.q, masked, self.suppression)
         mask = None if call.mask is None else call.mask.index_select(-1, kept)
         return call.attend(q, background(call.k, kept), background(call.v, kept), mask)
 
@@ -213,6 +237,13 @@ def _matches(layer: AttentionLayer, item: str | int) -> bool:
     return item in (layer.place, layer.name) or layer.name.startswith(f"{item}.")
 
 
+def _grid_at(level: int, size: tuple[int, int]) -> tuple[int, int]:
+    """(height, width) of the tokens where a latent of `size` was halved `level` times."""
+    for _ in range(level):
+        size = halved(size)
+    return size
+
+
 def level_shares(mask: Bools, size: tuple[int, int], levels: Sequence[int]) -> dict[str, float]:
     """Masked share of the tokens at each level of a latent of `size`, by grid ("64x64").
 
@@ -221,9 +252,7 @@ def level_shares(mask: Bools, size: tuple[int, int], levels: Sequence[int]) -> d
     """
     shares: dict[str, float] = {}
     for level in levels:
-        grid = size
-        for _ in range(level):
-            grid = halved(grid)
+        grid = _grid_at(level, size)
         name, tokens = f"{grid[0]}x{grid[1]}", level_mask(mask, size, grid)
         left = 1 - float(tokens.double().mean())
         if bool(tokens.all()):

@@ -67,6 +67,8 @@ def shared_attention(
 class AttendTo(Edit):
     """Rows of `targets` attend to the keys and values of `source` instead of their own."""
 
+    traced = True
+
     def __init__(self, source: str, targets: tuple[str, ...], where: Callable[[AttentionLayer], bool]) -> None:
         self.source, self.targets, self.where = source, targets, where
 
@@ -83,10 +85,10 @@ class AttendTo(Edit):
 class ImagePrompt(Edit):
     """Scales what an IP-Adapter adds, by block; in blocks that are not named it adds nothing."""
 
-    every_call = True
+    every_call, traced = True, True
 
     def __init__(self, scales: Mapping[str, float]) -> None:
-        self.scales = scales
+        self.scales, self.factor = scales, 0.0
 
     def selects(self, layer: AttentionLayer) -> bool:
         return hasattr(getattr(layer.module, "processor", None), "to_k_ip")
@@ -94,14 +96,19 @@ class ImagePrompt(Edit):
     def active(self, layer: AttentionLayer, step: Step) -> bool:
         return True  # where another plugin looks at attention, it is to see what the model will do
 
+    def planned(self, layer: AttentionLayer, step: Step) -> Edit:
+        here = ImagePrompt(self.scales)
+        here.factor = next((s for block, s in self.scales.items() if layer.name.startswith(f"{block}.")), 0.0)
+        return here
+
     def out(self, call: AttentionCall, out: torch.Tensor) -> torch.Tensor:
-        if call.number == 0:
-            return out
-        return out * next((s for block, s in self.scales.items() if call.layer.name.startswith(f"{block}.")), 0.0)
+        return out if call.number == 0 else out * self.factor
 
 
 class _Restyle(Edit):
     """The edit of StyleID and StyleAligned: `styled` says what the rows attend with."""
+
+    traced = True
 
     def __init__(self, plugin: StyleInjection) -> None:
         self.plugin = plugin

@@ -325,12 +325,13 @@ def _obstacle(denoiser: Any) -> str | None:
     if getattr(denoiser, "is_cache_enabled", False):
         return "a cache that skips layers: call disable_cache() on it"
     for module in denoiser.modules():
-        hooks = _hooks_of(module)
+        own = module.__dict__  # what a module lacks costs it an exception to say, and this runs before every picture
+        hooks = _hooks_of(module) if "_diffusers_hook" in own else []
         if any("cache" in name or "pyramid_attention" in name or "layer_skip" in name for name in hooks):
             return f"the hook {hooks[0]!r} that skips layers: disable that cache"
-        if hasattr(module, "_tome_info") or type(module).__name__ == "ToMeBlock":
+        if "_tome_info" in own or type(module).__name__ == "ToMeBlock":
             return "merged tokens (tomesd): call tomesd.remove_patch(pipe)"
-        processor = type(getattr(module, "processor", None)).__name__
+        processor = type(own.get("processor")).__name__
         if processor in ("SlicedAttnProcessor", "SlicedAttnAddedKVProcessor"):
             return "sliced attention: call pipe.disable_attention_slicing()"
     return None

@@ -128,4 +128,7 @@ def _settings(pipe: Any) -> frozenset[str]:
 
 def owns(pipe: DiffusionPipeline, denoiser: nn.Module) -> bool:
     """Whether `denoiser` is one of the pipeline's components, compiled or not."""
-    return any(part is denoiser or getattr(part, "_orig_mod", None) is denoiser for part in pipe.components.values())
+    parts = vars(pipe).values()  # `pipe.components` asks `inspect`, which takes long
+    return any(part is denoiser for part in parts) or any(
+        isinstance(part, nn.Module) and getattr(part, "_orig_mod", None) is denoiser for part in parts
+    )

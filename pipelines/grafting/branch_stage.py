@@ -10,8 +10,9 @@ from ...attention.errors import SettingError, UnsupportedPipelineError
 from ...plugins.base import Branch, Plugin, Session
 from ..families.base import Inputs
 from .plan import Placed
-from .run import Late, Run
+from .run import Run
 from .scheduler_link import model_scale
+from .widen import Widen
 
 
 def add_rows(run: Run, placed: Placed, active: Sequence[Plugin], session: Session, inputs: Inputs) -> Inputs:
@@ -26,18 +27,9 @@ def add_rows(run: Run, placed: Placed, active: Sequence[Plugin], session: Sessio
     index = torch.tensor(_name_rows(run, branches, one_for_all), device=run.adapter.device(inputs))
     block = placed.join_block(branches)
     if block and run.adapter.can_join_late(inputs, block):
-        run.late = Late(index, block, run.adapter.batch(inputs))
+        run.late = Widen(index, run.adapter.batch(inputs)), placed.blocks.index(block)
         return inputs
     return _own_inputs(run, run.adapter.take(inputs, index), branches)
-
-
-def arriving(run: Run, block: str) -> Late | None:
-    """What is to be widened, for a block at or behind the one where branches join."""
-    late = run.late
-    if late is None or run.step.probing:
-        return None
-    late.joined = late.joined or block == late.block
-    return late if late.joined else None
 
 
 def _name_rows(run: Run, branches: Sequence[Branch], one_for_all: bool) -> list[int]:

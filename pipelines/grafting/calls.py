@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
+from ...attention.call import Kernel
 from ...attention.errors import GraftError
+from ...attention.seam import Seam
 from ...attention.step import Step
+from ...plugins.base import Plugin
 from ..families.base import Inputs
 from ..families.running import find_running, swap_processors
 from .branch_stage import add_rows
 from .combine_stage import combine
 from .latent_stage import move, moved_again
-from .plan import Placed
-from .run import Run
+from .plan import Placed, make_plan
+from .run import Plan, Run
 from .session import RunSession
 from .stream_stage import add_streams
 from .text import Texts
@@ -25,12 +28,16 @@ class Calls:
     """The stages of a graft, composed.
 
     Args:
-        placed: what runs where. texts: the pipeline's encoders.
+        placed: what runs where. texts: the pipeline's encoders. kernel: computes attention.
         link: called with the scheduler of the running pipeline, whose steps are to be followed.
+
+    Attributes:
+        seams: of the edited layers and of the blocks where rows may join, by name.
     """
 
-    def __init__(self, placed: Placed, texts: Texts, link: Callable[[Any], None]) -> None:
-        self.placed, self.texts, self.link = placed, texts, link
+    def __init__(self, placed: Placed, texts: Texts, kernel: Kernel, link: Callable[[Any], None]) -> None:
+        self.placed, self.texts, self.kernel, self.link = placed, texts, kernel, link
+        self.seams: dict[str, Seam] = {}
 
     def before(self, run: Run, args: tuple[Any, ...], kwargs: Inputs) -> Inputs:
         """The denoiser's inputs after the latent, the branch and the stream stage."""
@@ -44,22 +51,23 @@ class Calls:
                     "before the next denoiser call: sample with pipe.scheduler"
                 )
         self._begin(run, inputs)
-        run.inputs = inputs = self._staged(run, inputs)
+        active = self.placed.active(run.step)
+        run.inputs = inputs = self._staged(run, active, inputs)
+        run.lay(self._plan(run, active))
         run.tally.rows.add(max(rows.stop for rows in run.step.rows.values()))
         run.tally.calls += 1
         return inputs
 
     def after(self, run: Run, output: Any) -> Any:
         """The denoiser's output after the combine stage, with the rows that the pipeline sent in."""
-        run.inputs = {}
-        run.narrow()
+        run.end()
         return combine(run, self.placed.active(run.step), output)
 
     def aborted(self, run: Run) -> None:
         """The denoiser raised: this pipeline call will not step, nor put back what PAG replaced."""
         swap_processors(run.adapter.denoiser, run.running.before_pag)
-        run.pending, run.inputs = None, {}
-        run.narrow()
+        run.pending = None
+        run.end()
 
     def stepped(self, run: Run, sample: torch.Tensor) -> torch.Tensor:
         """What the scheduler's step starts from."""
@@ -71,13 +79,15 @@ class Calls:
         moved, run.pending = run.pending, None
         return sample if moved is None else moved.to(sample.dtype)
 
-    def _staged(self, run: Run, inputs: Inputs) -> Inputs:
+    def _plan(self, run: Run, active: Sequence[Plugin]) -> Plan:
+        return make_plan(run, self.placed, active, self.seams, self.kernel)
+
+    def _staged(self, run: Run, active: Sequence[Plugin], inputs: Inputs) -> Inputs:
         if "cond" not in run.step.rows:
             return moved_again(run, inputs)
-        active = self.placed.active(run.step)
         movers = [plugin for plugin in active if plugin.moves(run.step)]
         if movers:
-            inputs = move(run, movers, inputs)
+            inputs = move(run, movers, inputs, lambda: self._plan(run, active))
         inputs = add_rows(run, self.placed, active, RunSession(run, self.texts), inputs)
         return add_streams(run, active, inputs)
 
@@ -89,9 +99,9 @@ class Calls:
         fresh = run.clock.start(scheduler, timestep, run.running.mark)
         index, total = run.clock.read(scheduler, run.running.steps)
         rows = adapter.groups(inputs, run.running)
-        size = adapter.grid(inputs, run.running)
-        run.step = Step(index, total, timestep, size, run.clock.time, rows, notes=run.notes)
-        run.narrow()
+        size, device = adapter.grid(inputs, run.running), adapter.device(inputs)
+        run.step = Step(index, total, timestep, size, run.clock.time, rows, device=device, notes=run.notes)
+        run.end()
         run.inputs = inputs
         if "cond" in rows:
             run.deltas = []

@@ -1,35 +1,61 @@
-"""Run eager while anything is grafted: compiled code would bake one session's state into its graphs."""
+"""Compiled models under a graft: what cannot be traced runs eager, for its own calls only."""
 
 from __future__ import annotations
 
-import sys
 import threading
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
+from torch import nn
 
 _LOCK = threading.RLock()
-_held = 0
-_stance: Any = None
+_CALL = "_compiled_call_impl"
+Ask = Callable[[bool], bool]
+"""ask(whole): whether what this thread runs now, the whole denoiser or a part of it, must run eager."""
+
+
+class Choice:
+    """Stands in for a module's compiled call: runs it, or the module's eager one where somebody asks for that."""
+
+    def __init__(self, compiled: Callable[..., Any], eager: Callable[..., Any], whole: bool) -> None:
+        self.compiled, self.eager, self.whole = compiled, eager, whole
+        self.asks: tuple[Ask, ...] = ()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return (self.eager if any(ask(self.whole) for ask in self.asks) else self.compiled)(*args, **kwargs)
 
 
 @contextmanager
-def eager() -> Generator[None]:
-    """Compiled models run eager inside, their graphs intact afterwards.
-
-    The stance is process-wide, so it is counted: the first graft sets it and the last one takes it back.
-    """
-    global _held, _stance
-    with _LOCK:
-        if not _held:
-            _stance = torch.compiler.set_stance("force_eager")
-        _held += 1
+def choosing(pipe: Any, denoiser: nn.Module, ask: Ask) -> Generator[None]:
+    """Inside, whatever is compiled of a pipeline's denoiser asks first: it, a part of it, or `torch.compile`'s own."""
+    places = [(each, _CALL) for each in denoiser.modules() if each.__dict__.get(_CALL) is not None]
+    for part in vars(pipe).values():
+        if isinstance(part, nn.Module) and getattr(part, "_orig_mod", None) is denoiser:
+            places.append((part, "forward"))
+    for module, name in places:
+        _put(module, name, denoiser, ask)
     try:
         yield
     finally:
-        with _LOCK:
-            _held -= 1
-            if not _held and not sys.is_finalizing():  # then there is nothing left to import, nor to run
-                _stance.__exit__(None, None, None)
+        for module, name in places:
+            _take(module, name, ask)
+
+
+def _put(module: nn.Module, name: str, denoiser: nn.Module, ask: Ask) -> None:
+    with _LOCK:
+        choice = module.__dict__[name]
+        if not isinstance(choice, Choice):
+            own: Any = module
+            whole = name != _CALL or module is denoiser
+            choice = module.__dict__[name] = Choice(choice, own._call_impl if name == _CALL else denoiser, whole)
+        choice.asks = (*choice.asks, ask)
+
+
+def _take(module: nn.Module, name: str, ask: Ask) -> None:
+    with _LOCK:
+        choice = module.__dict__.get(name)
+        if isinstance(choice, Choice):
+            choice.asks = tuple(kept for kept in choice.asks if kept is not ask)
+            if not choice.asks:
+                module.__dict__[name] = choice.compiled

@@ -15,28 +15,27 @@ from weakref import WeakSet
 import torch
 
 from ...attention.backends import select
+from ...attention.edit import Edit
 from ...attention.errors import AlreadyGraftedError, GraftError, SettingTypeError
 from ...attention.hook import in_call, in_use
-from ...attention.layer import AttentionLayer
-from ...attention.seam import Work, install
+from ...attention.seam import Task, seam_on
 from ...plugins.base import Plugin
 from ..families import adapters_for
 from ..families.base import Adapter, Inputs
 from ..families.running import Running, find_running
 from ..families.words import in_turn
 from .blocks import Block, block_here, complaint, holders, is_suspended
-from .branch_stage import arriving
 from .calls import Calls
-from .compiled import eager
+from .compiled import choosing
 from .gradients import run_again_for
-from .hooks import hook_block, hook_denoiser
+from .hooks import hook_denoiser
 from .plan import Placed, place
 from .report import Report, make_report
-from .run import Late, Run
+from .run import Run
 from .runs import Local, Runs
 from .scheduler_link import follow, leave
 from .session import RunSession
-from .stream_stage import hook_meetings
+from .stream_stage import hook_meetings, joins
 from .text import Texts
 
 _INSTALLED: WeakSet[Graft] = WeakSet()  # weak: a forgotten attached graft goes with its model
@@ -79,7 +78,7 @@ class Graft:
         self._flying: set[int] = set()
         self._links: WeakSet[Any] = WeakSet()
         self._processors = self._present()
-        self._calls = Calls(Placed(), self.texts, self.link)
+        self._calls = Calls(Placed(), self.texts, self.backend.kernel, self.link)
 
     def _present(self) -> dict[str, Any]:
         return {x.name: getattr(x.module, "processor", None) for x in self.layers}
@@ -149,6 +148,12 @@ class Graft:
         """Identities of the modules that carry this graft."""
         return {id(adapter.denoiser) for adapter in self.adapters}
 
+    @property
+    def edits(self) -> dict[str, list[Edit]]:
+        """The edits on each layer that has some, by its name, in execution order."""
+        placed = self._calls.placed
+        return {name: [edit for _, edit in placed.edits[name]] for name in placed.layers}
+
     def report(self) -> Report:
         """What was done since the last attach: layers, calls, backend, updates, skipped ones, displaced processors."""
         moved = [name for name, found in self._present().items() if found is not self._processors.get(name)]
@@ -166,7 +171,6 @@ class Graft:
             _INSTALLED.add(self)
             stack.callback(_INSTALLED.discard, self)
             self._bind(stack)
-            stack.enter_context(eager())
             self._hook(stack)
             self._stack = stack
             self.link(self.pipe.scheduler)
@@ -219,6 +223,8 @@ class Graft:
         self._blocks.remove(block)
         if not any(in_call(adapter.denoiser) for adapter in self.adapters):
             self._local.calls.clear()  # an interrupt may have left some; inside of a call a generator was collected
+            for run in self._own(block):
+                run.end()
         return block.close()
 
     def _bind(self, stack: ExitStack) -> None:
@@ -233,20 +239,21 @@ class Graft:
         for plugin in self.plugins:
             stack.callback(plugin.unbind)
             plugin.bind(RunSession(self.run, self.texts))
-        self._calls = Calls(place(self.adapters, self.plugins), self.texts, self.link)
+        self._calls = Calls(place(self.adapters, self.plugins), self.texts, self.backend.kernel, self.link)
 
     def _hook(self, stack: ExitStack) -> None:
-        placed = self._calls.placed
-        for layer in self.layers:
-            if layer.name in placed.edits:
-                stack.callback(install(layer, self))
+        placed, seams = self._calls.placed, self._calls.seams
+        for name, (_, layer) in placed.layers.items():
+            seams[name] = stack.enter_context(seam_on(layer.module, functools.partial(self._again, name)))
         for adapter in self.adapters:
             denoiser = adapter.denoiser
-            stack.callback(hook_denoiser(denoiser, functools.partial(self._before, adapter), self._after))
+            before = functools.partial(self._before, adapter)
+            stack.callback(hook_denoiser(denoiser, adapter.positional, before, self._after))
             for undo in hook_meetings(adapter, self._running) if placed.brings_texts else ():
                 stack.callback(undo)
             for name, block in adapter.late_blocks() if placed.brings_rows else ():
-                stack.callback(hook_block(denoiser, block, functools.partial(self._arriving, name)))
+                seams[name] = stack.enter_context(seam_on(block))
+            stack.enter_context(choosing(self.pipe, denoiser, functools.partial(self._eager, adapter)))
         stack.callback(self._unlink)
         stack.enter_context(in_turn(self.pipe))
 
@@ -314,26 +321,17 @@ class Graft:
             self._flying.discard(threading.get_ident())
         return self._calls.aborted(run) if output is None else self._calls.after(run, output)
 
-    def _arriving(self, block: str) -> Late | None:
-        run = self._running()
-        return None if run is None else arriving(run, block)
-
-    def work(self, layer: AttentionLayer) -> Work | None:
-        """Edits for a layer now (called by its seam)."""
+    def _eager(self, adapter: Adapter, whole: bool) -> bool:
+        """Whether what this thread runs of a denoiser, as a whole or a block of it, must not be compiled code."""
         run, placed = self._running(), self._calls.placed
-        if run is None and torch.is_grad_enabled():
-            run = run_again_for(self.adapter)  # gradient checkpointing runs layers again on autograd's own threads
-        if run is None:
-            return None
-        step, active = run.step, placed.active(run.step)
-        edits = [e for plugin, e in placed.edits[layer.name] if plugin in active and e.active(layer, step)]
-        if not edits:
-            return None
-        run.tally.layers[layer.name] += 1
-        memo = run.memo if any(edit.keeps_text for edit in edits) else None
-        adapter, columns = self._homes[layer.name], run.joined.columns() if run.joined and layer.kind == "joint" else ()
-        text = None if columns else adapter.text_slice(layer, run.inputs)
-        return Work(step, edits, self.backend.kernel, text, memo, columns, adapter.text_call(layer))
+        traced = placed.traced and not (whole and placed.brings_texts and joins(adapter))
+        return not traced and self.here if run is None else not traced or run.step.probing
+
+    def _again(self, name: str) -> Task | None:
+        """Work for a layer that a backward pass runs again, on a thread of autograd's."""
+        run = run_again_for(self.adapter)
+        seam = self._calls.seams[name]
+        return None if run is None else next((task for other, task in run.plan if other is seam), None)
 
     def link(self, scheduler: Any) -> None:
         """Follow this scheduler's steps until the graft comes off."""

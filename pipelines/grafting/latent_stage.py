@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,14 +16,17 @@ from ...plugins.base import Plugin
 from ..families.base import Inputs
 from ..families.running import swap_processors
 from .gradients import followed, frozen
-from .run import Run
+from .run import Plan, Run
 from .scheduler_link import check_moves, discards, model_scale
 
 
-def move(run: Run, movers: Sequence[Plugin], inputs: Inputs) -> Inputs:
+def move(run: Run, movers: Sequence[Plugin], inputs: Inputs, plan: Callable[[], Plan]) -> Inputs:
     """The denoiser's inputs with the latent as the plugins moved it; remembered for the scheduler's step.
 
     Their probes run on the conditional rows with gradients enabled.
+
+    Args:
+        plan: makes the plan of a probe.
     """
     scheduler = run.running.pipe.scheduler
     _refuse(run, scheduler)
@@ -39,7 +42,7 @@ def move(run: Run, movers: Sequence[Plugin], inputs: Inputs) -> Inputs:
         scale = model_scale(scheduler, run.step.timestep, _one(sample))
         latent = before = _latent_of(run, sample[rows], scale)
         for plugin in movers:
-            moved = plugin.latent(run.step, latent.detach(), lambda z: _probe(run, z, scale))
+            moved = plugin.latent(run.step, latent.detach(), lambda z: _probe(run, z, scale, plan()))
             latent = latent if moved is None else moved.detach()
     if latent is before:
         return inputs
@@ -73,12 +76,16 @@ def _latent_of(run: Run, sample: Any, scale: torch.Tensor) -> torch.Tensor:
     return latent.to(torch.promote_types(latent.dtype, torch.float32)) / scale
 
 
-def _probe(run: Run, latent: torch.Tensor, scale: torch.Tensor) -> torch.Tensor | None:
-    """The denoiser's prediction for `latent` on the conditional rows, None if an edit ended the run early."""
+def _probe(run: Run, latent: torch.Tensor, scale: torch.Tensor, plan: Plan) -> torch.Tensor | None:
+    """The denoiser's prediction for `latent` on the conditional rows, None if an edit ended the run early.
+
+    The plan stays in force: gradient checkpointing runs layers again when the gradient is asked for.
+    """
     key, step = run.adapter.sample, run.step
     scaled = run.adapter.as_sample(latent * scale)
     inputs = {**run.inputs, key: run.adapter.with_latent(run.inputs[key], scaled)}
     step.probing = True
+    run.lay(plan)
     try:
         return run.adapter.prediction(run.adapter.denoiser(**inputs))
     except StopForward:
@@ -96,7 +103,8 @@ def _probing_state(run: Run) -> Generator[None]:
         with frozen(denoiser), _without_pag(denoiser, run.running.before_pag):
             yield
     finally:
-        step.phase, step.rows, run.inputs = "predict", rows, {}
+        step.phase, step.rows = "predict", rows
+        run.end()
 
 
 @contextmanager

@@ -1,16 +1,22 @@
-"""What runs where: decided when a graft is attached."""
+"""What runs where: the part that is decided when a graft is attached, and the plan of one denoiser call.
+
+A plan is made once before the denoiser is called. The seam of a layer finds its work there, and decides nothing.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from ...attention.call import Kernel
 from ...attention.edit import Edit
 from ...attention.errors import UnsupportedPipelineError
 from ...attention.layer import AttentionLayer
+from ...attention.seam import Seam, Task, Work
 from ...attention.step import Step
 from ...plugins.base import Branch, Plugin
 from ..families.base import Adapter
+from .run import Plan, Run
 
 
 @dataclass(frozen=True)
@@ -19,12 +25,14 @@ class Placed:
 
     Attributes:
         plugins: those whose settings are not neutral.
+        layers: those that are edited, by name, in execution order, each with its adapter.
         edits: by name of the layer, sorted by their order, each with its plugin.
         blocks: where extra rows may join, in execution order; "" is the input.
         joins: of a group of rows the first block in which an edit touches it.
     """
 
     plugins: tuple[Plugin, ...] = ()
+    layers: dict[str, tuple[Adapter, AttentionLayer]] = field(default_factory=dict[str, tuple[Adapter, AttentionLayer]])
     edits: dict[str, list[tuple[Plugin, Edit]]] = field(default_factory=dict[str, list[tuple[Plugin, Edit]]])
     blocks: tuple[str, ...] = ("",)
     joins: dict[str, str] = field(default_factory=dict[str, str])
@@ -38,6 +46,11 @@ class Placed:
     def brings_texts(self) -> bool:
         """Whether a plugin may want further texts heard."""
         return any(type(plugin).streams is not Plugin.streams for plugin in self.plugins)
+
+    @property
+    def traced(self) -> bool:
+        """Whether torch.compile may trace all edits."""
+        return all(edit.traced for _, edit in self._all())
 
     def active(self, step: Step) -> list[Plugin]:
         """Plugins whose window holds this step."""
@@ -80,7 +93,34 @@ def place(adapters: Sequence[Adapter], plugins: Sequence[Plugin]) -> Placed:
                 _note_join(placed, str(group), chosen)
     for pairs in placed.edits.values():
         pairs.sort(key=lambda pair: pair[1].order)
+    every = [(adapter, layer) for adapter in adapters for layer in adapter.layers]
+    placed.layers.update((layer.name, (adapter, layer)) for adapter, layer in every if layer.name in placed.edits)
     return placed
+
+
+def make_plan(run: Run, placed: Placed, active: Sequence[Plugin], seams: Mapping[str, Seam], kernel: Kernel) -> Plan:
+    """Decide what runs in which layer at the run's step, and count it for the report."""
+    plan: list[tuple[Seam, Task]] = []
+    if run.late is not None and not run.step.probing:
+        widen, first = run.late
+        plan += [(seams[name], widen) for name in placed.blocks[first:]]
+    for name, (adapter, layer) in placed.layers.items():
+        if adapter is run.adapter:
+            asked = [edit.planned(layer, run.step) for plugin, edit in placed.edits[name] if plugin in active]
+            edits = [edit for edit in asked if edit is not None]
+            if edits:
+                plan.append((seams[name], _work(run, layer, edits, kernel)))
+                run.tally.layers[name] += 1
+    return plan
+
+
+def _work(run: Run, layer: AttentionLayer, edits: Sequence[Edit], kernel: Kernel) -> Work:
+    more = [edit for edit in edits if edit.every_call]
+    memo = run.memo if any(edit.keeps_text for edit in edits) else None
+    columns = run.joined.columns() if run.joined and layer.kind == "joint" else ()
+    text = None if columns else run.adapter.text_slice(layer, run.inputs)
+    total = max((rows.stop for rows in run.step.rows.values()), default=0)
+    return Work(layer, run.step, edits, more, kernel, text, memo, columns, run.adapter.text_call(layer), total)
 
 
 def _chosen(adapters: Sequence[Adapter], plugin: Plugin, edit: Edit) -> list[AttentionLayer]:

@@ -4,33 +4,23 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
 from ...attention.memo import TextMemo
+from ...attention.seam import Seam, Task, Work, clear, lay_out
 from ...attention.step import Step
 from ..families.base import Adapter, Inputs
 from ..families.join import Joined
 from ..families.running import Running
 from .clock import Clock
+from .widen import Widen
 
-
-@dataclass
-class Late:
-    """Rows that join the batch at a block instead of at the denoiser's input.
-
-    Attributes:
-        index: of each row of the wider batch the row that it copies. block: where they join.
-        base: rows that came in. joined: whether that block was reached in this call.
-    """
-
-    index: torch.Tensor
-    block: str
-    base: int
-    joined: bool = False
+Plan = Sequence[tuple[Seam, Task]]
+"""The work of every layer that is edited in one denoiser call or probe, and of every block where rows join."""
 
 
 @dataclass
@@ -62,10 +52,12 @@ class Run:
         inputs: of the denoiser call that runs, by name; empty between calls.
         pending: a moved latent that the scheduler's step has not started from yet.
         deltas: what plugins add to the prediction of this step.
-        late: rows that join on the way. joined: further texts in the sequence of a joint-attention model.
+        late: rows that join on the way, and the number of the block in `Placed.blocks` where they do.
+        joined: further texts in the sequence of a joint-attention model.
         memo, notes: what is kept over the steps of a pipeline call.
         stranded: whether a pipeline call ended with a moved latent that no step had started from.
         tally: for the report.
+        plan: the work that layers have in this thread now.
     """
 
     adapter: Adapter
@@ -75,17 +67,34 @@ class Run:
     inputs: Inputs = field(default_factory=dict[str, Any])
     pending: torch.Tensor | None = None
     deltas: list[torch.Tensor] = field(default_factory=list[torch.Tensor])
-    late: Late | None = None
+    late: tuple[Widen, int] | None = None
     joined: Joined | None = None
     memo: TextMemo = field(default_factory=TextMemo)
     notes: dict[Any, Any] = field(default_factory=dict[Any, Any])
     stranded: bool = False
     tally: Tally = field(default_factory=Tally)
+    plan: Plan = ()
     _mark: Any = None
 
-    def narrow(self) -> None:
-        """A denoiser call begins or is over: nothing joins it."""
-        self.late, self.joined = None, None
+    def lay(self, plan: Plan) -> None:
+        """Give layers their work in this thread, in place of what they had."""
+        clear(seam for seam, _ in self.plan)
+        self.plan = plan
+        lay_out(plan)
+
+    def rejoin(self) -> None:
+        """The texts have joined: where they stand is what the model itself said of lengths."""
+        if self.joined is not None:
+            columns = self.joined.columns()
+            self.lay([
+                (seam, replace(task, columns=columns) if isinstance(task, Work) and task.columns else task)
+                for seam, task in self.plan
+            ])  # fmt: skip
+
+    def end(self) -> None:
+        """A denoiser call is over: nothing joins it and no layer has work."""
+        self.late, self.joined, self.inputs = None, None, {}
+        self.lay(())
 
     def follow(self, running: Running) -> None:
         """Note who calls the denoiser; what belongs to a pipeline call is forgotten when that is gone, however."""

@@ -82,9 +82,14 @@ def _widened(joined: Joined, value: Any) -> Any:
     return joined.widened(value)
 
 
+def joins(adapter: Adapter) -> bool:
+    """Whether heard texts join the model's own sequence, inside of it."""
+    return isinstance(adapter, DeclaredAdapter) and adapter.spec.how == "joint"
+
+
 def hook_meetings(adapter: Adapter, here: Callable[[], Run | None]) -> list[Callable[[], None]]:
     """Hooks by which heard texts join and leave, as their undos; `here()` is the run that is edited now."""
-    if not isinstance(adapter, DeclaredAdapter) or adapter.spec.how != "joint":
+    if not isinstance(adapter, DeclaredAdapter) or not joins(adapter):
         return []
     denoiser, undos = adapter.denoiser, list[Callable[[], None]]()
     for number, meet in enumerate(adapter.spec.meets):
@@ -97,8 +102,13 @@ def hook_meetings(adapter: Adapter, here: Callable[[], Run | None]) -> list[Call
 
 def _arrival(block: nn.Module, meet: Meet, first: bool, here: Callable[[], Run | None]) -> Callable[..., Any]:
     def before(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        joined = _joined(here)
-        return None if joined is None else ((), joined.join(meet, first, named(block, args, kwargs)))
+        run, joined = here(), _joined(here)
+        if run is None or joined is None:
+            return None
+        arguments = joined.join(meet, first, named(block, args, kwargs))
+        if first:
+            run.rejoin()
+        return (), arguments
 
     return before
 

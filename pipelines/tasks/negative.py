@@ -13,13 +13,13 @@ from PIL import Image
 from ...attention.edit import Edit
 from ...attention.errors import SettingError, SettingTypeError, UnsupportedPipelineError
 from ...attention.layer import AttentionLayer
-from ...attention.seam import Work, install
+from ...attention.seam import Work, laid_out, seam_on
 from ...attention.step import Step
 from ...plugins.style_injection import AttendTo, ImagePrompt, block_of
 from ..families import latents
 from ..families.base import has_ip_adapter
 from ..families.loop import Loop
-from ..grafting.compiled import eager
+from ..grafting.compiled import choosing
 from .schedule import Level
 
 LAYOUT_BLOCK = "down_blocks.2.attentions.1"
@@ -57,7 +57,7 @@ class Negative:
     def edited(self, n: int, timestep: torch.Tensor) -> Generator[None]:
         """Around one denoiser call on n pictures."""
         rows = {name: slice(i * n, i * n + n) for i, name in enumerate(("uncond", "cond", "reference")[: self.rows])}
-        with editing(self.loop.layers, self.edits(), Step(timestep=timestep, rows=rows)):
+        with editing(self.loop, self.edits(), Step(timestep=timestep, rows=rows)):
             yield
 
     def guided(self, rows: torch.Tensor, weight: float) -> torch.Tensor:
@@ -179,26 +179,18 @@ def _sees(layer: AttentionLayer) -> bool:
     return layer.kind == "self" and layer.place in ("down", "mid")
 
 
-class _Source:
-    """Edits for the layers of one loop of our own, in the thread that runs it."""
-
-    def __init__(self, edits: dict[str, list[Edit]], step: Step) -> None:
-        self.edits, self.step, self.thread = edits, step, threading.get_ident()
-
-    def work(self, layer: AttentionLayer) -> Work | None:
-        return Work(self.step, self.edits[layer.name]) if threading.get_ident() == self.thread else None
-
-
 @contextmanager
-def editing(layers: Sequence[AttentionLayer], edits: Sequence[Edit], step: Step) -> Generator[None]:
-    """Inside, the layers run with these edits, in this thread."""
-    chosen = {x.name: [edit for edit in edits if edit.selects(x)] for x in layers}
-    chosen = {name: placed for name, placed in chosen.items() if placed}
-    source = _Source(chosen, step)
+def editing(loop: Loop, edits: Sequence[Edit], step: Step) -> Generator[None]:
+    """Inside, the denoiser's layers run with these edits, in this thread; what is compiled of it runs eager there."""
+    thread = threading.get_ident()
     with ExitStack() as stack:
-        if chosen:
-            stack.enter_context(eager())
-        for layer in layers:
-            if layer.name in chosen:
-                stack.callback(install(layer, source))
+        if edits:
+            stack.enter_context(choosing(loop.pipe, loop.denoiser, lambda whole: threading.get_ident() == thread))
+        for layer in loop.layers:
+            asked = [edit.planned(layer, step) for edit in edits if edit.selects(layer)]
+            chosen = [edit for edit in asked if edit is not None]
+            if chosen:
+                seam = stack.enter_context(seam_on(layer.module))
+                work = Work(layer, step, chosen, [edit for edit in chosen if edit.every_call])
+                stack.enter_context(laid_out([(seam, work)]))
         yield
