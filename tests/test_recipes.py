@@ -11,6 +11,7 @@ from pathlib import Path
 import diffusers
 import pytest
 import tiny
+import tiny_family_pipelines
 import tiny_transformers
 
 import diffgraft
@@ -19,11 +20,30 @@ ROOT = Path(__file__).parent.parent
 SECTIONS = re.split(r"^## ", (ROOT / "pipelines/RECIPES.md").read_text("utf-8"), flags=re.MULTILINE)[1:]
 BLOCKS = {s.splitlines()[0]: re.findall(r"```python\n(.*?)```", s, re.DOTALL) for s in SECTIONS}
 CASES = [(title, block) for title, blocks in BLOCKS.items() for block in blocks]
+
+
+def z_image():
+    """Its autoencoder makes pictures smaller by 16, so that 512 pixels are few tokens."""
+    pipe = tiny_family_pipelines.z_image()
+    vae = tiny.vae(levels=5)
+    vae.register_to_config(shift_factor=0.1)
+    return tiny.quiet(type(pipe)(**(pipe.components | {"vae": vae})))
+
+
+def klein():
+    """With as many layers of text as the checkpoint's call reads."""
+    pipe = tiny_family_pipelines.klein()
+    return tiny.quiet(type(pipe)(**(pipe.components | {"text_encoder": tiny_family_pipelines.qwen3(8, layers=28)})))
+
+
 MODELS = {
     "stabilityai/stable-diffusion-xl-base-1.0": tiny.sdxl,
     "stabilityai/sd-turbo": tiny.sd2,
     "stable-diffusion-v1-5/stable-diffusion-v1-5": tiny.sd15,
     "black-forest-labs/FLUX.1-schnell": tiny_transformers.flux,
+    "black-forest-labs/FLUX.2-klein-4B": klein,
+    "Tongyi-MAI/Z-Image-Turbo": z_image,
+    "Wan-AI/Wan2.2-T2V-A14B-Diffusers": lambda: tiny_family_pipelines.wan(second=True, boundary=0.5),
 }
 
 

@@ -25,11 +25,11 @@ def chatting(length: int = 16) -> PreTrainedTokenizerFast:
     return made
 
 
-def qwen3(width: int = 16, seed: int = 4) -> Qwen3Model:
+def qwen3(width: int = 16, seed: int = 4, layers: int = 3) -> Qwen3Model:
     torch.manual_seed(seed)
     return Qwen3Model(
         Qwen3Config(
-            vocab_size=32, hidden_size=width, intermediate_size=32, num_hidden_layers=3, num_attention_heads=2,
+            vocab_size=32, hidden_size=width, intermediate_size=32, num_hidden_layers=layers, num_attention_heads=2,
             num_key_value_heads=2, head_dim=8, pad_token_id=0,
         )
     ).eval()  # fmt: skip
@@ -95,8 +95,9 @@ def wan(first: bool = True, second: bool = False, boundary: float | None = None)
     """One expert or two."""
     torch.manual_seed(1)
     vae = diffusers.AutoencoderKLWan(
-        base_dim=3, z_dim=4, dim_mult=[1, 1], num_res_blocks=1, temperal_downsample=[False]
-    )
+        base_dim=3, z_dim=4, dim_mult=[1, 1], num_res_blocks=1, temperal_downsample=[False], latents_mean=[0.0] * 4,
+        latents_std=[1.0] * 4,
+    )  # fmt: skip
     config = tf.models()["WanTransformer3DModel"].config
     made = [tt.lively(diffusers.WanTransformer3DModel(**config), seed) if on else None
             for seed, on in ((9, first), (10, second))]  # fmt: skip
