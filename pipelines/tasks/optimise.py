@@ -117,7 +117,8 @@ def optimise_startpoint(
     numbers = {"rate": rate, "momentum": momentum, "clip": clip, "regularise": regularise}
     for name, value in numbers.items():
         finite(value, name, 0.0, 1e12)
-    _whole(iterations, "iterations", 0, 10_000), _whole(surrogate_steps, "surrogate_steps", 1, 1000)
+    _whole(iterations, "iterations", 0, 10_000)
+    _whole(surrogate_steps, "surrogate_steps", 1, 1000)
     own = guidance if surrogate is None else 0.0
     size = {name: value for name, value in (("width", width), ("height", height)) if value is not None}
     used, where = as_list(plugins), pipe if surrogate is None else surrogate
