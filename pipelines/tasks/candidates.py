@@ -54,7 +54,8 @@ class Candidate:
         if self.starts:
             generated = _picture(np.asarray(generated, np.float64) + self.lost[index])
         new, before = region.uncut(generated), self.made.convert("RGB").crop(region.box)
-        self.seam = max(self.seam, seam(*(np.asarray(image, np.float64) for image in (before, new)), opacity > 0))
+        off = seam(np.asarray(before, np.float64), np.asarray(new, np.float64), opacity > 0)
+        self.seam = max(self.seam, off)
         if self.starts:
             new = untinted(before, new, opacity > 0)
         self.made = paste(self.made, new, (left, top), opacity)
