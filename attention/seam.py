@@ -101,6 +101,8 @@ class Tap(TorchFunctionMode):
             return self._attend(args, kwargs or {})
         if func is _LINEAR and self.words is not None and args[0] is self.words and self.task.memo is not None:
             return self.task.memo.linear(self.task.layer.name, func, args, kwargs or {})
+        if func is torch.Tensor.unflatten:
+            func = torch.unflatten  # the same operator; torch.compile cannot trace the method's own call of super()
         return func(*args, **kwargs) if kwargs else func(*args)
 
     def _attend(self, args: Any, kwargs: Any) -> Any:

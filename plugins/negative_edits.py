@@ -107,7 +107,7 @@ class Steering:
 class _TextEdit(Edit):
     """An edit of the conditional rows of the text-attention layers."""
 
-    rows, traced = ("cond",), True
+    rows = ("cond",)
     kind = "cross"
 
     def __init__(self, steering: Steering) -> None:
@@ -135,7 +135,7 @@ class _TextEdit(Edit):
 class CrossAway(_TextEdit):
     """Steers a cross-attention layer."""
 
-    keeps_text = True
+    keeps_text, traced = True, True
 
     def selects(self, layer: AttentionLayer) -> bool:
         return super().selects(layer) and self.steering.chooses(layer)
@@ -155,7 +155,7 @@ class CrossAway(_TextEdit):
 class KeysAway(CrossAway):
     """Steers a layer in which the image attends to text and image at once and the text asks nothing."""
 
-    kind = "keys"
+    kind, traced = "keys", False
 
     def made(self, layer: AttentionLayer, call: Call, rows: slice) -> Edit:
         return _SteeredKeys(layer.module, call, rows)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import tiny
+import tiny_transformers
 import torch
 from PIL import Image
 from torch._dynamo.utils import counters
@@ -99,3 +100,10 @@ def test_compiled_blocks_stay_compiled(sd15, plugin):
 def test_a_model_that_is_compiled_whole_stays_compiled(sd15, how, plugin):
     before, grafted = check(sd15, how, PLUGINS[plugin], {"guidance_scale": 1.0}, steps=4)
     assert before == 1 and grafted <= 2
+
+
+def test_joint_attention_runs_eager_in_compiled_blocks():
+    """Its edits are not traced: blocks run eager while they are on, and compiled again afterwards."""
+    pipe = tiny_transformers.flux()
+    before, grafted = check(pipe, "compile_repeated_blocks", PLUGINS["nag"], {"guidance_scale": 1.0}, steps=3)
+    assert before > 0 and grafted == 0
