@@ -186,6 +186,8 @@ class _Redirected(Edit):
         tokens: see `SelfAttentionRedirection.tokens`. suppression: factor of masked queries' logits, None for none.
     """
 
+    traced = True
+
     def __init__(self, group: str, tokens: Tokens, suppression: float | None) -> None:
         self.owns, self.tokens, self.suppression = group, tokens, suppression
 
