@@ -291,7 +291,7 @@ def test_a_small_hole_in_a_large_picture_is_worked_on_at_its_own_resolution(pipe
     """32 is the tiny model's native side."""
     seen = []
     hook = pipe.unet.register_forward_pre_hook(
-        lambda m, a, k: seen.append(tuple(k["sample"].shape[2:])), with_kwargs=True
+        lambda m, a, k: seen.append(tuple((a[0] if a else k["sample"]).shape[2:])), with_kwargs=True
     )
     image, mask = picture(300, 200), box(300, 200, 150, 280, 9)
     out = quick(pipe, image, mask)
