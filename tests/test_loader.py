@@ -6,6 +6,7 @@ import io
 import warnings
 
 import numpy as np
+import odd_pictures
 import pytest
 import tiny
 from PIL import Image, ImageCms
@@ -17,17 +18,7 @@ from diffgraft.attention.masks import as_mask
 from diffgraft.attention.pictures import as_picture, as_rgb
 from diffgraft.pipelines.tasks.region import paste
 
-
-def swapped() -> bytes:
-    """A profile whose red is sRGB's blue: whoever leaves it out is seen at once."""
-    data = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
-    entries = {bytes(data[i : i + 4]): i for i in range(132, 132 + 12 * int.from_bytes(data[128:132], "big"), 12)}
-    red, blue = entries[b"rXYZ"], entries[b"bXYZ"]
-    data[red + 4 : red + 12], data[blue + 4 : blue + 12] = data[blue + 4 : blue + 12], data[red + 4 : red + 12]
-    return bytes(data)
-
-
-PROFILE = swapped()
+PROFILE = odd_pictures.swapped()
 
 
 def ramp(width=32, height=24):

@@ -149,10 +149,10 @@ class Graft:
         return {id(adapter.denoiser) for adapter in self.adapters}
 
     @property
-    def edits(self) -> dict[str, list[Edit]]:
-        """The edits on each layer that has some, by its name, in execution order."""
+    def edits(self) -> dict[str, list[tuple[Plugin, Edit]]]:
+        """The edits on each layer that has some, by its name, in execution order, each with its plugin."""
         placed = self._calls.placed
-        return {name: [edit for _, edit in placed.edits[name]] for name in placed.layers}
+        return {name: list(placed.edits[name]) for name in placed.layers}
 
     def report(self) -> Report:
         """What was done since the last attach: layers, calls, backend, updates, skipped ones, displaced processors."""
