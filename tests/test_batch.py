@@ -427,8 +427,8 @@ def test_a_ray_cluster_that_is_not_there_is_exit_3(folder, monkeypatch):
 def test_out_of_memory_halves_the_batch_and_goes_on(folder):
     folder.out.mkdir()
     setup = folder.setup(batch_size=8)
-    worker, pipe = Worker(setup), tiny.sd15()
-    worker._model = (folder.model, pipe)
+    worker, pipe, made = Worker(setup), tiny.sd15(), folder.jobs(8, setup)
+    worker._model = (made[0].opened, pipe)
     tried = []
 
     def too_many(module, args, kwargs):
@@ -437,7 +437,6 @@ def test_out_of_memory_halves_the_batch_and_goes_on(folder):
             raise torch.OutOfMemoryError("out of memory")
 
     pipe.unet.register_forward_pre_hook(too_many, with_kwargs=True)
-    made = folder.jobs(8, setup)
     records = worker.run(made)
     assert [record["status"] for record in records] == ["ok"] * 8
     assert tried == [8, 4, 2, 2, 2, 2] and worker.batch_size == 2
