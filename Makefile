@@ -49,8 +49,8 @@ lint: $(LINTERS)  ## ruff and pyright (strict on attention/, plugins/, pipelines
 demo: $(INSTALLED)  ## open the demo on http://127.0.0.1:7860
 	@$(BIN)/diffgraft demo
 
-bench: $(BENCH)  ## print the tables of the README again
-	@$(BIN)/python -m diffgraft.app.bench
+bench: $(BENCH)  ## print the tables of the documents again, small; FULL=1: in their size, for hours, resumable
+	@$(BIN)/python -m diffgraft.app.bench $(if $(FULL),--full)
 
 gpu-check: $(BENCH)  ## time, memory and kernels of grafts on this GPU, real shapes, no weights, eight minutes
 	@$(BIN)/python -m diffgraft.app.bench.gpu_check

@@ -18,6 +18,8 @@ TABLES = {
     "segregation_cost": "FLOPs and saved activations of attention guidance",
     "segregation_choice": "settings of attention guidance, on captions not reported",
     "segregation_effect": "whether every object appears, with its colour",
+    "segregation_predict": "which loss tells a seed that will fail",
+    "localisation": "in which layers and steps words are found",
     "redirection_cost": "FLOPs and memory of object removal",
     "redirection_effect": "holes against the true background",
     "startpoint_cost": "denoiser passes of inversions",

@@ -1,6 +1,6 @@
 """Where the words look: for each cross-attention layer and step, whether a kind's map lies on the thing it became.
 
-    python -m diffgraft.app.bench.localisation --count 64
+    python -m diffgraft.app.bench localisation --full
 
 Prints, for two plain things, the share of a noun's attention (mean over heads) that lies on its own thing and on the
 other one, as the judge's kind maps find them in the finished picture; the share of the area that the thing takes is
@@ -9,7 +9,6 @@ the value of a blind map.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections import defaultdict
 from functools import partial
@@ -17,12 +16,13 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F  # noqa: N812
-from diffusers import DiffusionPipeline, StableDiffusionPipeline
+from diffusers import StableDiffusionPipeline
 from diffusers.models.attention_processor import AttnProcessor2_0
 
 from .denoiser import TrainingAttention
 from .judge import KINDS, Judge, load_judge
-from .model_card import ASSETS, ROWS
+from .model_card import ROWS
+from .rows import subject
 from .training import share_cores
 from .vocabulary import LENGTH
 from .world import Scene, caption
@@ -91,21 +91,11 @@ def _shares(maps: torch.Tensor, where: torch.Tensor, scenes: list[Scene]) -> tup
     return tuple(torch.tensor(rows).mean(0).tolist())
 
 
-def main() -> None:
+def run(full: bool, model: Path | None = None) -> None:
     """Prints a line a layer: own / other at five moments of the sampling."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, default=ASSETS / "picturebook")
-    parser.add_argument("--count", type=int, default=64)
-    args = parser.parse_args()
-    pipe = DiffusionPipeline.from_pretrained(args.model, torch_dtype=torch.float32)
-    pipe.set_progress_bar_config(disable=True)
-    found = localisation(pipe, load_judge(), ROWS[2].scenes(args.count))
+    found = localisation(subject(model), load_judge(), ROWS[2].scenes(256 if full else 32))
     moments = (0, 6, 12, 18, 24)
     sys.stdout.write("| layer | area | " + " | ".join(f"step {m}" for m in moments) + " |\n" + "|---" * 7 + "|\n")
     for layer in dict.fromkeys(name for name, _ in found):
         cells = [f"{100 * found[layer, m][0]:.0f} / {100 * found[layer, m][1]:.0f}%" for m in moments]
         sys.stdout.write(f"| {layer} | {100 * found[layer, 0][2]:.0f}% | " + " | ".join(cells) + " |\n")
-
-
-if __name__ == "__main__":
-    main()

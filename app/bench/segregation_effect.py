@@ -28,8 +28,7 @@ from .judge import Judge, Verdict, load_judge, look
 from .model_card import GUIDANCE
 from .rows import KEPT, Rows, fingerprint, scale_of, subject
 from .segregation_layout import layouts
-from .segregation_predict import predictors
-from .segregation_rows import CONTROLLED, FIRST, FORMS, PARTS, STEPS, Row, three_objects, two_objects
+from .segregation_rows import CONTROLLED, FORMS, PARTS, STEPS, Row, three_objects, two_objects
 from .statistics import Estimate, paired_difference, share
 from .training import share_cores
 from .world import Scene, caption
@@ -143,11 +142,7 @@ def run(full: bool, model: Path | None = None) -> None:
     if full:
         effect(pipe, judge, "Two objects, parts", pairs, 1, PARTS)
         effect(pipe, judge, "Three objects, parts and other forms", triples, 1, FORMS)
-    say("\nArea under the curve of the loss against failure, among seeds of one caption of three things\n")
     kept, key = Rows(KEPT / "segregation.jsonl"), fingerprint(pipe)
-    telling = three_objects(24 if full else 3, FIRST + 900_000)
-    for line in predictors(pipe, judge, telling, 32 if full else 8, kept, key):
-        say(line)
     count = 160 if full else 16
     say(f"\nLayouts: {count} captions of two objects\n")
     for line in layouts(pipe, count, kept, key):

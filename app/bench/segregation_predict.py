@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,10 +18,11 @@ from ...attention.step import Rows, Step
 from ...plugins.base import Session
 from ...plugins.concepts import find_concept
 from ...plugins.losses import binding_loss, segregation_loss
-from .judge import Judge, look
+from .judge import Judge, load_judge, look
 from .model_card import GUIDANCE
+from .rows import KEPT, fingerprint, subject
 from .rows import Rows as Kept
-from .segregation_rows import STEPS
+from .segregation_rows import FIRST, STEPS, three_objects
 from .statistics import share
 from .training import share_cores
 from .world import Scene, caption
@@ -119,3 +122,13 @@ def predictors(pipe: Any, judge: Judge, scenes: Sequence[Scene], seeds: int, kep
             best = [ok for one in both for ok in picked(*one)]
             cells += [f"{won / pairs:.2f}" if pairs else "-", f"{100 * sum(best) / len(best):.0f}%"]
         yield f"| {name} | {' | '.join(cells)} |"
+
+
+def run(full: bool, model: Path | None = None) -> None:
+    """Print the table; full mode draws 768 pictures, quick mode 24."""
+    pipe, telling = subject(model), three_objects(24 if full else 3, FIRST + 900_000)
+    sys.stdout.write("Area under the curve of the loss against failure, among seeds of one caption of three things\n\n")
+    kept = Kept(KEPT / "segregation.jsonl")
+    for line in predictors(pipe, load_judge(), telling, 32 if full else 8, kept, fingerprint(pipe)):
+        sys.stdout.write(f"{line}\n")
+        sys.stdout.flush()
