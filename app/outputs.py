@@ -66,6 +66,12 @@ def output_folder(path: str | os.PathLike[str]) -> Path:
     return folder.resolve()
 
 
+def clear_after(folder: Path, process: int | None) -> None:
+    """Remove what a process that was killed while it wrote, has left in a folder."""
+    for left in folder.glob(f"{TEMPORARY}{process}-*.tmp"):
+        left.unlink(missing_ok=True)
+
+
 def write_whole(path: Path, data: bytes) -> None:
     """Write through a temporary file beside `path`: a reader, or a crash, sees the old file or the new one.
 

@@ -17,7 +17,7 @@ import psutil
 import pytest
 import tiny
 import torch
-from deadly import PARENT, Deadly
+from deadly import OUT, PARENT, Deadly
 from PIL import Image
 
 from diffgraft.app.batch.engines import ENGINES
@@ -379,6 +379,7 @@ def test_ctrl_c(folder, engine):
 
 def test_a_row_that_kills_its_worker_fails_and_the_rest_is_made(folder, monkeypatch):
     monkeypatch.setenv(PARENT, str(os.getpid()))
+    monkeypatch.setenv(OUT, str(folder.out))
     folder.out.mkdir()
     setup = folder.setup()
     made = folder.jobs(4, setup)
@@ -388,6 +389,7 @@ def test_a_row_that_kills_its_worker_fails_and_the_rest_is_made(folder, monkeypa
         "row-0": "ok", "row-1": "failed", "row-2": "ok", "row-3": "ok",
     }  # fmt: skip
     assert records["row-1"]["error_type"] == "WorkerDied" and len(list(folder.out.glob("*.png"))) == 3
+    assert not list(folder.out.glob("*.tmp"))
 
 
 def test_what_was_written_of_a_row_that_killed_its_worker_goes(folder, monkeypatch):

@@ -21,6 +21,7 @@ from ...attention.errors import GraftError, SettingError
 from ..console import one_line, quiet_libraries
 from ..errors import WorkerError
 from ..extras import need
+from ..outputs import clear_after
 from .plan import Job, Setup
 from .worker import Record, Worker, failed
 
@@ -139,7 +140,7 @@ class _Processes:
             try:
                 answer = connection.recv()
             except (EOFError, OSError):
-                process.join()
+                self._end(process)
                 connection.close()
                 self._free.append(index)
                 found.append((batch, None))
@@ -157,7 +158,11 @@ class _Processes:
         for process, connection in running:
             if connection in self._busy:
                 process.terminate()
-            process.join()
+            self._end(process)
+
+    def _end(self, process: Any) -> None:
+        process.join()
+        clear_after(self._setup.out, process.pid)
 
     def _start(self, index: int) -> tuple[int, Any, Connection]:
         ours, theirs = self._context.Pipe()
