@@ -402,13 +402,6 @@ def test_an_edit_pipeline_encodes_the_negative_with_its_pictures(local, cls, mon
     assert asked == [(["red", "blue"], "picture", 77)] and text.mask.dtype == torch.bool
 
 
-def test_a_modular_pipeline_is_refused_by_name():
-    pipe = diffusers.ModularPipeline
-    made = type("FluxModularPipeline", (pipe,), {"__init__": lambda self: None})()
-    with pytest.raises(dg.UnsupportedPipelineError, match="FluxModularPipeline is a modular pipeline"):
-        dg.graft(made, dg.NegativeAway("red"))
-
-
 def test_an_attention_backend_that_cannot_be_edited_is_named():
     pipe = fp.wan()
     call = {"num_frames": 5, "guidance_scale": 1.0}

@@ -9,7 +9,17 @@ import tiny
 import tiny_families as tf
 import tiny_transformers as tt
 import torch
-from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3Model, UMT5Config, UMT5EncoderModel
+from transformers import (
+    PreTrainedTokenizerFast,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2VLImageProcessorPil,
+    Qwen2VLProcessor,
+    Qwen3Config,
+    Qwen3Model,
+    UMT5Config,
+    UMT5EncoderModel,
+)
 
 CHAT = (
     "{% for message in messages %}{{ '<user> ' + message['content'] + ' <end>' }}{% endfor %}"
@@ -105,3 +115,42 @@ def wan(first: bool = True, second: bool = False, boundary: float | None = None)
         tokenizer=tt.tokenizer(), text_encoder=umt5(), vae=vae, scheduler=tt.flow(), transformer=made[0],
         transformer_2=made[1], boundary_ratio=boundary,
     ))  # fmt: skip
+
+
+SIGHT = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|image_pad|>", "<|vision_end|>", "<|video_pad|>")
+
+
+class Processor(Qwen2VLProcessor):
+    """The real one for texts and pictures; its processor of films wants torchvision."""
+
+    def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> Any:
+        return type(argument)
+
+
+def seeing(width: int = 32, seed: int = 4) -> dict[str, Any]:
+    """Qwen2.5-VL in small, with its tokenizer and the processor of pictures: three parts of a pipeline."""
+    words = chatting(512)
+    words.add_special_tokens({"additional_special_tokens": list(SIGHT)}, replace_extra_special_tokens=False)
+    names = ("vision_start_token_id", "image_token_id", "vision_end_token_id", "video_token_id")
+    ids = dict(zip(names, words.convert_tokens_to_ids(list(SIGHT[2:])), strict=True))
+    text = {
+        "vocab_size": len(words), "hidden_size": width, "intermediate_size": 32, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "num_key_value_heads": 2, "pad_token_id": 0, "bos_token_id": None, "eos_token_id": 1,
+        "rope_scaling": {"rope_type": "default", "mrope_section": [width // 4 - 6, 3, 3]},
+    }  # fmt: skip
+    vision = {
+        "depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": width,
+        "fullatt_block_indexes": [0], "patch_size": 14, "window_size": 56,
+    }  # fmt: skip
+    torch.manual_seed(seed)
+    encoder = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision, **ids))
+    pictures = Qwen2VLImageProcessorPil(min_pixels=28 * 28, max_pixels=56 * 56)
+    return {"text_encoder": encoder.eval(), "tokenizer": words, "processor": Processor(pictures, words, None)}
+
+
+def qwen(cls: Any = diffusers.QwenImagePipeline) -> Any:
+    """With its vision-language encoder, which sees the picture to edit."""
+    parts = tt.qwen().components | seeing()
+    if cls is diffusers.QwenImagePipeline:
+        parts.pop("processor")
+    return tiny.quiet(cls(**parts))

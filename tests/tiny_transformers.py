@@ -131,8 +131,9 @@ def qwen(seed: int = 1) -> Any:
     )  # fmt: skip
     torch.manual_seed(seed)
     vae = diffusers.AutoencoderKLQwenImage(
-        base_dim=8, z_dim=4, dim_mult=[1, 1], num_res_blocks=1, temperal_downsample=[False]
-    )
+        base_dim=8, z_dim=4, dim_mult=[1, 1], num_res_blocks=1, temperal_downsample=[False], latents_mean=[0.0] * 4,
+        latents_std=[1.0] * 4,
+    )  # fmt: skip
     return tiny.quiet(diffusers.QwenImagePipeline(
         transformer=lively(transformer), vae=vae, scheduler=flow(), text_encoder=None, tokenizer=None
     ))  # fmt: skip

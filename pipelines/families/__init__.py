@@ -11,6 +11,7 @@ from ...attention.errors import UnsupportedPipelineError
 from .base import Adapter
 from .declared import DeclaredAdapter
 from .family import Family, Refused
+from .modular import is_modular
 from .table import FAMILIES
 
 
@@ -20,21 +21,19 @@ def adapters_for(pipe: Any) -> list[Adapter]:
     Raises:
         UnsupportedPipelineError: not a diffusers pipeline, or a denoiser that nobody declared, or that is refused.
     """
-    if _is_modular(pipe):
-        raise UnsupportedPipelineError(
-            f"{type(pipe).__name__} is a modular pipeline, whose guider calls the denoiser once for each of its "
-            "batches, and whose encoders are blocks: load it with diffusers.DiffusionPipeline.from_pretrained"
-        )
     found = [(name, getattr(pipe, name, None)) for name in ("unet", "transformer", "transformer_2")]
     held = [(name, _bare(module)) for name, module in found if isinstance(_bare(module), nn.Module)]
     if not held:
-        raise _unknown(pipe, None)
+        raise _unknown(pipe, None, "; call load_components() first" if is_modular(pipe) else "")
     family = _family(pipe, held[0][1])
+    if is_modular(pipe) and not family.modular:
+        raise _unserved(pipe, held[0][1])
     adapters: list[Adapter] = []
     for name, denoiser in held:
         if name in family.denoisers:
             kind = family.adapter
             adapter = DeclaredAdapter(pipe, denoiser, _family(pipe, denoiser)) if kind is None else kind(pipe, denoiser)
+            adapter.modular = family.modular
             if adapters:
                 adapter.layers = [replace(layer, name=f"{name}.{layer.name}") for layer in adapter.layers]
             adapters.append(adapter)
@@ -61,18 +60,23 @@ def _family(pipe: Any, denoiser: nn.Module) -> Family:
     return said
 
 
-def _is_modular(pipe: Any) -> bool:
-    return any(kind.__name__ == "ModularPipeline" for kind in type(pipe).__mro__)
-
-
 def _bare(module: Any) -> Any:
     return getattr(module, "_orig_mod", module)  # torch.compile(unet) wraps it
 
 
-def _unknown(pipe: Any, denoiser: nn.Module | None) -> UnsupportedPipelineError:
+def _unserved(pipe: Any, denoiser: nn.Module) -> UnsupportedPipelineError:
+    served = ", ".join(name for name, said in FAMILIES.items() if isinstance(said, Family) and said.modular)
+    return UnsupportedPipelineError(
+        f"{type(pipe).__name__} is a modular pipeline with {type(denoiser).__name__}, and nobody has said what its "
+        f"text block makes: load it with diffusers.DiffusionPipeline.from_pretrained. Modular pipelines on {served} "
+        "are edited"
+    )
+
+
+def _unknown(pipe: Any, denoiser: nn.Module | None, more: str = "") -> UnsupportedPipelineError:
     found = type(pipe).__name__ + (f" with {type(denoiser).__name__}" if denoiser is not None else "")
     names = ", ".join(name for name, said in FAMILIES.items() if isinstance(said, Family))
-    more = "" if denoiser is None else (
+    more = more if denoiser is None else (
         f'; if its text meets the image in one of the usual ways, say so: diffgraft.declare_family('
         f'"{type(denoiser).__name__}", diffgraft.Family(...))'
     )  # fmt: skip

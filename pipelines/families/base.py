@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NoReturn
 
 import torch
@@ -15,6 +16,8 @@ from ...attention.errors import SettingError, UnsupportedPipelineError
 from ...attention.layer import AttentionLayer, find_layers
 from ...attention.step import Rows
 from ...plugins.base import Text
+from .modular import encoders as modular_encoders
+from .modular import is_modular
 from .rows import looks_guided
 from .running import Running
 from .words import own_words
@@ -30,6 +33,7 @@ class Adapter:
         sample, timestep, text: names of those arguments of the denoiser's `forward`.
         positional: names of its positional arguments in order.
         batched: arguments (tensors, or nests of them) whose tensors have the batch as first dimension.
+        modular: arguments and what modular pipelines call them, see `Family`.
     """
 
     sample = "sample"
@@ -37,6 +41,7 @@ class Adapter:
     text = "encoder_hidden_states"
     positional: tuple[str, ...] = ()
     batched: tuple[str, ...] = ()
+    modular: Mapping[str, str] = MappingProxyType({})
 
     def __init__(self, pipe: Any, denoiser: nn.Module) -> None:
         self.pipe, self.denoiser = pipe, denoiser
@@ -99,6 +104,8 @@ class Adapter:
     def groups(self, inputs: Inputs, running: Running) -> Rows:
         """Row groups of the batch that the pipeline made; without "cond" in a second call of the same step."""
         batch = len(inputs[self.sample])
+        if running.group is not None:
+            return {running.group: slice(0, batch)}
         names = ["uncond", "cond"] if self.guided(inputs, running) else ["cond"]
         if running.found and getattr(running.pipe, "do_perturbed_attention_guidance", False):
             names.append("perturbed")
@@ -114,7 +121,7 @@ class Adapter:
 
     def guided_apart(self, running: Running) -> bool:
         """Whether the pipeline runs guidance in a denoiser call of its own."""
-        return False
+        return running.apart
 
     def grid(self, inputs: Inputs, running: Running) -> tuple[int, int]:
         """(height, width) of the image tokens at full resolution."""
@@ -239,6 +246,8 @@ class Adapter:
     @property
     def encoders(self) -> int:
         """Prompts that `encode_prompt` takes."""
+        if is_modular(self.pipe):
+            return modular_encoders(self.pipe)
         taken = inspect.signature(self.pipe.encode_prompt).parameters if hasattr(self.pipe, "encode_prompt") else ()
         return 1 + sum(f"prompt_{i}" in taken for i in (2, 3, 4))
 

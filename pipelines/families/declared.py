@@ -132,6 +132,8 @@ class DeclaredAdapter(Adapter):
 
     def groups(self, inputs: Inputs, running: Running) -> Rows:
         batch = len(inputs[self.sample])
+        if running.group is not None:
+            return super().groups(inputs, running)
         if inputs.get("skip_layers") is not None:  # SD3's skip-layer guidance makes a call of its own
             return {"perturbed": slice(0, batch)}
         if self.spec.guidance == "apart":
@@ -146,8 +148,8 @@ class DeclaredAdapter(Adapter):
         return super().guided(inputs, running)
 
     def guided_apart(self, running: Running) -> bool:
-        if self.spec.guidance != "apart" or not running.found:
-            return False
+        if self.spec.guidance != "apart" or not running.found or running.group is not None:
+            return super().guided_apart(running)
         told = running.arguments
         if self.spec.flag in told:
             return bool(told[self.spec.flag])

@@ -92,6 +92,8 @@ class Family:
         encoded: argument -> its place in what `encode_prompt` returns; `encode` for the odd ones.
         prompts: how many prompts `encode_prompt` takes.
         as_negative: a negative is encoded as the pipeline encodes its own; the places are the negative's then.
+        modular: argument -> the output of a modular pipeline's text block that it gets, the text first; empty where
+            modular pipelines of this denoiser are not served.
         settings: parameter of `encode_prompt` -> locals of the pipeline's call that hold it under other names, with |.
         guidance: rows of the batch, or "apart" where guidance is a call of its own. flag: local of the pipeline's call
             that says whether this step is guided. negative: local whose identity marks guidance's own call.
@@ -124,6 +126,7 @@ class Family:
     encode: Callable[[Any, list[str], Any], Any] | None = None
     prompts: int = 1
     as_negative: bool = False
+    modular: Mapping[str, str] = field(default_factory=dict[str, str])
     settings: Mapping[str, str] = field(default_factory=dict[str, str])
     guidance: Guidance = "uncond, cond"
     flag: str = "do_classifier_free_guidance"

@@ -40,11 +40,15 @@ def z_image_tokens(adapter: Any, inputs: Mapping[str, Any]) -> int:
 
 
 def z_image_encode(adapter: Any, texts: list[str], running: Any) -> Text:
-    """Rows of several lengths, padded; the mask says how long each is."""
-    found = adapter.encode_prompt(running, texts)[0]
-    longest = max(map(len, found))
-    masks = [torch.arange(longest, device=row.device) < len(row) for row in found]
-    return Text(torch.stack([F.pad(row, (0, 0, 0, longest - len(row))) for row in found]), torch.stack(masks))
+    """The pipeline's list of rows of several lengths."""
+    return stacked(adapter.encode_prompt(running, texts)[0])
+
+
+def stacked(rows: list[torch.Tensor]) -> Text:
+    """Rows [L, D] of several lengths, padded; the mask says how long each is."""
+    longest = max(map(len, rows))
+    masks = [torch.arange(longest, device=row.device) < len(row) for row in rows]
+    return Text(torch.stack([F.pad(row, (0, 0, 0, longest - len(row))) for row in rows]), torch.stack(masks))
 
 
 # -- masks -------------------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import torch
 
 from ...attention.step import Rows
 from .family import Family
+from .modular import group_of
 from .running import Running
 
 
@@ -22,7 +23,7 @@ def call_of(family: Family, text: Any, running: Running) -> str:
     """Whether a call that guidance makes apart is for the prompt ("cond"), its negative or something else."""
     told = running.arguments.get("context_name")  # guider objects name their calls
     if isinstance(told, str):
-        return "uncond" if "uncond" in told else "cond" if told in ("cond", "pred_cond") else "perturbed"
+        return group_of(told)
     negative = running.arguments.get(family.negative)
     if negative is None or isinstance(negative, str):
         return "cond"

@@ -15,10 +15,13 @@ from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from types import FrameType
 from typing import Any
 
 from diffusers import DiffusionPipeline
 from torch import nn
+
+from . import modular
 
 _ASKED = (
     "prompt", "negative_prompt", "negative_prompt_embeds", "batch_size", "clip_skip", "height", "width",
@@ -30,7 +33,7 @@ _ASKED = (
 """What adapters and plugins read of a call; a frame holds more, and keeping its latents would keep their memory."""
 
 
-_MARK = "__diffgraft_call__"
+_MARK, _ENTRIES = "__diffgraft_call__", "entries of the schedule"
 
 
 class Mark:
@@ -52,6 +55,8 @@ class Running:
     Attributes:
         arguments: its call's, and what it made of them. encoding: those that are settings of its `encode_prompt`.
         mark: one for each call, None in a loop by hand.
+        group: in a modular pipeline the rows that this call of the denoiser is for, alone in their batch.
+        apart: whether guidance makes calls of its own there at this step.
     """
 
     pipe: Any
@@ -59,11 +64,20 @@ class Running:
     arguments: dict[str, Any] = field(default_factory=dict[str, Any])
     mark: weakref.ref[Mark] | None = None
     encoding: frozenset[str] = frozenset()
+    group: str | None = None
+    apart: bool = False
 
     @property
     def steps(self) -> int | None:
         """Entries of the schedule that this call runs; img2img and `denoising_end` run fewer than there are."""
+        if self.group is not None:
+            return self.arguments.get(_ENTRIES)
         return getattr(self.pipe, "_num_timesteps", None) if self.found else None
+
+    @property
+    def guidance_scale(self) -> float | None:
+        """The scale of guidance."""
+        return getattr(getattr(self.pipe, "guider", self.pipe), "guidance_scale", None)
 
     @property
     def clip_skip(self) -> int | None:
@@ -107,10 +121,12 @@ def part_for(pipe: Any) -> tuple[Sequence[int], int] | None:
 
 def find_running(denoiser: nn.Module, pipe: Any) -> Running:
     """The innermost pipeline on this thread's stack that owns `denoiser`, else `pipe` with `found=False`."""
-    frame = sys._getframe(1)  # pyright: ignore[reportPrivateUsage]
+    frame, batch = sys._getframe(1), None  # pyright: ignore[reportPrivateUsage]
     while frame is not None:
         if frame.f_code.co_name == "__call__" and "self" in frame.f_code.co_varnames:
-            caller = frame.f_locals.get("self")
+            caller, batch = frame.f_locals.get("self"), batch or modular.batch_of(frame)
+            if modular.is_modular(caller) and owns(caller, denoiser):
+                return _modular(caller, frame, batch)
             if isinstance(caller, DiffusionPipeline) and owns(caller, denoiser):
                 known, encoding = frame.f_locals, _settings(caller)
                 mark = known.setdefault(_MARK, Mark())
@@ -120,13 +136,24 @@ def find_running(denoiser: nn.Module, pipe: Any) -> Running:
     return Running(pipe, False)
 
 
+def _modular(pipe: Any, frame: FrameType, batch: str | None) -> Running:
+    """A modular pipeline's call, in which the denoiser runs for one of the guider's batches."""
+    mark, values = frame.f_locals.setdefault(_MARK, Mark()), modular.told(pipe, frame.f_locals["state"])
+    encoding = modular.settings(pipe)
+    told = {k: v for k, v in values.items() if k in _ASKED or k in encoding}
+    entries = values.get("timesteps")
+    told[_ENTRIES] = None if entries is None else len(entries)
+    group = modular.group_of(batch) if batch is not None else modular.counted(pipe)
+    return Running(pipe, True, told, weakref.ref(mark), encoding, group, modular.is_guided(pipe, batch))
+
+
 def _settings(pipe: Any) -> frozenset[str]:
     """Parameters of a pipeline's `encode_prompt` that are settings: no prompt, embeddings, device or count."""
     taken = inspect.signature(pipe.encode_prompt).parameters if hasattr(pipe, "encode_prompt") else ()
     return frozenset(name for name in taken if not _NO_SETTING.search(name))
 
 
-def owns(pipe: DiffusionPipeline, denoiser: nn.Module) -> bool:
+def owns(pipe: Any, denoiser: nn.Module) -> bool:
     """Whether `denoiser` is one of the pipeline's components, compiled or not."""
     parts = vars(pipe).values()  # `pipe.components` asks `inspect`, which takes long
     return any(part is denoiser for part in parts) or any(

@@ -10,6 +10,7 @@ from .unet import UNetAdapter
 _ROPE = (Along("image_rotary_emb"),)
 _MASK4 = (Along("attention_mask", 3),)
 _FILM = Latent("film")
+_EMBEDS = {TEXT: "prompt_embeds"}
 _REFINED: tuple[tuple[str, Alone], ...] = (("context_refiner", "text"), ("noise_refiner", "self"))
 _CONTEXT: tuple[tuple[str, Alone], ...] = (("context_embedder", "text"),)
 
@@ -30,10 +31,13 @@ _EXPERTS = ("transformer", "transformer_2")
 
 FAMILIES: dict[str, Family | Refused] = {
     # -- pictures ------------------------------------------------------------------------------------------------
-    "UNet2DConditionModel": Family("unet", sample="sample", denoisers=("unet",), adapter=UNetAdapter),
+    "UNet2DConditionModel": Family(
+        "unet", sample="sample", denoisers=("unet",), modular=_EMBEDS, adapter=UNetAdapter
+    ),
     "FluxTransformer2DModel": Family(
         "flux", _two(_ROPE), ids=("txt_ids", ()), encode=odd.with_lora(2, 1), guidance="apart", flag="do_true_cfg",
-        tokenizer="tokenizer_2", prompt="prompt_2", latent=Latent("packed"),
+        modular=_EMBEDS | {"pooled_projections": "pooled_prompt_embeds"}, tokenizer="tokenizer_2", prompt="prompt_2",
+        latent=Latent("packed"),
     ),
     "SD3Transformer2DModel": Family(
         "sd3", (Meet("transformer_blocks", layers=(".attn",)),), text_first=False, encode=odd.with_lora(3, 2)
@@ -43,6 +47,7 @@ FAMILIES: dict[str, Family | Refused] = {
         (Meet("transformer_blocks", along=(Along("image_rotary_emb", 0, 1, "text"),
                                            Along("encoder_hidden_states_mask", 1, of="text"))),),
         mask="encoder_hidden_states_mask", encoded={TEXT: 0, "encoder_hidden_states_mask": 1},
+        modular=_EMBEDS | {"encoder_hidden_states_mask": "prompt_embeds_mask"},
         settings={"image": "prompt_image|condition_images"}, guidance="apart", flag="do_true_cfg",
         latent=Latent("packed", cells=True),
     ),
@@ -58,13 +63,14 @@ FAMILIES: dict[str, Family | Refused] = {
         "z-image",
         (Meet("layers", text=None, sequence="x", along=(Along("freqs_cis", 1, rope=True), Along("attn_mask", 1))),),
         sample="x", timestep="t", text="cap_feats", text_first=False, alone=_REFINED, guidance="cond, uncond",
-        flag="apply_cfg", encode=odd.z_image_encode, place=odd.z_image_place, lengths=odd.z_image_lengths,
-        tokens=odd.z_image_tokens, wrap=odd.chat(True), latent=Latent("list"), residuals=("controlnet_block_samples",),
+        flag="apply_cfg", encode=odd.z_image_encode, modular={"cap_feats": "prompt_embeds"},
+        place=odd.z_image_place, lengths=odd.z_image_lengths, tokens=odd.z_image_tokens,
+        wrap=odd.chat(True), latent=Latent("list"), residuals=("controlnet_block_samples",),
         refuse=((odd.nested, "mixes several texts and pictures in its omni mode: use ZImagePipeline"),),
     ),
     "Flux2Transformer2DModel": Family(
-        "flux2", _two(_ROPE, None), ids=("txt_ids", (3,)), cut=True, guidance="apart", wrap=odd.chat(False),
-        latent=Latent("tokens"),
+        "flux2", _two(_ROPE, None), ids=("txt_ids", (3,)), cut=True, guidance="apart", modular=_EMBEDS,
+        wrap=odd.chat(False), latent=Latent("tokens"),
         refuse=((odd.keeps_keys, "keeps keys of its references from step to step, where a negative would go wrong in "
                                  "silence: use Flux2KleinPipeline"),),
     ),
@@ -227,7 +233,9 @@ FAMILIES: dict[str, Family | Refused] = {
     "UniDiffuserModel": Refused("it draws texts and pictures at once; use StableDiffusionPipeline"),
     "Transformer2DModel": Refused("it draws tokens, or by classes; use a pipeline of PixArt"),
     "DiTTransformer2DModel": Refused("it draws by classes: there is no text to steer away from"),
-    "Flux3Transformer2DModel": Refused("it runs in modular pipelines only, whose loop calls it once a guider's batch"),
+    "Flux3Transformer2DModel": Refused(
+        "its pictures to edit stand in the sequence beside the text and the latent; use Flux2KleinPipeline"
+    ),
 }  # fmt: skip
 
 

@@ -47,7 +47,7 @@ class RunSession:
         if texts:
             texts = [text for text in texts for _ in range(pictures // len(texts))]
         return Prompt(
-            texts, pictures, getattr(run.running.pipe, "guidance_scale", None),
+            texts, pictures, run.running.guidance_scale,
             prompts if isinstance(prompts, int) else None,
             "uncond" in run.step.rows or run.adapter.guided_apart(run.running), asked.get("negative_prompt"),
             "strength" not in asked, asked.get("prompt_2") not in (None, asked.get("prompt")),

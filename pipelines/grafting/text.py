@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from ...attention.errors import ConceptError, UnsupportedPipelineError
 from ...plugins.base import Made, Text
 from ..families.base import Adapter
+from ..families.modular import encode, is_modular
 from ..families.running import Running
 from ..families.words import own_tokenizer
 
@@ -51,6 +52,9 @@ class Texts:
     def _encoded(self, texts: Sequence[str], running: Running) -> Text:
         self._need_encoder()
         with torch.inference_mode(False), torch.no_grad():  # remembered tensors outlive the caller's mode
+            pipe, given = self.adapter.pipe, self.adapter.text_settings(running)
+            if is_modular(pipe):
+                return encode(pipe, list(texts), given, self.adapter.modular)
             return self.adapter.encode_text(list(texts), running)
 
     def _state(self, running: Running) -> tuple[Any, ...]:
