@@ -65,7 +65,10 @@ class Blocking:
         one = find(row, bank, self.settings, end)
         if not isinstance(one, Removal):
             return one
-        return replace(one, texts=self.session.layer_text(Text(one.texts)).embeddings)
+        texts = self.session.layer_text(Text(one.texts)).embeddings
+        if self.settings.rule == "contrast":  # what projects them is linear: the mean of the stand-ins is enough
+            texts = torch.stack([texts[0], texts[1:].mean(0)])
+        return replace(one, texts=texts)
 
     def delta(self, call: AttentionCall) -> torch.Tensor:
         """What is to be subtracted from the call's values, [B, H, L, D]; zero in rows that are left alone."""
@@ -94,7 +97,7 @@ class Blocking:
     def _without(self, v: torch.Tensor, values: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         if self.settings.rule == "adavd":
             return adavd(v, values, weight)
-        return contrast(v, values[0], values[1:].mean(0), weight)
+        return contrast(v, *values, weight)
 
     def _projected(self, call: AttentionCall) -> dict[int, torch.Tensor]:
         """Values [T, L, H * D] of each removal's texts in this layer, by its id; projected together."""

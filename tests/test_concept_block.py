@@ -10,6 +10,10 @@ import torch
 from plugins_for_tests import fingerprint
 
 import diffgraft as dg
+from diffgraft.app.bench.concept_cost import cost
+from diffgraft.app.bench.concept_prompts import shown
+from diffgraft.app.bench.configs import SD15, meta_pipe
+from diffgraft.app.bench.judge import load_judge, look
 from diffgraft.plugins.concept_geometry import adavd, calibrated, contrast, nearness, phrase_nearness
 
 
@@ -234,3 +238,14 @@ def test_wrong_settings_say_so(student):
         dg.graft(tt.flux(), dg.ConceptBlock("star")).attach()
     with pytest.raises(dg.ConceptError):
         draw(student, "a star", dg.ConceptBlock("a red star and a blue ball , sky , mosaic style"))
+
+
+def test_a_call_costs_at_most_a_thousandth_more():
+    assert cost(meta_pipe(SD15), 64, 1)[1] <= 0.1
+
+
+@pytest.mark.parametrize("written", ["ｓｔａｒ", "\N{CYRILLIC SMALL LETTER DZE}tar", "s\u200btar", "s t a r", "star's"])
+def test_letters_that_look_alike_do_not_bring_it_back(student, written):
+    """What is another token is no star to the model either; what the tokenizer makes the same, is blocked."""
+    picture, report = draw(student, f"a red {written} , sky", dg.ConceptBlock("star"), output_type="pt")
+    assert not shown(look(load_judge(), picture * 2 - 1)[0], "star"), str(report)

@@ -15,6 +15,7 @@ TABLES = {
     "negative_cost": "FLOPs of negatives inside attention",
     "negative_effect": "what a negative removes from one-step and guided pictures",
     "concept_effect": "whether a blocked concept stays out, and everything else in",
+    "concept_cost": "FLOPs of a blocked concept",
     "segregation_cost": "FLOPs and saved activations of attention guidance",
     "segregation_choice": "settings of attention guidance, on captions not reported",
     "segregation_effect": "whether every object appears, with its colour",
