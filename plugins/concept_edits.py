@@ -97,7 +97,7 @@ class Blocking:
     def _without(self, v: torch.Tensor, values: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         if self.settings.rule == "adavd":
             return adavd(v, values, weight)
-        return contrast(v, *values, weight)
+        return contrast(v, values[0], values[1], weight)
 
     def _projected(self, call: AttentionCall) -> dict[int, torch.Tensor]:
         """Values [T, L, H * D] of each removal's texts in this layer, by its id; projected together."""
