@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import PurePath
 from typing import Any
@@ -9,7 +10,9 @@ from typing import Any
 import torch
 
 from ..attention.errors import SettingError
+from ..attention.pictures import expanded
 from ..pipelines.load import check, load
+from ..pipelines.picturebook import TRANSFORMER as FLOW
 from ..pipelines.picturebook import picturebook
 
 PICTUREBOOK = "picturebook"
@@ -55,6 +58,23 @@ def check_model(name: str, variant: str | None = None) -> None:
     """
     if name not in EMBEDDED:
         check(name, variant)
+
+
+def denoiser_of(name: str) -> str | None:
+    """The class of a model's denoiser, without opening the model; None where only opening tells."""
+    if name in EMBEDDED:
+        return "ZImageTransformer2DModel" if name == TRANSFORMER else "UNet2DConditionModel"
+    try:
+        parts = json.loads((expanded(name) / "model_index.json").read_text("utf-8"))
+    except (OSError, ValueError):
+        return None
+    found = [parts.get(part) for part in ("unet", "transformer")] if isinstance(parts, dict) else []
+    return next((str(part[1]) for part in found if isinstance(part, list) and len(part) == 2 and part[1]), None)
+
+
+def embedded() -> tuple[str, ...]:
+    """The embedded models that this installation has."""
+    return tuple(name for name in EMBEDDED if name != TRANSFORMER or (FLOW / "model_index.json").is_file())
 
 
 def find_dtype(name: str) -> torch.dtype | None:

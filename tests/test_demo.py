@@ -29,9 +29,11 @@ from gradio_client.utils import QueueError
 from PIL import Image
 
 import diffgraft as dg
-from diffgraft.app.demo import checks, server
+from diffgraft.app.demo import checks, make_shown, server
+from diffgraft.app.demo.shown import replaced, shown
+from diffgraft.app.demo.specs import read_specs, rewritten, starting_specs
 from diffgraft.app.demo.studio import Stopped, Studio, private
-from diffgraft.app.demo.tab_compose import ComposeTab, read_specs, rewritten, starting_specs
+from diffgraft.app.demo.tab_compose import ComposeTab
 from diffgraft.app.demo.tab_erase import EraseTab, chosen
 from diffgraft.app.demo.tab_generate import GenerateTab, telling_words
 from diffgraft.app.demo.tab_one_step import OneStepTab
@@ -149,7 +151,10 @@ def test_erase_leaves_everything_far_from_the_paint_as_it_was(studio, picture, m
     candidates, (before, after), seed, settings = EraseTab(studio).erase(
         picture, mask, grow=1, feather=1, steps=4, count=2, seed=8
     )
-    assert [caption for _, caption in candidates] == ["seed 8", "seed 9"] and seed == "8"
+    assert sorted(caption for _, caption in candidates) == ["seed 8", "seed 9"]
+    said = [read_settings(file) for file, _ in candidates]
+    assert candidates[0][1] == f"seed {seed}" and candidates[0][0] == after
+    assert said[0]["seam"] + said[0]["strangeness"] <= said[1]["seam"] + said[1]["strangeness"]
     far = np.ones((64, 64), bool)
     far[12:44, 12:44] = False
     assert np.array_equal(pixels(after)[far], pixels(picture)[far])
@@ -204,6 +209,31 @@ def test_choosing_techniques_keeps_what_was_written_for_the_others():
     specs = read_specs(rewritten(["StartpointFilter", "NegativeAway"], written))
     assert [spec["plugin"] for spec in specs] == ["StartpointFilter", "NegativeAway"]
     assert specs[1]["negative"] == "mine" and read_specs(starting_specs([])) == []
+
+
+# -- what the page opens with ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", server.TABS.values(), ids=server.TABS)
+def test_a_tab_opens_with_its_first_example_made(studio, kind):
+    """What is shipped is what the handler gives for those settings, so a tab's change is noticed here."""
+    tab = kind(studio)
+    outputs, settings = shown(tab.name), json.loads(shown(tab.name)[-1])
+    pictures: list[str] = []
+    replaced(outputs, lambda value: pictures.append(value) if str(value).endswith(".png") else None)
+    assert len(pictures) >= 2 and all(Path(file).stat().st_size < 40_000 for file in pictures)
+    made = [read_settings(file) for file in pictures if "diffgraft" in Image.open(file).info]
+    assert any(inside["seed"] == settings["seed"] for inside in made)
+    for name in {*tab.first} & {*settings} - {"seed", "plugins"}:
+        assert settings[name] == tab.first[name], name
+    assert outputs[-2] == str(settings["seed"])
+
+
+def test_shown_results_are_written_and_read_back(tmp_path, monkeypatch, picture):
+    make_shown.write("tab", ([(picture, "seed 1")], (picture, picture), "1", "{}"), tmp_path)
+    monkeypatch.setattr("diffgraft.app.demo.shown.FOLDER", tmp_path)
+    [[[file, caption]], both, seed, _] = shown("tab")
+    assert both == [file, file] and (caption, seed) == ("seed 1", "1") and np.array_equal(pixels(file), pixels(picture))
 
 
 # -- limits hold without the page ----------------------------------------------------------------------------------
@@ -423,12 +453,12 @@ def test_a_forged_request_over_the_wire_is_a_message(page, picture):
         with pytest.raises(AppError, match="mask is empty|picture is missing"):
             sender.predict(forged, *rest, api_name="/erase_drawn")
     with pytest.raises(AppError, match="0|100"):
-        sender.predict(PROMPT, steps=10**6, api_name="/generate")
+        sender.predict(PROMPT, "", steps=10**6, api_name="/generate")
 
 
 def test_a_client_can_stop_its_own_run_and_nobody_elses(page, studio):
     mine, other = client(page), client(page)
-    job = mine.submit(PROMPT, steps=100, count=6, width=64, height=64, api_name="/generate")
+    job = mine.submit(PROMPT, "", steps=100, count=6, width=64, height=64, api_name="/generate")
     while not studio._stops:
         time.sleep(0.02)
     assert other.predict(api_name="/stop").startswith("nothing") and not job.done()
@@ -437,7 +467,7 @@ def test_a_client_can_stop_its_own_run_and_nobody_elses(page, studio):
     with pytest.raises(AppError, match="Stopped at step"):
         job.result(30)
     assert time.perf_counter() - start < 5
-    assert mine.predict(PROMPT, seed=1, api_name="/generate", **QUICK)[2] == "1"
+    assert mine.predict(PROMPT, "", seed=1, api_name="/generate", **QUICK)[2] == "1"
 
 
 def test_files_of_this_machine_stay_here(page, tmp_path):
@@ -484,10 +514,10 @@ def test_a_path_of_this_machine_or_a_private_address_is_not_read(page, forged):
 
 def test_the_queue_has_an_end_and_a_caller_without_a_session_stops_nobody(page, studio):
     mine, last = client(page), {}
-    job = mine.submit(PROMPT, steps=100, count=6, width=64, height=64, api_name="/generate")
+    job = mine.submit(PROMPT, "", steps=100, count=6, width=64, height=64, api_name="/generate")
     while not studio._stops:
         time.sleep(0.02)
-    waiting = [mine.submit(PROMPT, seed=1, api_name="/generate", **QUICK) for _ in range(server.WAITING)]
+    waiting = [mine.submit(PROMPT, "", seed=1, api_name="/generate", **QUICK) for _ in range(server.WAITING)]
     deadline = time.monotonic() + 30
     while last.get("status") != 503 and time.monotonic() < deadline:
         last["status"], last["said"] = post(page, "generate", [PROMPT, "", "", False, 2, 1, 1, 1, 64, 64, ""])
@@ -506,7 +536,7 @@ def test_the_queue_has_an_end_and_a_caller_without_a_session_stops_nobody(page, 
     for other in waiting:
         with suppress(QueueError):  # the last one's, that came when the other caller had taken the place
             assert other.result(60)[2] == "1"
-    assert mine.predict(PROMPT, seed=1, api_name="/generate", **QUICK)[2] == "1"
+    assert mine.predict(PROMPT, "", seed=1, api_name="/generate", **QUICK)[2] == "1"
 
 
 def test_a_model_or_device_that_is_not_there_is_told_before_the_page_opens():

@@ -122,13 +122,28 @@ def fits(page):
     return page.evaluate("document.documentElement.scrollWidth <= window.innerWidth + 1")
 
 
-def test_first_click_paints_with_maps_beside_the_picture(page):
-    press(page, "Paint")
-    expect(seed_used(page)).not_to_have_value("", timeout=PATIENCE)
+def pictures_arrive(page, count=2):
+    """Wait until so many pictures of the open tab are there."""
+    page.wait_for_function(f"""() => [...document.querySelectorAll("img")]
+        .filter(one => one.offsetParent && one.naturalWidth).length >= {count}""")
+
+
+def test_every_tab_opens_with_a_result_and_the_first_click_paints(page):
     gallery = page.get_by_role("tabpanel").locator("visible=true").locator(".grid-wrap")
-    expect(gallery).to_have_count(2)
     expect(gallery.nth(0).locator("img")).to_have_count(2)
-    expect(gallery.nth(1).get_by_text("star", exact=True)).to_be_visible()
+    expect(gallery.nth(1).locator("img")).to_have_count(3)
+    expect(gallery.nth(1).get_by_text("house", exact=True)).to_be_visible()
+    shot(page, "opened")
+    drawer(page, seed=7)
+    press(page, "Paint")
+    expect(seed_used(page)).to_have_value("7", timeout=PATIENCE)
+    expect(gallery.nth(0).locator("img")).to_have_count(2)
+    expect(gallery.nth(0).get_by_text("plain, seed 7")).to_be_visible()
+    for title in server.TABS:
+        open_tab(page, title)
+        expect(seed_used(page)).not_to_have_value("")
+        pictures_arrive(page)
+    open_tab(page, "Generate")
     assert fits(page)
     shot(page, "generate")
 
@@ -178,8 +193,9 @@ def test_stop_ends_the_run_and_the_page_goes_on(page, studio):
     page.wait_for_function("() => !document.querySelector('.progress-text, .progress-level')")
     assert comes_free(studio)
     page.get_by_role("spinbutton", name="number input for Steps").locator("visible=true").fill("2")
+    page.get_by_label("Seed", exact=True).locator("visible=true").fill("9")
     press(page, "Paint")
-    expect(seed_used(page)).not_to_have_value("", timeout=PATIENCE)
+    expect(seed_used(page)).to_have_value("9", timeout=PATIENCE)
 
 
 def test_closing_the_tab_stops_its_run(chromium, address, studio):

@@ -1,6 +1,7 @@
 """The judge of pictures: which kinds are there and in which colour, which background, which style.
 
-It serves the benchmarks only; nothing that is shown is ever selected by it. `train_judge` is its recipe.
+It serves the benchmarks, whose pictures are never selected by it; the demo's first examples are: they say what a
+technique is for, not how often it helps. `train_judge` is its recipe.
 """
 
 from __future__ import annotations

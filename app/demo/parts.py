@@ -38,11 +38,11 @@ class Knobs:
     model: gr.Textbox
 
 
-def knobs(studio: Studio, *, steps: int, guidance: float, count: int = 1, model: str = "") -> Knobs:
+def knobs(studio: Studio, *, steps: int, guidance: float, seed: int, count: int = 1, model: str = "") -> Knobs:
     """Steps, guidance, number of pictures, seed and model, in a closed drawer."""
     with gr.Accordion("Seed, steps, model", open=False):
         with gr.Row():
-            seed = gr.Number(-1, label="Seed", info="-1: a new one each time", precision=0, min_width=120)
+            start = gr.Number(seed, label="Seed", info="-1: a new one each time", precision=0, min_width=120)
             pictures = gr.Slider(1, PICTURES, count, step=1, label="Pictures", min_width=120)
         with gr.Row():
             how_many = gr.Slider(1, STEPS, steps, step=1, label="Steps", min_width=180)
@@ -54,7 +54,7 @@ def knobs(studio: Studio, *, steps: int, guidance: float, count: int = 1, model:
             interactive=not studio.fixed,
             info="Empty: the one of this page. Else a folder, a .safetensors file or a Hub id",
         )
-    return Knobs(how_many, strength, pictures, seed, which)
+    return Knobs(how_many, strength, pictures, start, which)
 
 
 def size_row() -> tuple[gr.Number, gr.Number]:
@@ -65,11 +65,11 @@ def size_row() -> tuple[gr.Number, gr.Number]:
     return width, height
 
 
-def gallery(label: str, columns: int = 2, allow_preview: bool = True) -> gr.Gallery:
+def gallery(label: str, value: Any = None, columns: int = 2, allow_preview: bool = True) -> gr.Gallery:
     """Results, to look at and to download."""
     return gr.Gallery(
-        label=label, columns=columns, height="auto", interactive=False, format="png", allow_preview=allow_preview,
-        buttons=["download", "fullscreen"],
+        value, label=label, columns=columns, height="auto", interactive=False, format="png",
+        allow_preview=allow_preview, buttons=["download", "fullscreen"],
     )  # fmt: skip
 
 
@@ -83,24 +83,27 @@ def upload(name: str, label: str) -> gr.Image:
     )  # fmt: skip
 
 
+gr.set_static_paths([EXAMPLES])  # served as they are; copies in the cache would be gone after a day
+
+
 def example(name: str) -> str:
     """The file of an example picture."""
     return str(EXAMPLES / f"{name}.png")
 
 
-def slider(label: str) -> gr.ImageSlider:
+def slider(label: str, value: Any = None) -> gr.ImageSlider:
     """Two pictures, one over the other."""
     return gr.ImageSlider(
-        label=label, interactive=False, type="filepath", format="png", max_height=460, elem_classes="under-label"
+        value, label=label, interactive=False, type="filepath", format="png", max_height=460, elem_classes="under-label"
     )
 
 
-def facts() -> tuple[gr.Textbox, gr.Textbox]:
+def facts(used: str = "", how: str = "") -> tuple[gr.Textbox, gr.Textbox]:
     """Where the used seed and the settings are shown."""
-    seed = gr.Textbox(label="Seed used", interactive=False, elem_classes="seed")
+    seed = gr.Textbox(used, label="Seed used", interactive=False, elem_classes="seed")
     with gr.Accordion("Settings (also inside the PNG)", open=False):
         settings = gr.Textbox(
-            label="Settings", show_label=False, container=False, interactive=False, lines=8, max_lines=18,
+            how, label="Settings", show_label=False, container=False, interactive=False, lines=8, max_lines=18,
             buttons=["copy"], elem_classes="report",
         )  # fmt: skip
     return seed, settings

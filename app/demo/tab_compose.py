@@ -2,38 +2,23 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import gradio as gr
 
-from ...attention.errors import SettingError
 from ...pipelines.grafting.graft import Graft, graft
 from ...plugins.base import Plugin
-from ..techniques import build, check, techniques
+from ..techniques import build, techniques
 from . import checks, parts
 from .parts import Shown, keep
+from .shown import shown
+from .specs import MOST, read_specs, rewritten, starting_specs, with_uploads
 from .studio import Studio
 from .tab_generate import paint
 from .told import told
-from .uploads import mask, picture
 
-MOST = 6
-UPLOAD = "upload"
-PICTURES = ("mask", "style")
-NEVER = ("image", "layout", "content", "generator")
-STARTS: Mapping[str, Mapping[str, Any]] = {
-    "AttentionDistillation": {"style": UPLOAD, "rate": 0.05},
-    "AttentionSegregation": {"concepts": ["house", "tree"]},
-    "ConceptBlock": {"concepts": ["tree"]},
-    "NegativeAway": {"negative": "blue"},
-    "SelfAttentionRedirection": {"mask": UPLOAD, "scale": 3.0},
-    "StartpointFilter": {"alpha": 0.8, "sigma": 0.3},
-    "StyleInjection": {"style": UPLOAD, "strength": 0.6},
-}
-PROMPT = "a red house and a green tree , snow"
+PROMPT = "a house and a tree and a star , snow"
 FIRST = ["AttentionSegregation", "NegativeAway"]
 
 
@@ -42,9 +27,12 @@ class ComposeTab:
     """The tab and its handlers."""
 
     studio: Studio
+    name: ClassVar[str] = "compose"
+    first: ClassVar[dict[str, Any]] = {"prompt": PROMPT, "plugins": starting_specs(FIRST), "seed": 3}
 
     def build(self) -> None:
         """Lay the tab out."""
+        made, rows, said, used, how = shown(self.name)
         with gr.Row():
             with gr.Column(scale=4, min_width=300):
                 prompt = gr.Textbox(PROMPT, label="Prompt", lines=2)
@@ -60,15 +48,17 @@ class ComposeTab:
                 with gr.Accordion('Pictures for "upload"', open=False), gr.Row():
                     mask, style = parts.upload("ball-mask", "Mask"), parts.upload("mosaic", "Style")
                 buttons = parts.buttons("Paint")
-                knobs = parts.knobs(self.studio, steps=25, guidance=2.5)
+                knobs = parts.knobs(self.studio, steps=25, guidance=2.5, seed=self.first["seed"])
             with gr.Column(scale=5, min_width=300):
-                pictures = parts.gallery("Pictures")
+                pictures = parts.gallery("Pictures", made)
                 order = gr.Dataframe(
-                    headers=["#", "technique", "rank", "layers", "steps"], label="Order", interactive=False,
+                    rows, headers=["#", "technique", "rank", "layers", "steps"], label="Order", interactive=False,
                     wrap=True, buttons=[],
                 )  # fmt: skip
-                report = gr.Textbox(label="Report", lines=8, max_lines=14, interactive=False, elem_classes="report")
-                seed, settings = parts.facts()
+                report = gr.Textbox(
+                    said, label="Report", lines=8, max_lines=14, interactive=False, elem_classes="report"
+                )
+                seed, settings = parts.facts(used, how)
         inputs = [prompt, specs, mask, style, knobs.steps, knobs.guidance, knobs.count, knobs.seed, knobs.model]
         outputs = [pictures, order, report, seed, settings]
         parts.runs("compose", self.studio, self.compose, inputs, outputs, buttons)
@@ -122,58 +112,6 @@ class ComposeTab:
                     plain = paint(job, text, [], first + i, wish, f"plain picture {i + 1} of {number}")
                     shown.append((keep(plain, name), f"plain, seed {first + i}"))
         return shown, rows, report, str(first), parts.as_json(settings)
-
-
-def starting_specs(names: list[str]) -> str:
-    """The specs of techniques with settings to start from, as JSON, one a line."""
-    return _lines([{"plugin": name, **STARTS.get(name, {})} for name in names])
-
-
-def rewritten(names: list[str], specs: str) -> str:
-    """The specs after the choice of techniques changed: what was written for the others stays."""
-    known: dict[str, Any] = {spec["plugin"]: spec for spec in read_specs(specs)}
-    return _lines([known.get(name) or {"plugin": name, **STARTS.get(name, {})} for name in names])
-
-
-def _lines(specs: list[dict[str, Any]]) -> str:
-    return "[\n" + ",\n".join(f"  {json.dumps(spec, ensure_ascii=False)}" for spec in specs) + "\n]"
-
-
-def read_specs(written: Any) -> list[dict[str, Any]]:
-    """Specs of plugins out of a request.
-
-    Raises:
-        SettingError, SettingTypeError: not a JSON list of at most `MOST` known plugins with known arguments.
-    """
-    written = checks.text(written, "the list of techniques", longest=8 * checks.LENGTH) or "[]"
-    try:
-        specs = json.loads(written)
-    except (ValueError, RecursionError) as error:
-        raise SettingError(f"the list of techniques is not JSON: {error}") from None
-    if not isinstance(specs, list) or len(specs) > MOST:
-        raise SettingError(f"the techniques are a JSON list of at most {MOST} objects")
-    for spec in specs:
-        check(spec)
-    return specs
-
-
-def with_uploads(spec: Mapping[str, Any], uploads: Mapping[str, Any]) -> dict[str, Any]:
-    """A spec with its pictures: uploads only, never a path on this machine.
-
-    Raises:
-        SettingError: a path or an object instead of "upload". ImageError: the upload is missing or unusable.
-    """
-    filled = dict(spec)
-    for argument in NEVER:
-        if argument in spec:
-            raise SettingError(f"{spec['plugin']}: {argument!r} cannot be given on this page, but in Python")
-    for argument in PICTURES:
-        if argument in spec:
-            if spec[argument] != UPLOAD:
-                raise SettingError(f'{spec["plugin"]}: write "{argument}": "{UPLOAD}" and drop the picture below')
-            given = uploads[argument]
-            filled[argument] = mask(given) if argument == "mask" else picture(given, f"the {argument}")
-    return filled
 
 
 def in_order(on: Graft) -> list[list[Any]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import gradio as gr
 from PIL import Image
@@ -12,9 +12,11 @@ import diffgraft
 
 from ...attention.errors import SettingError
 from ...attention.pictures import as_picture
+from ...pipelines.tasks.generate import as_list
 from ..images import coverage
 from . import checks, parts
 from .parts import Shown, example, keep, keep_plain, upload
+from .shown import shown
 from .studio import Studio
 from .told import told
 from .uploads import drawn, unread
@@ -29,9 +31,14 @@ class EraseTab:
     """The tab and its handlers."""
 
     studio: Studio
+    name: ClassVar[str] = "erase"
+    first: ClassVar[dict[str, Any]] = {
+        "picture": example("moon"), "mask": example("moon-mask"), "prompt": "night", "seed": 3,
+    }  # fmt: skip
 
     def build(self) -> None:
         """Lay the tab out."""
+        made, both, used, how = shown(self.name)
         with gr.Row():
             with gr.Column(scale=4, min_width=300):
                 editor = unread(
@@ -50,14 +57,16 @@ class EraseTab:
                     grow = gr.Slider(0, 24, 2, step=1, label="Grow", info="Pixels around the paint that go too")
                     feather = gr.Slider(0, 24, 2, step=1, label="Soft edge", info="Pixels over which old and new mix")
                     scale = gr.Slider(0, 20, 1, step=0.5, label="Redirection", info="Away from what was there")
-                knobs = parts.knobs(self.studio, steps=30, guidance=3.0, count=3)
+                knobs = parts.knobs(self.studio, steps=30, guidance=3.0, count=3, seed=self.first["seed"])
                 tries = [[example(name), example(f"{name}-mask"), there] for name, there in EXAMPLES]
                 labels = [name for name, _ in EXAMPLES]
                 gr.Examples(tries, [editor, mask, prompt], label="Try", example_labels=labels)
             with gr.Column(scale=5, min_width=300):
-                slider = parts.slider("Before and after")
-                candidates = parts.gallery("Candidates: choose one", columns=3, allow_preview=False)
-                seed, settings = parts.facts()
+                slider = parts.slider("Before and after", both)
+                candidates = parts.gallery(
+                    "Candidates, the best first: choose one", made, columns=3, allow_preview=False
+                )
+                seed, settings = parts.facts(used, how)
         rest = [prompt, grow, feather, scale, knobs.steps, knobs.guidance, knobs.count, knobs.seed, knobs.model, invert]
         outputs = [candidates, slider, seed, settings]
         parts.runs("erase_drawn", self.studio, self.erase, [editor, mask, *rest], outputs, buttons, "undocumented")
@@ -103,7 +112,8 @@ class EraseTab:
             invert: Remove what is black in the mask.
 
         Returns:
-            Candidates, before and after of the first one, its seed, and its settings as JSON.
+            Candidates, the best first (by the rim of the hole, and by how strange its inside is), before and after of
+            the first one, its seed, and its settings as JSON.
         """
         image, hole = drawn(picture, mask, invert=invert is True)
         wish = {
@@ -115,15 +125,15 @@ class EraseTab:
         }
         number, first = checks.whole(count, "pictures", 1, checks.PICTURES), checks.seed(seed)
         name = self.studio.check(model)
-        made: list[Image.Image] = []
         with parts.turn(self.studio, model, request, progress) as job:
-            for i in range(number):
-                job.expect(f"candidate {i + 1} of {number}", max(1, int(wish["steps"] * STRENGTH)))
-                made.append(diffgraft.erase(job.pipe, image, hole, seed=first + i, strength=STRENGTH, **wish))
+            job.expect(f"{number} candidates, then ranked", number * max(1, int(wish["steps"] * STRENGTH)))
+            wish |= {"strength": STRENGTH, "best_first": True}
+            made: list[Image.Image] = as_list(diffgraft.erase(job.pipe, image, hole, seed=first, n=number, **wish))
         settings = made[0].info["diffgraft"] | {"masked": round(coverage(hole), 4)}
         files = [keep(picture, name) for picture in made]
-        shown = [(file, f"seed {first + i}") for i, file in enumerate(files)]
-        return shown, (keep_plain(as_picture(image), "before"), files[0]), str(first), parts.as_json(settings)
+        seeds = [picture.info["diffgraft"]["seed"] for picture in made]
+        ranked = [(file, f"seed {number}") for file, number in zip(files, seeds, strict=True)]
+        return ranked, (keep_plain(as_picture(image), "before"), files[0]), str(seeds[0]), parts.as_json(settings)
 
 
 def chosen(event: gr.SelectData, slider: Any, candidates: Any) -> tuple[Any, str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import gradio as gr
 from PIL import Image
@@ -14,17 +14,25 @@ from ...attention.errors import ConceptError, UnsupportedPipelineError
 from ...plugins.base import Plugin
 from . import checks, parts
 from .parts import Shown, keep, keep_plain
+from .shown import shown
 from .studio import Job, Studio
 
 SMALL_WORDS = {"a", "an", "and", "the", "of", "on", "in", "with", "at", "to", "style"}
 MOST_WORDS = 6
 EXAMPLES = [
+    ["a blue ball and a yellow star and a red house , snow", "ball, star, house", ""],
     ["a blue ball and a yellow star , night", "ball, star", ""],
     ["a red house and a green tree , snow", "house, tree", ""],
     ["a flower , meadow", "", "red"],
     ["a yellow moon and a white boat , sea", "moon, boat", "purple"],
 ]
-LABELS = ["a ball and a star", "a house and a tree", "a flower, but not red", "a moon and a boat, not purple"]
+LABELS = [
+    "a ball, a star and a house",
+    "a ball and a star",
+    "a house and a tree",
+    "a flower, but not red",
+    "a moon and a boat, not purple",
+]
 
 
 @dataclass(frozen=True)
@@ -32,9 +40,14 @@ class GenerateTab:
     """The tab and its handler."""
 
     studio: Studio
+    name: ClassVar[str] = "generate"
+    first: ClassVar[dict[str, Any]] = {
+        "prompt": EXAMPLES[0][0], "concepts": EXAMPLES[0][1], "compare": True, "seed": 1, "steps": 25, "guidance": 2.5,
+    }  # fmt: skip
 
     def build(self) -> None:
         """Lay the tab out."""
+        made, seen, used, how = shown(self.name)
         with gr.Row():
             with gr.Column(scale=4, min_width=300):
                 prompt = gr.Textbox(EXAMPLES[0][0], label="Prompt", lines=2)
@@ -52,14 +65,14 @@ class GenerateTab:
                 )  # fmt: skip
                 compare = gr.Checkbox(True, label="Also paint it plain, with the same seed")
                 buttons = parts.buttons("Paint")
-                knobs = parts.knobs(self.studio, steps=25, guidance=2.5)
+                knobs = parts.knobs(self.studio, steps=25, guidance=2.5, seed=self.first["seed"])
                 with gr.Accordion("Size", open=False):
                     width, height = parts.size_row()
                 gr.Examples(EXAMPLES, [prompt, concepts, negative], label="Try", example_labels=LABELS)
             with gr.Column(scale=5, min_width=300):
-                pictures = parts.gallery("Pictures")
-                maps = parts.gallery("Where each word looked", columns=4)
-                seed, settings = parts.facts()
+                pictures = parts.gallery("Pictures", made)
+                maps = parts.gallery("Where each word looked", seen, columns=4)
+                seed, settings = parts.facts(used, how)
         inputs = [
             prompt, concepts, negative, compare, knobs.steps, knobs.guidance, knobs.count, knobs.seed, width, height,
             knobs.model, never,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import gradio as gr
 
@@ -13,13 +13,14 @@ from ...plugins.base import Plugin
 from ..models import ONE_STEP
 from . import checks, parts
 from .parts import keep
+from .shown import shown
 from .studio import Studio
 from .tab_generate import paint
 from .told import told
 
 STEPS = 4
 RULES = ["nasa", "nag", "vsf"]
-EXAMPLES = [["a ball , meadow", "red"], ["a flower , desert", "yellow"], ["a house , snow", "tree"]]
+EXAMPLES = [["a star , night", "yellow"], ["a ball , sky", "yellow"], ["a house , snow", "tree"]]
 
 LABELS = [f"{prompt.partition(' ,')[0]}, not {negative}" for prompt, negative in EXAMPLES]
 
@@ -29,9 +30,12 @@ class OneStepTab:
     """The tab and its handler."""
 
     studio: Studio
+    name: ClassVar[str] = "one_step"
+    first: ClassVar[dict[str, Any]] = {"prompt": EXAMPLES[0][0], "negative": EXAMPLES[0][1], "seed": 5}
 
     def build(self) -> None:
         """Lay the tab out."""
+        both, used_before, how = shown(self.name)
         with gr.Row():
             with gr.Column(scale=4, min_width=300):
                 prompt = gr.Textbox(EXAMPLES[0][0], label="Prompt", lines=2)
@@ -42,7 +46,9 @@ class OneStepTab:
                 buttons = parts.buttons("Paint")
                 with gr.Accordion("Seed, steps, model", open=False):
                     with gr.Row():
-                        seed = gr.Number(7, label="Seed", info="-1: a new one each time", precision=0, min_width=120)
+                        seed = gr.Number(
+                            self.first["seed"], label="Seed", info="-1: a new one each time", precision=0, min_width=120
+                        )
                         steps = gr.Slider(1, STEPS, 1, step=1, label="Steps", min_width=120)
                     model = gr.Textbox(
                         "", label="Model", placeholder=ONE_STEP, interactive=not self.studio.fixed,
@@ -50,8 +56,8 @@ class OneStepTab:
                     )  # fmt: skip
                 gr.Examples(EXAMPLES, [prompt, negative], label="Try", example_labels=LABELS)
             with gr.Column(scale=5, min_width=300):
-                slider = parts.slider("Without and with the negative")
-                used, settings = parts.facts()
+                slider = parts.slider("Without and with the negative", both)
+                used, settings = parts.facts(used_before, how)
         inputs, outputs = [prompt, negative, rule, scale, steps, seed, model], [slider, used, settings]
         parts.runs("one_step", self.studio, self.one_step, inputs, outputs, buttons)
         gr.on(

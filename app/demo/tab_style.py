@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import gradio as gr
 
@@ -12,6 +12,7 @@ import diffgraft
 from ...attention.pictures import as_picture
 from . import checks, parts
 from .parts import example, keep, keep_plain, upload
+from .shown import shown
 from .studio import Studio
 from .uploads import picture
 
@@ -25,9 +26,12 @@ class StyleTab:
     """The tab and its handler."""
 
     studio: Studio
+    name: ClassVar[str] = "stylize"
+    first: ClassVar[dict[str, Any]] = {"content": example(EXAMPLES[0][0]), "style": example(EXAMPLES[0][1]), "seed": 4}
 
     def build(self) -> None:
         """Lay the tab out."""
+        both, used, how = shown(self.name)
         with gr.Row():
             with gr.Column(scale=4, min_width=300):
                 with gr.Row():
@@ -36,15 +40,15 @@ class StyleTab:
                 structure = gr.Slider(0, 1, 0.5, step=0.05, label="Structure", info="How firmly the layout is held")
                 prompt = gr.Textbox("", label="What the content shows", info="May be empty")
                 buttons = parts.buttons("Repaint")
-                knobs = parts.knobs(self.studio, steps=20, guidance=1.0)
+                knobs = parts.knobs(self.studio, steps=20, guidance=1.0, seed=self.first["seed"])
                 knobs.count.visible = False
                 gr.Examples(
                     [[example(a), example(b)] for a, b in EXAMPLES], [content, style], label="Try",
                     example_labels=[f"{a} as {b}" for a, b in EXAMPLES],
                 )  # fmt: skip
             with gr.Column(scale=5, min_width=300):
-                slider = parts.slider("Before and after")
-                seed, settings = parts.facts()
+                slider = parts.slider("Before and after", both)
+                seed, settings = parts.facts(used, how)
         inputs = [content, style, strength, structure, prompt, knobs.steps, knobs.guidance, knobs.seed, knobs.model]
         parts.runs("stylize", self.studio, self.stylize, inputs, [slider, seed, settings], buttons)
 

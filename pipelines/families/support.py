@@ -3,14 +3,52 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 
 from .family import Family, Refused
+from .loop import LOOPS
 from .table import FAMILIES
 
 _HOW = {
     "joint": "one sequence", "cross": "across", "keys": "keys of both", None: "across",
 }  # fmt: skip
 _GUIDANCE = {"apart": "two calls", "uncond, cond": "[uncond, cond]", "cond, uncond": "[cond, uncond]"}
+
+
+_WORDS = ("AttentionSegregation", "attention_maps")
+_STYLE = ("StyleInjection", "AttentionDistillation", "stylize")
+_REMOVAL = ("SelfAttentionRedirection", "erase")
+_ALL = ("NegativeAway", *_WORDS, "ConceptBlock", *_REMOVAL, *_STYLE, "StartpointFilter")
+
+
+def unable(denoiser: str) -> dict[str, str]:
+    """What cannot be done on a denoiser class, as its family says: {plugin or task: the reason}, empty if all can be.
+
+    A yes is no promise: a single model may lack what its family has, such as SD3 the self-attention of SD3.5 medium.
+    """
+    said = FAMILIES.get(denoiser)
+    if not isinstance(said, Family):
+        reason = said.reason if said else f"nobody has declared how {denoiser} is called"
+        return dict.fromkeys(_ALL, reason)
+    return dict(_refusals(denoiser, said))
+
+
+def _refusals(denoiser: str, family: Family) -> Iterator[tuple[str, str]]:
+    """(plugin or task, reason); what is said last of one counts."""
+    unet, across = family.name == "unet", family.how in (None, "cross")
+    if not family.columns:
+        yield from dict.fromkeys(_WORDS, f"{denoiser} puts its text in another order, so words have no columns").items()
+    if not across:
+        yield "ConceptBlock", "it works in cross-attention, which this family does not have"
+    if not unet:
+        yield from dict.fromkeys(_REMOVAL, "it needs a UNet with self-attention: SD1, SD2 or SDXL").items()
+    if denoiser not in LOOPS:
+        yield from dict.fromkeys(_STYLE, f"pictures are inverted for it, which is not known for {denoiser}").items()
+    elif not (across or family.meets[0].layers):
+        yield from dict.fromkeys(_STYLE, "this family has no self-attention layer of its own").items()
+    if family.latent.layout == "film":
+        others = [name for name in _ALL if name != "NegativeAway"]
+        yield from dict.fromkeys(others, "it works on pictures, and this family makes films").items()
 
 
 def support_table() -> str:
