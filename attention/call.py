@@ -20,6 +20,10 @@ Project = Callable[[torch.Tensor, Mapping[str, Any]], "AttentionCall"]
 """project(text [n, L, C], other arguments of the layer, such as its mask): the call that it would make for that."""
 
 
+def _nothing() -> dict[Any, Any]:
+    return {}  # torch.compile traces a function, but not a call of dict[Any, Any]
+
+
 @dataclass(frozen=True)
 class TextCall:
     """How a layer asks its text.
@@ -69,7 +73,7 @@ class AttentionCall:
     gqa: bool = False
     kernel: Kernel = F.scaled_dot_product_attention
     project: Project | None = None
-    aside: dict[Any, Any] = field(default_factory=dict[Any, Any])
+    aside: dict[Any, Any] = field(default_factory=_nothing)
     streams: tuple[slice, ...] = ()
 
     @property

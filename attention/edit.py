@@ -99,7 +99,9 @@ def _attend_owned(call: AttentionCall, edits: Sequence[Edit]) -> torch.Tensor:
     owned = sorted(((present[e.owns], e) for e in edits if e.owns in present), key=lambda pair: pair[0].start)
     out = _attend_shared(call, edits, [rows for rows, _ in owned])
     for rows, edit in owned:
-        out = torch.cat([out[: rows.start], edit.attention(call.narrow(rows)), out[rows.start :]])
+        own = edit.attention(call.narrow(rows))
+        parts = [part for part in (out[: rows.start], own, out[rows.start :]) if len(part)]
+        out = torch.cat(parts) if len(parts) > 1 else own
     return out
 
 
@@ -109,7 +111,7 @@ def _attend_shared(call: AttentionCall, edits: Sequence[Edit], owned: list[slice
         taken = {i for rows in owned for i in range(rows.start, rows.stop)}
         first = min(taken)  # branches are appended, so what is left is usually one slice: no copy
         rest = [i for i in range(len(call.q)) if i not in taken]
-        call = call.narrow(slice(0, first) if rest == list(range(first)) else rest)
+        call = call.narrow(slice(0, first) if len(rest) == first else rest)
     if not any(edit.wants_probs for edit in edits):
         return call.attend(call.q, call.k, call.v, call.mask)
     scores = masked_scores(call)

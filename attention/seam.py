@@ -28,6 +28,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from .call import AttentionCall, Kernel, Project, TextCall
+from .direct import direct
 from .edit import Edit, attend
 from .errors import AttentionNotReachedError
 from .layer import AttentionLayer
@@ -47,6 +48,11 @@ class StopForward(BaseException):
 
 class Task(Protocol):
     """What a seam may find laid out."""
+
+    @property
+    def traced(self) -> bool:
+        """Whether torch.compile may trace it."""
+        ...
 
     def run(self, forward: Callable[..., Any], names: tuple[str, ...], args: Any, kwargs: Any) -> Any:
         """Run the module's own `forward`, whose positional arguments have these names, and change what it does."""
@@ -78,8 +84,12 @@ class Work:
     asks: TextCall = TextCall()
     total: int = 0
 
+    @property
+    def traced(self) -> bool:
+        return all(edit.traced for edit in self.edits)
+
     def run(self, forward: Callable[..., Any], names: tuple[str, ...], args: Any, kwargs: Any) -> Any:
-        if torch.compiler.is_compiling() and not all(edit.traced for edit in self.edits):
+        if torch.compiler.is_compiling() and not self.traced:
             return _run_untraced(self, forward, names, args, kwargs)  # compiled after the graft went on
         return run_edited(self, forward, names, args, kwargs)
 
@@ -98,14 +108,15 @@ class Tap(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is _SDPA:
-            return self._attend(args, kwargs or {})
+            return self.attend(args, kwargs or {})
         if func is _LINEAR and self.words is not None and args[0] is self.words and self.task.memo is not None:
             return self.task.memo.linear(self.task.layer.name, func, args, kwargs or {})
         if func is torch.Tensor.unflatten:
             func = torch.unflatten  # the same operator; torch.compile cannot trace the method's own call of super()
         return func(*args, **kwargs) if kwargs else func(*args)
 
-    def _attend(self, args: Any, kwargs: Any) -> Any:
+    def attend(self, args: Any, kwargs: Any) -> Any:
+        """In place of one scaled dot-product attention with these arguments."""
         number, task = len(self.heard), self.task
         self.heard.append(None)
         edits = task.edits if number == task.asks.own else task.more
@@ -166,11 +177,15 @@ class _Listener(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is not _SDPA:
             return func(*args, **(kwargs or {}))
+        return self.attend(args, kwargs or {})
+
+    def attend(self, args: Any, kwargs: Any) -> Any:
+        """In place of one scaled dot-product attention with these arguments."""
         number, own = len(self.heard), self.task.asks.own
-        given: dict[str, Any] = dict(zip(_ARGUMENTS, args, strict=False)) | (kwargs or {})
+        given: dict[str, Any] = dict(zip(_ARGUMENTS, args, strict=False)) | kwargs
         self.heard.append(_call(self.task, given, 0, None) if number == own else None)
         if number != own:
-            return func(*args, **(kwargs or {}))
+            return _SDPA(*args, **kwargs)
         if torch.compiler.is_compiling():
             return torch.zeros_like(given["query"])
         raise StopForward
@@ -209,15 +224,26 @@ def project_text(
     changed = {"hidden_states": image.expand(len(text), -1, -1), "encoder_hidden_states": other}
     changed |= {name: value for name, value in others.items() if value is not None or name in arguments}
     heard: list[AttentionCall | None] = []
-    if torch.compiler.is_compiling():
-        with _Listener(work, heard):
-            forward(**(arguments | changed))
-    else:
-        with _Listener(work, heard), contextlib.suppress(StopForward):
-            forward(**(arguments | changed))
+    _listen(_Listener(work, heard), forward, arguments | changed)
     call = heard[asks.own]
     assert call is not None
     return call
+
+
+def _listen(ear: _Listener, forward: Callable[..., Any], arguments: dict[str, Any]) -> None:
+    """Run a layer's forward until its attention has been heard."""
+    if torch.compiler.is_compiling():
+        with ear:
+            forward(**arguments)
+        return
+    image, rest = arguments["hidden_states"], {n: v for n, v in arguments.items() if n != "hidden_states"}
+    short = direct(forward, (image,), rest, None)
+    with contextlib.suppress(StopForward):
+        if short is not None:
+            short(ear.attend, image, **rest)
+        else:
+            with ear:
+                forward(**arguments)
 
 
 def _text_of(arguments: dict[str, Any]) -> torch.Tensor | None:
@@ -246,9 +272,14 @@ def run_edited(work: Work, forward: Callable[..., Any], names: tuple[str, ...], 
         return project_text(work, forward, named, text, others)
 
     heard: list[AttentionCall | None] = []
-    keeps = work.memo is not None and not torch.compiler.is_compiling()
-    with Tap(work, project, _text_of(kwargs) if keeps else None, heard):
-        out = forward(*args, **kwargs)
+    tracing = torch.compiler.is_compiling()
+    tap = Tap(work, project, _text_of(kwargs) if work.memo is not None and not tracing else None, heard)
+    short = None if tracing else direct(forward, args, kwargs, work.memo)
+    if short is not None:
+        out = short(tap.attend, *args, **kwargs)
+    else:
+        with tap:
+            out = forward(*args, **kwargs)
     if not heard:
         raise AttentionNotReachedError(f"{work.layer.name} {_not_reached(work.layer)}")
     return out

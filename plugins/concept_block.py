@@ -9,19 +9,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, cast
 
-import torch
-
-from ..attention.call import AttentionCall
 from ..attention.edit import Edit
 from ..attention.errors import SettingError, SettingTypeError, UnsupportedPipelineError
 from ..attention.layer import AttentionLayer
 from ..attention.step import Step
 from .base import Plugin, Session, Text, finite
 from .concept_bank import Bank, make_bank
-from .concept_edits import Blocking
+from .concept_edits import Blocking, SteeredWhere, Taken
 from .concept_find import Finding
 from .negative_away import NegativeAway
-from .negative_edits import CrossAway, Steering
+from .negative_edits import Call, CrossAway, Steering
 
 Rule = Literal["contrast", "adavd", "nasa"]
 Concepts = str | Sequence[str] | Mapping[str, Sequence[str]]
@@ -134,8 +131,11 @@ class BlockValues(Edit):
     def active(self, layer: AttentionLayer, step: Step) -> bool:
         return is_open(self.plugin, step)
 
-    def qkv(self, call: AttentionCall) -> None:
-        call.v = call.v - self.plugin.call(call.step).delta(call)
+    def planned(self, layer: AttentionLayer, step: Step) -> Edit | None:
+        if not self.active(layer, step):
+            return None
+        state = self.plugin.call(step)
+        return Taken(state, state.known(layer))
 
 
 class BlockAway(CrossAway):
@@ -148,13 +148,14 @@ class BlockAway(CrossAway):
     def active(self, layer: AttentionLayer, step: Step) -> bool:
         return is_open(self.block, step)
 
-    def out(self, call: AttentionCall, out: torch.Tensor) -> torch.Tensor:
-        rows, state = call.select("cond"), self.block.call(call.step)
-        some = out[rows]
-        opened = [bool(state.removals(i % len(state.found))) for i in range(len(some))]
-        mask = torch.zeros(len(out), dtype=torch.bool, device=out.device)
-        mask[rows] = torch.tensor(opened, device=out.device)
-        return torch.where(mask.view(-1, 1, 1, 1), super().out(call, out), out)
+    def planned(self, layer: AttentionLayer, step: Step) -> Edit | None:
+        edit = super().planned(layer, step)
+        if isinstance(edit, SteeredWhere):
+            edit.gate = self.block.call(step).gate
+        return edit
+
+    def made(self, layer: AttentionLayer, call: Call, rows: slice) -> Edit:
+        return SteeredWhere(layer.module, call, rows)
 
 
 def is_open(plugin: ConceptBlock, step: Step) -> bool:

@@ -9,12 +9,17 @@ from typing import Any
 import torch
 
 from ..attention.call import AttentionCall
+from ..attention.edit import Edit
+from ..attention.layer import AttentionLayer
+from ..attention.sequence import placed
 from ..attention.step import Step
 from .base import Session, Text
 from .concept_bank import Bank
 from .concept_find import Finding, Removal, find
 from .concept_geometry import adavd, contrast
-from .negative_edits import lora_state
+from .negative_edits import SteeredCross, for_rows, lora_state
+
+_UNKNOWN = torch.empty(0)
 
 
 @dataclass
@@ -23,6 +28,7 @@ class Blocking:
 
     Attributes:
         found: by picture, one a concept; a score alone where the picture's text does not hold it.
+        gate: [pictures], whose text holds a concept.
         seen: the text that this was decided for. version: rises when it changes.
         deltas: by layer, what is subtracted from the values of the whole batch.
     """
@@ -32,6 +38,7 @@ class Blocking:
     banks: Sequence[Bank]
     settings: Finding
     found: list[list[Removal | float]] = field(default_factory=list[list[Removal | float]])
+    gate: torch.Tensor = _UNKNOWN
     seen: torch.Tensor | None = None
     version: int = 0
     deltas: dict[str, tuple[Any, torch.Tensor]] = field(default_factory=dict[str, tuple[Any, torch.Tensor]])
@@ -59,6 +66,7 @@ class Blocking:
             end = None if known is None else self.session.token_range(known[i]).stop
             found.append(found[-1] if same else [self._find(row, bank, end) for bank in self.banks])
         self.found, self.seen, self.version = found, text, self.version + 1
+        self.gate = torch.tensor([bool(self.removals(i)) for i in range(len(found))], device=text.device)
 
     def _find(self, row: torch.Tensor, bank: Bank, end: int | None) -> Removal | float:
         """With its texts as the cross-attention layers get them."""
@@ -70,15 +78,16 @@ class Blocking:
             texts = torch.stack([texts[0], texts[1:].mean(0)])
         return replace(one, texts=texts)
 
+    def known(self, layer: AttentionLayer) -> torch.Tensor | None:
+        """What a layer's `delta` was, unless the text or the layer's LoRA has become another one."""
+        mark, delta = self.deltas.get(layer.name, (None, None))
+        return delta if mark == (self.version, *lora_state(layer.module.to_v)) else None
+
     def delta(self, call: AttentionCall) -> torch.Tensor:
         """What is to be subtracted from the call's values, [B, H, L, D]; zero in rows that are left alone."""
-        mark = (self.version, call.v.shape, call.v.dtype, call.v.device, *lora_state(call.layer.module.to_v))
-        kept = self.deltas.get(call.layer.name)
-        if kept is not None and kept[0] == mark and not (torch.is_grad_enabled() and call.v.requires_grad):
-            return kept[1]
-        delta = self._delta(call)
+        delta, layer = self._delta(call), call.layer
         if not delta.requires_grad:
-            self.deltas[call.layer.name] = mark, delta
+            self.deltas[layer.name] = (self.version, *lora_state(layer.module.to_v)), delta
         return delta
 
     def _delta(self, call: AttentionCall) -> torch.Tensor:
@@ -128,6 +137,42 @@ def _told(name: str, one: Removal | float, tokens: Sequence[str] | None) -> str:
     words = [f"{i} {tokens[i]}" if tokens and i < len(tokens) else str(i) for i in one.columns]
     touched = int((one.weight != 0).sum())
     return f"{name}: at {', '.join(words) or 'no column'} (score {one.score:.2f}), {touched} columns changed"
+
+
+class Taken(Edit):
+    """Takes the concept's part out of one layer's values.
+
+    Args:
+        delta: that part where it is known from an earlier step; torch.compile traces the subtraction, not the search.
+    """
+
+    rows, keeps_text = ("cond",), True
+
+    def __init__(self, state: Blocking, delta: torch.Tensor | None) -> None:
+        self.state, self.delta, self.traced = state, delta, delta is not None
+
+    def qkv(self, call: AttentionCall) -> None:
+        known, v = self.delta, call.v
+        same = known is not None and (known.shape, known.dtype, known.device) == (v.shape, v.dtype, v.device)
+        if known is None or not same or (torch.is_grad_enabled() and v.requires_grad):
+            known = self.state.delta(call)
+        call.v = v - known
+
+
+class SteeredWhere(SteeredCross):
+    """Steers a cross-attention layer in the rows of some pictures.
+
+    Attributes:
+        gate: [pictures], which.
+    """
+
+    gate = _UNKNOWN
+
+    def out(self, call: AttentionCall, out: torch.Tensor) -> torch.Tensor:
+        rows, steered = call.select("cond"), super().out(call, out)
+        gate = for_rows(self.gate, len(out[rows]), self.pictures)
+        assert gate is not None
+        return placed(out, rows, torch.where(gate[:, None, None, None], steered[rows], out[rows]))
 
 
 def joined_heads(v: torch.Tensor) -> torch.Tensor:

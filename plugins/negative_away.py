@@ -53,10 +53,10 @@ def nag(
         alpha: blend in [0, 1], 0 is neutral.
     """
     z_pos, z_neg = _wide(z_pos), _wide(z_neg)
-    away = z_pos + scale * (z_pos - z_neg)
+    away = torch.lerp(z_neg, z_pos, 1 + scale)
     size, grown = (z.abs().sum((-3, -1), keepdim=True) for z in (z_pos, away))
-    capped = away * (tau * size / grown.clamp_min(torch.finfo(grown.dtype).tiny)).clamp_max(1.0)
-    return z_pos + alpha * (capped - z_pos)
+    cap = (tau * size / grown.clamp_min(torch.finfo(grown.dtype).tiny)).clamp_max(1.0)
+    return torch.lerp(z_pos, away * cap, alpha)
 
 
 def vsf(
@@ -73,9 +73,9 @@ def vsf(
         offset: taken from the negative's logits.
     """
     assert lse_pos is not None and lse_neg is not None
-    lead = torch.where(lse_neg == -torch.inf, torch.inf, lse_pos - lse_neg + offset)
-    weight = lead.sigmoid()[..., None]
-    return weight * _wide(z_pos) - scale * (1 - weight) * _wide(z_neg)
+    lead = (lse_pos - lse_neg).nan_to_num(torch.inf, torch.inf, -torch.inf)  # neither sees a key: the prompt's, zero
+    positive, weight = _wide(z_pos), (lead + offset if offset else lead).sigmoid()[..., None]
+    return torch.lerp(_wide(z_neg) * -scale, positive, weight.to(positive.dtype))
 
 
 def ong(

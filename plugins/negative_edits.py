@@ -155,7 +155,7 @@ class CrossAway(_TextEdit):
 class KeysAway(CrossAway):
     """Steers a layer in which the image attends to text and image at once and the text asks nothing."""
 
-    kind, traced = "keys", False
+    kind = "keys"
 
     def made(self, layer: AttentionLayer, call: Call, rows: slice) -> Edit:
         return _SteeredKeys(layer.module, call, rows)
@@ -185,14 +185,15 @@ class SteeredCross(Edit):
             call.kernel = _keeping_lse(call.aside)
 
     def out(self, call: AttentionCall, out: torch.Tensor) -> torch.Tensor:
-        rows = call.select("cond")
-        some = call if rows == slice(0, len(out)) else call.narrow(rows)
+        alone = len(call.step.rows) == 1
+        rows = slice(0, len(out)) if alone else call.select("cond")
+        some = call if alone or rows == slice(0, len(out)) else call.narrow(rows)
         negatives = [self._attend(some, *kept) for kept in self.projected(call, len(some.q))]
         lse = None
         if self.vsf:
             found: torch.Tensor | None = call.aside.get(_LSE)
             if found is not None and len(found) == len(call.q):
-                lse = found[rows]
+                lse = found if some is call else found[rows]
             else:  # another edit took the kernel's place
                 lse = attend_with_lse(some.q, some.k, some.v, some.mask, some.scale).lse
         return placed(out, rows, self.call.steer(out if some is call else out[rows], lse, negatives))
@@ -207,20 +208,19 @@ class SteeredCross(Edit):
         traced, where nothing may be kept.
         """
         if torch.compiler.is_compiling():
-            kept = self._project(call)
-        else:
-            parts = self.module._modules
-            lora = (lora_state(parts.get("to_k")), lora_state(parts.get("to_v")))
-            mark = (call.q.dtype, call.q.device, *lora, *(id(words) for words, _ in self.heard))
-            if mark != self.mark:
-                self.mark, self.kept = mark, self._project(call)
-            kept = self.kept
-        return [tuple(for_rows(tensor, rows, self.pictures) for tensor in each) for each in kept]
+            return self._project(call, rows)
+        parts = self.module._modules
+        lora = (lora_state(parts.get("to_k")), lora_state(parts.get("to_v")))
+        mark = (call.q.dtype, call.q.device, rows, *lora, *[id(words) for words, _ in self.heard])
+        if mark != self.mark:
+            self.mark, self.kept = mark, self._project(call, rows)
+        return self.kept
 
-    def _project(self, call: AttentionCall) -> list[tuple[Any, ...]]:
+    def _project(self, call: AttentionCall, rows: int) -> list[tuple[Any, ...]]:
         assert call.project is not None
         made = [call.project(words.to(call.q), others) for words, others in self.heard]
-        return [(each.k, each.v, each.mask) for each in made]
+        kept = [(each.k, each.v, each.mask) for each in made]
+        return [tuple(for_rows(tensor, rows, self.pictures) for tensor in each) for each in kept]
 
 
 class _SteeredKeys(SteeredCross):
@@ -261,7 +261,7 @@ def negative_of(state: Call, word: Partial, image: Partial) -> Partial:
 class CutStreams(_TextEdit):
     """Takes the negatives' tokens out of a joint layer before any other edit sees it, and shares the image's part."""
 
-    kind, order = "joint", _FIRST
+    kind, order, traced = "joint", _FIRST, True
 
     def qkv(self, call: AttentionCall) -> None:
         assert call.text is not None
@@ -277,7 +277,7 @@ class CutStreams(_TextEdit):
 class JointAway(_TextEdit):
     """Steers the image tokens of a joint layer, and puts the negatives' own attention back."""
 
-    kind, order = "joint", _LAST
+    kind, order, traced = "joint", _LAST, True
     call: Call
     chosen = False
 

@@ -10,7 +10,7 @@ from ..attention.layer import AttentionLayer
 from ..attention.partial import Partial, attend_with_lse, merge
 from ..attention.sequence import without
 from ..attention.step import Step
-from .negative_edits import Steering, negative_of
+from .negative_edits import Call, Steering, negative_of
 
 ROW = "negative"
 
@@ -18,7 +18,7 @@ ROW = "negative"
 class RowsAway(Edit):
     """Image tokens of the prompt's rows and of the negative's rows become what the rule makes of both."""
 
-    rows = ("cond",)
+    rows, traced = ("cond",), True
 
     def __init__(self, steering: Steering, kind: str) -> None:
         self.steering, self.kind = steering, kind
@@ -29,8 +29,20 @@ class RowsAway(Edit):
     def active(self, layer: AttentionLayer, step: Step) -> bool:
         return step.phase == "predict" and "cond" in step.rows and ROW in step.rows
 
+    def planned(self, layer: AttentionLayer, step: Step) -> Edit | None:
+        return _Paired(self.steering.call(step), self.kind) if self.active(layer, step) else None
+
+
+class _Paired(Edit):
+    """The edit during one pipeline call."""
+
+    rows, traced = ("cond",), True
+
+    def __init__(self, state: Call, kind: str) -> None:
+        self.state, self.kind = state, kind
+
     def out(self, call: AttentionCall, out: torch.Tensor) -> torch.Tensor:
-        cond, own, state = call.step.rows["cond"], call.step.rows[ROW], self.steering.call(call.step)
+        cond, own, state = call.step.rows["cond"], call.step.rows[ROW], self.state
         joint = call.text if self.kind == "joint" else None
         lse, negative = self._negative(call, own, _image(out[own], joint))
         positive = _parts(call, cond)[1] if lse else None
@@ -44,7 +56,7 @@ class RowsAway(Edit):
 
     def _negative(self, call: AttentionCall, own: slice, out: torch.Tensor) -> tuple[bool, Partial]:
         """Whether the rule asks for the positive's log-sum-exp, and what it takes as Z-."""
-        state = self.steering.call(call.step)
+        state = self.state
         whole = state.rule in ("nag", "ong") or (state.rule == "nasa" and (state.joint == "full" or call.text is None))
         if whole:
             return False, Partial(out, out.new_empty(0))

@@ -193,10 +193,12 @@ class _Redirected(Edit):
 
     def attention(self, call: AttentionCall) -> torch.Tensor:
         # One picture after the other: a padded batch needs a mask, which keeps the flash kernel away.
+        if len(self.tokens) == 1:
+            return self._redirected(call, *self.tokens[0])
         size = len(call.q) // len(self.tokens)
         groups = (call.narrow(slice(i * size, (i + 1) * size)) for i in range(len(self.tokens)))
         outs = [self._redirected(group, *picture) for group, picture in zip(groups, self.tokens, strict=True)]
-        return outs[0] if len(outs) == 1 else torch.cat(outs)
+        return torch.cat(outs)
 
     def _redirected(self, call: AttentionCall, kept: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
         if len(kept) == len(masked):

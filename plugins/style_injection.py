@@ -17,7 +17,7 @@ from ..attention.call import AttentionCall
 from ..attention.edit import Edit
 from ..attention.errors import SettingError, SettingTypeError, UnsupportedPipelineError
 from ..attention.layer import AttentionLayer, Place
-from ..attention.step import Step
+from ..attention.step import Rows, Step
 from .base import Branch, Plugin, Probe, Session, finite, listed
 from .reference import Reference, Sight
 
@@ -105,16 +105,58 @@ class ImagePrompt(Edit):
         return out if call.number == 0 else out * self.factor
 
 
+@dataclass(frozen=True, eq=False)
+class _Rows:
+    """Of a batch with reference rows, as tensors, so that a layer takes what it needs in one operation.
+
+    Attributes:
+        style, content: of each row the row of its style and of its content; content is None where there is none.
+        keys: the same as style, but a reference's row is its own.
+        references: [n, 1, 1, 1], which rows are references.
+    """
+
+    style: torch.Tensor
+    keys: torch.Tensor
+    content: torch.Tensor | None
+    references: torch.Tensor
+
+    @classmethod
+    def of(cls, rows: Rows, device: torch.device | None) -> _Rows:
+        """Of groups of rows; where a group has several rows, its i-th goes with the i-th of others."""
+        ordered = sorted(rows.items(), key=lambda pair: pair[1].start)
+        each = [(name, i) for name, own in ordered for i in range(own.stop - own.start)]
+
+        def partners(group: str) -> torch.Tensor:
+            start, stop = rows[group].start, rows[group].stop
+            return torch.tensor([start + i % (stop - start) for _, i in each], device=device)
+
+        own = torch.tensor([name in ("style", "content") for name, _ in each], device=device)
+        style, content = partners("style"), partners("content") if "content" in rows else None
+        keys = torch.where(own, torch.arange(len(each), device=device), style)
+        return cls(style, keys, content, own[:, None, None, None])
+
+
 class _Restyle(Edit):
     """The edit of StyleID and StyleAligned: `styled` says what the rows attend with."""
 
     traced = True
+    batch: _Rows | None = None
 
     def __init__(self, plugin: StyleInjection) -> None:
         self.plugin = plugin
 
     def selects(self, layer: AttentionLayer) -> bool:
         return layer.kind == "self" and layer.name in self.plugin.chosen
+
+    def planned(self, layer: AttentionLayer, step: Step) -> Edit | None:
+        if not self.active(layer, step):
+            return None
+        made: dict[Any, _Restyle] = step.notes.setdefault((self.plugin, "planned"), {})
+        key = tuple((name, rows.start, rows.stop) for name, rows in step.rows.items())
+        if key not in made:  # one for all layers
+            made[key] = type(self)(self.plugin)
+            made[key].batch = _Rows.of(step.rows, step.device)
+        return made[key]
 
     def qkv(self, call: AttentionCall) -> None:
         if self.plugin.strength == 1:
@@ -128,32 +170,27 @@ class _Restyle(Edit):
     def styled(self, call: AttentionCall) -> Operands:
         raise NotImplementedError
 
-    def pictures(self, call: AttentionCall) -> list[int]:
-        """Of each row its picture's number."""
-        return [i for rows in sorted(call.rows.values(), key=lambda r: r.start) for i in range(rows.stop - rows.start)]
+    def rows_of(self, call: AttentionCall) -> _Rows:
+        """Which row goes with which; known beforehand where the edit was planned."""
+        return _Rows.of(call.rows, call.q.device) if self.batch is None else self.batch
 
 
 class _StyleID(_Restyle):
     def styled(self, call: AttentionCall) -> Operands:
-        plugin, own = self.plugin, ("style", "content")
-        q, k, v = call.q.clone(), call.k.clone(), call.v.clone()
-        for name, rows in call.rows.items():
-            if name not in own:
-                query = q[rows]
-                if "content" in call.rows:
-                    query = preserved_query(query, call.q[call.rows["content"]], plugin.gamma)
-                q[rows] = query * plugin.temperature
-                k[rows], v[rows] = call.k[call.rows["style"]], call.v[call.rows["style"]]
-        return q, k, v, call.mask
+        rows, query = self.rows_of(call), call.q
+        if rows.content is not None:
+            query = preserved_query(query, query.index_select(0, rows.content), self.plugin.gamma)
+        query = torch.where(rows.references, call.q, query * self.plugin.temperature)
+        own = rows.keys
+        return query, call.k.index_select(0, own), call.v.index_select(0, own), call.mask
 
 
 class _StyleAligned(_Restyle):
     def styled(self, call: AttentionCall) -> Operands:
         # The reference row shares with itself: keys twice, which leaves its attention what it is.
-        style = call.rows["style"]
-        index = [style.start + i % (style.stop - style.start) for i in self.pictures(call)]
-        q, k, v = call.q, call.k, call.v
-        return shared_attention(q, k, v, q[index], k[index], v[index], self.plugin.shift)
+        q, k, v, rows = call.q, call.k, call.v, self.rows_of(call)
+        q_ref, k_ref, v_ref = (each.index_select(0, rows.style) for each in (q, k, v))
+        return shared_attention(q, k, v, q_ref, k_ref, v_ref, self.plugin.shift)
 
 
 @dataclass(frozen=True)

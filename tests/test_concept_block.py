@@ -129,10 +129,11 @@ def test_prompts_without_the_concept_keep_their_bytes(student, rule):
     assert fingerprint(student) == before
 
 
-def test_one_batch_holds_both_and_each_is_as_if_alone(student):
+@pytest.mark.parametrize("rule", ["contrast", "adavd", "nasa"])
+def test_one_batch_holds_both_and_each_is_as_if_alone(student, rule):
     prompts = ["a red star , sky", NEUTRAL[0]]
     noise = torch.randn(2, *draw(student, "a tree")[0].shape[1:], generator=torch.Generator().manual_seed(3))
-    both, report = draw(student, prompts, dg.ConceptBlock("star"), latents=noise)
+    both, report = draw(student, prompts, dg.ConceptBlock("star", rule=rule), latents=noise)
     plain, _ = draw(student, prompts, latents=noise)
     assert torch.equal(both[1], plain[1]) and not torch.equal(both[0], plain[0])
     assert "star: at 3 star" in str(report) and "not there" in str(report)

@@ -24,6 +24,7 @@ from .words import own_words
 
 Inputs = dict[str, Any]
 """One denoiser call, every argument by name."""
+_ASKS = TextCall()
 
 
 class Adapter:
@@ -150,18 +151,18 @@ class Adapter:
 
     def text_call(self, layer: AttentionLayer) -> TextCall:
         """How a layer asks its text."""
-        return TextCall()
+        return _ASKS
 
-    def layer_text(self, text: Text) -> tuple[torch.Tensor, dict[str, Any]]:
+    def layer_text(self, text: Text, inputs: Inputs) -> tuple[torch.Tensor, dict[str, Any]]:
         """A text as the cross-attention layers get it, with its mask; for a denoiser that hands it on unchanged."""
-        text = self.to_denoiser(text)
+        text = self.to_denoiser(text, inputs)
         mask = None if text.mask is None else (1 - text.mask.to(text.embeddings))[:, None] * -10000.0
         return text.embeddings, {"attention_mask": mask}
 
-    def to_denoiser(self, text: Text) -> Text:
-        """A text on the denoiser's device in the dtype that it computes in."""
-        like: Any = self.denoiser
-        device = self.pipe._execution_device
+    def to_denoiser(self, text: Text, inputs: Inputs) -> Text:
+        """A text where this call runs, in the dtype of the call's own; models and pipelines take long to say theirs."""
+        given, device = inputs[self.text], self.device(inputs)
+        like = given if isinstance(given, torch.Tensor) else given[0]
 
         def moved(value: torch.Tensor) -> torch.Tensor:
             return value.to(device, like.dtype) if value.is_floating_point() else value.to(device)
@@ -179,7 +180,7 @@ class Adapter:
         Raises:
             SettingError: a text of another length, which this model cannot have in one batch with the prompt's.
         """
-        count, text = rows.stop - rows.start, self.to_denoiser(text)
+        count, text = rows.stop - rows.start, self.to_denoiser(text, inputs)
         own = [i * len(text.embeddings) // count for i in range(count)]
         mine = Text(
             text.embeddings[own], None if text.mask is None else text.mask[own],
@@ -232,7 +233,8 @@ class Adapter:
         """The pipeline's `encode_prompt` with the running call's text settings, as far as it takes them."""
         if not hasattr(self.pipe, "encode_prompt"):
             self._refuse_texts()
-        asked = {"device": self.pipe._execution_device, "num_images_per_prompt": 1, "num_videos_per_prompt": 1}
+        device = running.arguments.get("device") or self.pipe._execution_device  # which takes long to say
+        asked = {"device": device, "num_images_per_prompt": 1, "num_videos_per_prompt": 1}
         asked |= {"do_classifier_free_guidance": False, "clip_skip": running.clip_skip}
         given = asked | self.text_settings(running) | options
         taken = inspect.signature(self.pipe.encode_prompt).parameters

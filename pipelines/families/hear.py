@@ -72,7 +72,7 @@ def hear(adapter: DeclaredAdapter, inputs: Inputs, text: Text, rows: Sequence[in
         inputs: of the running call. text: n rows. rows: of the batch, one a text, whose other inputs it is heard with.
         step: of the running call; no edit runs meanwhile.
     """
-    text = adapter.to_denoiser(text)
+    text = adapter.to_denoiser(text, inputs)
     if len(rows) > 1 and adapter.spec.lengths is not None:  # each has a length of its own
         return _together([hear(adapter, inputs, _row(text, i), [row], step) for i, row in enumerate(rows)])
     index = torch.tensor(list(rows))

@@ -7,6 +7,7 @@ there nothing is seen but by us: a mark that goes with the call.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import re
 import sys
@@ -28,7 +29,7 @@ _ASKED = (
     "max_sequence_length", "clean_caption", "cross_attention_kwargs", "joint_attention_kwargs",
     "do_classifier_free_guidance", "do_true_cfg", "strength", "prompt_2", "original_attn_proc", "apply_cfg",
     "context_name", "prompt_embeds", "negative_prompt_embeds_qwen", "prompt_embeds_qwen", "prompt_image",
-    "condition_images",
+    "condition_images", "device",
 )  # fmt: skip
 """What adapters and plugins read of a call; a frame holds more, and keeping its latents would keep their memory."""
 
@@ -149,7 +150,13 @@ def _modular(pipe: Any, frame: FrameType, batch: str | None) -> Running:
 
 def _settings(pipe: Any) -> frozenset[str]:
     """Parameters of a pipeline's `encode_prompt` that are settings: no prompt, embeddings, device or count."""
-    taken = inspect.signature(pipe.encode_prompt).parameters if hasattr(pipe, "encode_prompt") else ()
+    encode: Any = getattr(pipe, "encode_prompt", None)
+    return frozenset() if encode is None else _settings_of(getattr(encode, "__func__", encode))
+
+
+@functools.lru_cache(64)  # asked at every denoiser call
+def _settings_of(encode: Any) -> frozenset[str]:
+    taken = inspect.signature(encode).parameters
     return frozenset(name for name in taken if not _NO_SETTING.search(name))
 
 

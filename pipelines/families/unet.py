@@ -91,9 +91,9 @@ class UNetAdapter(Adapter):
         width = width if isinstance(width, int) else width[0]
         return {128: "picturebook", 768: "sd15", 1024: "sd2", 2048: "sdxl"}.get(width, "unet")
 
-    def layer_text(self, text: Text) -> tuple[torch.Tensor, dict[str, Any]]:
+    def layer_text(self, text: Text, inputs: Inputs) -> tuple[torch.Tensor, dict[str, Any]]:
         unet: Any = self.denoiser
-        words, others = super().layer_text(text)
+        words, others = super().layer_text(text, inputs)
         return (unet.encoder_hid_proj(words) if unet.config.encoder_hid_dim_type == "text_proj" else words), others
 
     def encode_text(self, texts: Sequence[str], running: Running) -> Text:

@@ -324,7 +324,9 @@ class Graft:
     def _eager(self, adapter: Adapter, whole: bool) -> bool:
         """Whether what this thread runs of a denoiser, as a whole or a block of it, must not be compiled code."""
         run, placed = self._running(), self._calls.placed
-        traced = placed.traced and not (whole and placed.brings_texts and joins(adapter))
+        if run is not None and not whole:
+            return run.step.probing or not run.traced
+        traced = placed.traced and not (placed.brings_texts and joins(adapter))
         return not traced and self.here if run is None else not traced or run.step.probing
 
     def _again(self, name: str) -> Task | None:

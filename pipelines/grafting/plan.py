@@ -101,6 +101,7 @@ def place(adapters: Sequence[Adapter], plugins: Sequence[Plugin]) -> Placed:
 def make_plan(run: Run, placed: Placed, active: Sequence[Plugin], seams: Mapping[str, Seam], kernel: Kernel) -> Plan:
     """Decide what runs in which layer at the run's step, and count it for the report."""
     plan: list[tuple[Seam, Task]] = []
+    total = max((rows.stop for rows in run.step.rows.values()), default=0)
     if run.late is not None and not run.step.probing:
         widen, first = run.late
         plan += [(seams[name], widen) for name in placed.blocks[first:]]
@@ -109,17 +110,16 @@ def make_plan(run: Run, placed: Placed, active: Sequence[Plugin], seams: Mapping
             asked = [edit.planned(layer, run.step) for plugin, edit in placed.edits[name] if plugin in active]
             edits = [edit for edit in asked if edit is not None]
             if edits:
-                plan.append((seams[name], _work(run, layer, edits, kernel)))
+                plan.append((seams[name], _work(run, layer, edits, kernel, total)))
                 run.tally.layers[name] += 1
     return plan
 
 
-def _work(run: Run, layer: AttentionLayer, edits: Sequence[Edit], kernel: Kernel) -> Work:
+def _work(run: Run, layer: AttentionLayer, edits: Sequence[Edit], kernel: Kernel, total: int) -> Work:
     more = [edit for edit in edits if edit.every_call]
     memo = run.memo if any(edit.keeps_text for edit in edits) else None
     columns = run.joined.columns() if run.joined and layer.kind == "joint" else ()
     text = None if columns else run.adapter.text_slice(layer, run.inputs)
-    total = max((rows.stop for rows in run.step.rows.values()), default=0)
     return Work(layer, run.step, edits, more, kernel, text, memo, columns, run.adapter.text_call(layer), total)
 
 

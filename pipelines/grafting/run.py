@@ -74,12 +74,20 @@ class Run:
     stranded: bool = False
     tally: Tally = field(default_factory=Tally)
     plan: Plan = ()
+    _traced: bool | None = None
     _mark: Any = None
+
+    @property
+    def traced(self) -> bool:
+        """Whether torch.compile may trace all that layers do now."""
+        if self._traced is None:
+            self._traced = all(task.traced for _, task in self.plan)
+        return self._traced
 
     def lay(self, plan: Plan) -> None:
         """Give layers their work in this thread, in place of what they had."""
         clear(seam for seam, _ in self.plan)
-        self.plan = plan
+        self.plan, self._traced = plan, None
         lay_out(plan)
 
     def rejoin(self) -> None:

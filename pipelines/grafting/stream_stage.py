@@ -51,7 +51,7 @@ def _across(run: Run, adapter: Adapter, text: Text, inputs: Inputs) -> tuple[tor
     key = ("heard", id(adapter), id(text))
     kept = run.notes.get(key)
     if kept is None:
-        kept = run.notes[key] = text, adapter.layer_text(text)
+        kept = run.notes[key] = text, adapter.layer_text(text, inputs)
     return kept[1]
 
 
@@ -69,7 +69,7 @@ def _kept(run: Run, adapter: DeclaredAdapter, text: Text, inputs: Inputs) -> Hea
 def heard_across(run: Run, text: Text) -> torch.Tensor:
     """A text as the blocks get it whose layers attend across, [n, L, C]."""
     if not isinstance(run.adapter, DeclaredAdapter):
-        return run.adapter.layer_text(text)[0]
+        return run.adapter.layer_text(text, run.inputs)[0]
     rows = [run.step.rows["cond"].start] * len(text.embeddings)
     return hear(run.adapter, run.inputs, text, rows, run.step).words
 

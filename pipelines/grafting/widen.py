@@ -20,6 +20,7 @@ class Widen:
 
     index: torch.Tensor
     base: int
+    traced = True
 
     def run(self, forward: Callable[..., Any], names: tuple[str, ...], args: Any, kwargs: Any) -> Any:
         """Run a block at or behind the one where the rows join: whatever still has the pipeline's rows is widened."""
@@ -31,7 +32,7 @@ def _widened(tree: Any, rows: Widen) -> Any:
 
     def pick(value: Any) -> Any:
         batched = isinstance(value, torch.Tensor) and value.ndim and len(value) == rows.base
-        return value[rows.index] if batched else value
+        return value.index_select(0, rows.index) if batched else value
 
     def named(name: str, value: Any) -> Any:
         if name == "cross_attention_kwargs" and value:  # of what it holds only GLIGEN's grounding is batched by rows
