@@ -6,11 +6,13 @@ import functools
 import inspect
 
 import diffusers
+import numpy as np
 import pytest
 import tiny_families as tf
 import tiny_family_pipelines as fp
 import tiny_transformers as tt
 import torch
+from PIL import Image
 from plugins_for_tests import fingerprint
 from test_matrix import IMAGE, MASK
 
@@ -20,8 +22,10 @@ from diffgraft.pipelines.families import adapter_for
 SMALL = {"num_inference_steps": 2, "height": 32, "width": 32, "output_type": "latent", "max_sequence_length": 16}
 CALLS = {
     "z_image": {}, "chroma": {}, "lumina2": {}, "wan": {"num_frames": 5},
-    "klein": {"text_encoder_out_layers": (1, 2, 3)},
+    "klein": {"text_encoder_out_layers": (1, 2, 3)}, "krea2": {},
 }  # fmt: skip
+WORDED = ["z_image", "klein", "chroma", "lumina2", "krea2", "qwen"]
+"""Whose words have columns."""
 
 
 @functools.cache
@@ -277,7 +281,7 @@ def test_what_is_refused_by_name():
 
 def test_families_have_names_for_defaults():
     names = {adapter_for(pipe_of(name)).family for name in CALLS}
-    assert names == {"z-image", "chroma", "lumina2", "wan", "flux2"}
+    assert names == {"z-image", "chroma", "lumina2", "wan", "flux2", "krea2"}
     report = run(pipe_of("z_image"), dg.NegativeAway("red", rule="nag"), guidance_scale=0.0)[1]
     assert report.plugins[0][1]["scale_from"].startswith("users of Z-Image-Turbo")
 
@@ -325,7 +329,7 @@ def test_what_rows_of_its_own_refuse():
 # -- words ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["z_image", "klein", "chroma", "lumina2"])
+@pytest.mark.parametrize("name", WORDED)
 def test_words_are_found_where_the_template_puts_them(name):
     """The column of a word is the place of its token in what the text encoder reads."""
     pipe, seen, read = pipe_of(name), {}, []
@@ -341,65 +345,81 @@ def test_words_are_found_where_the_template_puts_them(name):
         lambda module, args, kwargs: read.append(args[0] if args else kwargs["input_ids"]), with_kwargs=True
     )
     length = {"max_sequence_length": 40} if name == "lumina2" else {}
-    call = CALLS[name] | {"guidance_scale": 0.0} | length
+    call, dropped = CALLS.get(name, {}) | length, getattr(pipe, "prompt_template_encode_start_idx", 0)
+    call |= {} if name == "qwen" else {"guidance_scale": 0.0}
     for prompt in ("a blue ball", ["a blue ball"]):
         read.clear()
         run(pipe, Look(), prompt=prompt, **call)
-        column = read[0][0].tolist().index(tt.WORDS.index("ball"))
+        column = read[0][0].tolist().index(tt.WORDS.index("ball")) - dropped
         assert seen["span"] == [[column]] and seen["texts"] == ["a blue ball"]
         assert list(seen["inner"])[-1] == column and len(seen["inner"]) == 3
     hook.remove()
 
 
-@pytest.mark.parametrize("name", ["z_image", "chroma", "klein", "lumina2"])
+@pytest.mark.parametrize("name", WORDED)
 def test_a_filtered_start_on_the_new_families(name):
-    pipe, call = pipe_of(name), CALLS[name] | {"guidance_scale": 4.0}
+    pipe, call = pipe_of(name), CALLS.get(name, {"true_cfg_scale": 4.0})
+    call |= {} if name == "qwen" else {"guidance_scale": 4.0}
     plain = run(pipe, **call)[0]
     filtered, report = run(pipe, dg.StartpointFilter(), **call)
     assert report.updates == 1 and filtered.isfinite().all() and not torch.equal(filtered, plain)
     assert torch.equal(run(pipe, **call)[0], plain)
 
 
-@pytest.mark.parametrize("name", ["z_image", "chroma", "klein", "lumina2"])
-def test_segregation_on_the_new_families(name):
-    pipe, call = pipe_of(name), CALLS[name] | {"guidance_scale": 0.0}
-    prompt = "a blue ball and a cat"
+@pytest.mark.parametrize("name", WORDED)
+def test_segregation_and_maps_on_the_new_families(name):
+    pipe, call = pipe_of(name), CALLS.get(name, {}) | ({} if name == "qwen" else {"guidance_scale": 0.0})
+    prompt, words = "a blue ball and a cat", ["ball", "cat"]
     call |= {"max_sequence_length": 40} if name == "lumina2" else {}
     plain = run(pipe, prompt=prompt, **call)[0]
-    moved, report = run(pipe, dg.AttentionSegregation(["ball", "cat"], loss="attend-and-excite"), prompt=prompt, **call)
+    moved, report = run(pipe, dg.AttentionSegregation(words, loss="attend-and-excite"), prompt=prompt, **call)
     assert moved.isfinite().all() and not torch.equal(moved, plain) and report.updates > 0
     assert torch.equal(run(pipe, prompt=prompt, **call)[0], plain)
+    asked = {"steps": 2, "height": 32, "width": 32, "max_sequence_length": 40}
+    asked["guidance"] = call.pop("guidance_scale", None)
+    maps = dg.attention_maps(pipe, prompt, words, seed=0, **call | asked)
+    assert maps["ball"].isfinite().all() and (maps["ball"] - maps["cat"]).abs().max() > 1e-4
+    drawn = dg.generate(pipe, prompt, seed=0, **call | asked)[0]
+    assert np.array_equal(np.asarray(maps.image), np.asarray(drawn))
+
+
+def test_guidance_by_attention_distillation_moves_lists_of_latents():
+    pipe, call = pipe_of("z_image"), {"guidance_scale": 0.0}
+    plain = run(pipe, **call)[0]
+    picture = Image.new("RGB", (32, 32), "red")
+    moved, report = run(pipe, dg.AttentionDistillation(picture, layers="all"), **call)
+    assert report.updates == 2 and moved.isfinite().all() and not torch.equal(moved, plain)
+
+
+@pytest.mark.parametrize("name", ["HunyuanImageTransformer2DModel", "GlmImageTransformer2DModel"])
+def test_where_texts_are_in_another_order_words_are_refused(name):
+    adapter = adapter_for(tf.bare(name) if name in tf.models() else tf.Bare(diffusers.GlmImageTransformer2DModel, None))
+    with pytest.raises(dg.UnsupportedPipelineError, match="another order"):
+        adapter.wrapped("a ball")
 
 
 # -- pictures beside the prompt, other pipelines and backends ----------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("local", "cls"), [("prompt_image", "QwenImageEditPipeline"), ("condition_images", "QwenImageEditPlusPipeline")]
-)
-def test_an_edit_pipeline_encodes_the_negative_with_its_pictures(local, cls, monkeypatch):
-    """The picture that the running call gave its encoder goes to the negative's."""
-    from diffgraft.pipelines.families.running import Running
-
-    parts, asked = tt.qwen().components, []
-    kind = getattr(diffusers, cls)
-    assert (
-        local in inspect.unwrap(kind.__call__).__code__.co_varnames
-        and "image" in kind.encode_prompt.__code__.co_varnames
-    )
-    pipe = kind(**parts, processor=None)
-
-    def encode(self, prompt, image=None, device=None, num_images_per_prompt=1, max_sequence_length=1024):
-        asked.append((prompt, image, max_sequence_length))
-        return torch.zeros(len(prompt), 4, 32), torch.ones(len(prompt), 4)
-
-    monkeypatch.setattr(kind, "encode_prompt", encode)
-    adapter = adapter_for(pipe)
-    running = Running(
-        pipe, True, {local: "picture", "max_sequence_length": 77}, encoding=frozenset({"max_sequence_length"})
-    )
-    text = adapter.encode_text(["red", "blue"], running)
-    assert asked == [(["red", "blue"], "picture", 77)] and text.mask.dtype == torch.bool
+@pytest.mark.parametrize("name", ["edit", "edit_plus"])
+def test_an_edit_pipeline_encodes_the_negative_with_its_pictures(name, monkeypatch):
+    """The encoder sees with the negative what it saw with the prompt."""
+    kind = {"edit": diffusers.QwenImageEditPipeline, "edit_plus": diffusers.QwenImageEditPlusPipeline}[name]
+    place, pipe = inspect.getmodule(kind), fp.qwen(kind)
+    sizes = place.calculate_dimensions  # of a megapixel, which takes a minute
+    monkeypatch.setattr(place, "calculate_dimensions", lambda area, ratio: sizes(area // 256, ratio))
+    seen, call = [], SMALL | {"image": Image.new("RGB", (64, 64), "red"), "true_cfg_scale": 1.0}
+    hook = pipe.text_encoder.register_forward_pre_hook(lambda module, args, given: seen.append(given), with_kwargs=True)
+    plain = run(pipe, **call)[0]
+    seen.clear()
+    steered, report = run(pipe, dg.NegativeAway("red cat", scale=0.8), **call)
+    hook.remove()
+    prompt, negative = seen
+    assert prompt["pixel_values"].numel() and torch.equal(prompt["pixel_values"], negative["pixel_values"])
+    assert not torch.equal(prompt["input_ids"], negative["input_ids"]) and report.calls == 2
+    assert steered.isfinite().all() and (steered - plain).abs().max() > 1e-4
+    with pytest.raises(dg.UnsupportedPipelineError, match="reads pictures with its prompt"):
+        dg.attention_maps(pipe, "a ball", ["ball"], image=call["image"], steps=2)
 
 
 def test_an_attention_backend_that_cannot_be_edited_is_named():

@@ -9,6 +9,7 @@ import tiny
 import tiny_families as tf
 import tiny_transformers as tt
 import torch
+from tokenizers import pre_tokenizers
 from transformers import (
     PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
@@ -17,6 +18,8 @@ from transformers import (
     Qwen2VLProcessor,
     Qwen3Config,
     Qwen3Model,
+    Qwen3VLConfig,
+    Qwen3VLModel,
     UMT5Config,
     UMT5EncoderModel,
 )
@@ -90,14 +93,22 @@ def klein() -> Any:
 
 
 def krea2() -> Any:
-    """Without its vision-language encoder: prompts are given as embeddings."""
-    torch.manual_seed(1)
-    vae = diffusers.AutoencoderKLQwenImage(
-        base_dim=8, z_dim=4, dim_mult=[1, 1], num_res_blocks=1, temperal_downsample=[False]
-    )
+    """Three hidden states of its text encoder are its text."""
+    words = reading()
+    text = {
+        "vocab_size": len(words), "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "head_dim": 16,
+        "num_attention_heads": 2, "num_key_value_heads": 2, "pad_token_id": 0,
+        "rope_scaling": {"rope_type": "default", "mrope_section": [2, 3, 3]},
+    }  # fmt: skip
+    vision = {
+        "depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 16,
+        "deepstack_visual_indexes": [0], "num_position_embeddings": 16,
+    }  # fmt: skip
+    torch.manual_seed(4)
+    encoder = Qwen3VLModel(Qwen3VLConfig(text_config=text, vision_config=vision, **sight(words))).eval()
     return tiny.quiet(diffusers.Krea2Pipeline(
-        transformer=tf.denoiser("Krea2Transformer2DModel"), vae=vae, scheduler=tt.flow(), text_encoder=None,
-        tokenizer=None,
+        transformer=tf.denoiser("Krea2Transformer2DModel"), vae=tt.qwen().vae, scheduler=tt.flow(),
+        text_encoder=encoder, tokenizer=words, text_encoder_select_layers=(0, 1, 2),
     ))  # fmt: skip
 
 
@@ -127,12 +138,24 @@ class Processor(Qwen2VLProcessor):
         return type(argument)
 
 
+def reading() -> PreTrainedTokenizerFast:
+    """A word tokenizer that counts ends of lines and marks as Qwen's does."""
+    words = chatting(512)
+    lines = [pre_tokenizers.Split(" ", "removed"), pre_tokenizers.Split("\n", "isolated"), pre_tokenizers.Punctuation()]
+    words.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(lines)
+    words.add_special_tokens({"additional_special_tokens": list(SIGHT)}, replace_extra_special_tokens=False)
+    return words
+
+
+def sight(words: PreTrainedTokenizerFast) -> dict[str, int]:
+    """The marks of pictures, as an encoder's config has them."""
+    names = ("vision_start_token_id", "image_token_id", "vision_end_token_id", "video_token_id")
+    return dict(zip(names, words.convert_tokens_to_ids(list(SIGHT[2:])), strict=True))
+
+
 def seeing(width: int = 32, seed: int = 4) -> dict[str, Any]:
     """Qwen2.5-VL in small, with its tokenizer and the processor of pictures: three parts of a pipeline."""
-    words = chatting(512)
-    words.add_special_tokens({"additional_special_tokens": list(SIGHT)}, replace_extra_special_tokens=False)
-    names = ("vision_start_token_id", "image_token_id", "vision_end_token_id", "video_token_id")
-    ids = dict(zip(names, words.convert_tokens_to_ids(list(SIGHT[2:])), strict=True))
+    words = reading()
     text = {
         "vocab_size": len(words), "hidden_size": width, "intermediate_size": 32, "num_hidden_layers": 2,
         "num_attention_heads": 2, "num_key_value_heads": 2, "pad_token_id": 0, "bos_token_id": None, "eos_token_id": 1,
@@ -143,7 +166,8 @@ def seeing(width: int = 32, seed: int = 4) -> dict[str, Any]:
         "fullatt_block_indexes": [0], "patch_size": 14, "window_size": 56,
     }  # fmt: skip
     torch.manual_seed(seed)
-    encoder = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision, **ids))
+    config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, **sight(words))
+    encoder = Qwen2_5_VLForConditionalGeneration(config)
     pictures = Qwen2VLImageProcessorPil(min_pixels=28 * 28, max_pixels=56 * 56)
     return {"text_encoder": encoder.eval(), "tokenizer": words, "processor": Processor(pictures, words, None)}
 

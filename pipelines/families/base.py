@@ -273,6 +273,11 @@ class Adapter:
         """
         return prompt
 
+    @property
+    def dropped(self) -> int:
+        """How many tokens of that are no columns, in front."""
+        return 0
+
     # -- refusals ----------------------------------------------------------------------------------------------
 
     def check_inputs(self, inputs: Inputs) -> None:

@@ -18,6 +18,7 @@ from ...plugins.base import Text
 from ...plugins.startpoint import pack, unpack
 from .base import Adapter, Inputs
 from .family import Family, Meet
+from .modular import is_modular, text_block
 from .rows import call_of, split
 from .running import Running
 
@@ -69,9 +70,12 @@ class DeclaredAdapter(Adapter):
     def prediction(self, output: Any) -> Any:
         if isinstance(output, torch.Tensor):  # Kandinsky 5 returns it bare
             return output
-        return super().prediction(output)
+        found = super().prediction(output)
+        return torch.stack(cast("list[torch.Tensor]", found))[:, :, 0] if isinstance(found, list) else found
 
     def with_prediction(self, output: Any, prediction: Any) -> Any:
+        if self.spec.latent.layout == "list":
+            prediction = list(prediction[:, :, None])
         return prediction if isinstance(output, torch.Tensor) else super().with_prediction(output, prediction)
 
     # -- latents -----------------------------------------------------------------------------------------------
@@ -251,6 +255,11 @@ class DeclaredAdapter(Adapter):
                 "of their own: give no words to a plugin here"
             )
         return prompt if self.spec.wrap is None else self.spec.wrap(self.pipe, prompt)
+
+    @property
+    def dropped(self) -> int:
+        form: Any = text_block(self.pipe) if is_modular(self.pipe) else self.pipe
+        return getattr(form, self.spec.dropped) if self.spec.dropped else 0
 
     def _unwrapped(self, text: str) -> str:
         """A prompt of a list, into which Z-Image's pipeline writes its template."""

@@ -106,6 +106,7 @@ class Family:
         lengths, tokens: (adapter, inputs) -> text tokens of each row, image tokens; for one-sequence models.
         place: (inputs, text) -> inputs with another text, where naming the arguments is not enough.
         wrap: (pipe, prompt) -> what is really read, where a pipeline puts a prompt into a template.
+        dropped: attribute of the pipeline, or of its text block, with how many tokens of the template are taken off.
         columns: the tokenizer's columns are the text's; False where texts are put in another order.
         tokenizer: the pipeline's attribute, prompt: the call's argument whose tokens the columns are.
         latent: how latents lie in the sample.
@@ -142,6 +143,7 @@ class Family:
     tokens: Callable[[Any, Mapping[str, Any]], int] | None = None
     place: Callable[[Any, Any], Any] | None = None
     wrap: Callable[[Any, str], str] | None = None
+    dropped: str = ""
     columns: bool = True
     tokenizer: str = "tokenizer"
     prompt: str = "prompt"

@@ -9,10 +9,10 @@ from typing import Any, cast
 from weakref import WeakKeyDictionary
 
 import torch
+import torch.nn.functional as F
 
 from ...attention.errors import UnsupportedPipelineError
 from ...plugins.base import Text
-from .odd import stacked
 from .words import own_words
 
 _BLOCKS: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
@@ -110,6 +110,13 @@ def encode(pipe: Any, texts: Sequence[str | tuple[str, ...]], settings: Mapping[
     if isinstance(words, list):
         return stacked(cast("list[torch.Tensor]", words))
     return Text(words, None if mask is None else mask.bool(), pooled=found)
+
+
+def stacked(rows: list[torch.Tensor]) -> Text:
+    """Rows [L, D] of several lengths, padded; the mask says how long each is."""
+    longest = max(map(len, rows))
+    masks = [torch.arange(longest, device=row.device) < len(row) for row in rows]
+    return Text(torch.stack([F.pad(row, (0, 0, 0, longest - len(row))) for row in rows]), torch.stack(masks))
 
 
 def _of_encoder(texts: Sequence[str | tuple[str, ...]], i: int) -> list[str]:

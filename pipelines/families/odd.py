@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from ...attention.errors import UnsupportedPipelineError
 from ...plugins.base import Text
+from .modular import is_modular, stacked, text_block
 
 Inputs = dict[str, Any]
 
@@ -42,13 +42,6 @@ def z_image_tokens(adapter: Any, inputs: Mapping[str, Any]) -> int:
 def z_image_encode(adapter: Any, texts: list[str], running: Any) -> Text:
     """The pipeline's list of rows of several lengths."""
     return stacked(adapter.encode_prompt(running, texts)[0])
-
-
-def stacked(rows: list[torch.Tensor]) -> Text:
-    """Rows [L, D] of several lengths, padded; the mask says how long each is."""
-    longest = max(map(len, rows))
-    masks = [torch.arange(longest, device=row.device) < len(row) for row in rows]
-    return Text(torch.stack([F.pad(row, (0, 0, 0, longest - len(row))) for row in rows]), torch.stack(masks))
 
 
 # -- masks -------------------------------------------------------------------------------------------------------------
@@ -137,7 +130,7 @@ def chat(thinking: bool) -> Any:
     """A prompt as the only message of a chat."""
 
     def wrap(pipe: Any, prompt: str) -> str:
-        if getattr(pipe.tokenizer, "chat_template", None) is None:
+        if getattr(pipe.tokenizer, "chat_template", None) is None or hasattr(pipe, "system_message"):
             raise UnsupportedPipelineError(
                 f"{type(pipe).__name__} reads its prompt in a form that diffgraft does not know: give no words here"
             )
@@ -147,6 +140,19 @@ def chat(thinking: bool) -> Any:
         )
 
     return wrap
+
+
+def template(pipe: Any, prompt: str) -> str:
+    """Qwen-Image's and Krea 2's template, which may stand in two parts."""
+    form: Any = text_block(pipe) if is_modular(pipe) else pipe
+    if getattr(pipe, "processor", None) is not None:
+        raise UnsupportedPipelineError(
+            f"{type(pipe).__name__} reads pictures with its prompt, so that words have no columns of their own: give "
+            "no words to a plugin here"
+        )
+    if hasattr(form, "prompt_template_encode_prefix"):
+        return form.prompt_template_encode_prefix + prompt
+    return form.prompt_template_encode.format(prompt)
 
 
 def system_prompt(pipe: Any, prompt: str) -> str:

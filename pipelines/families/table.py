@@ -49,7 +49,7 @@ FAMILIES: dict[str, Family | Refused] = {
         mask="encoder_hidden_states_mask", encoded={TEXT: 0, "encoder_hidden_states_mask": 1},
         modular=_EMBEDS | {"encoder_hidden_states_mask": "prompt_embeds_mask"},
         settings={"image": "prompt_image|condition_images"}, guidance="apart", flag="do_true_cfg",
-        latent=Latent("packed", cells=True),
+        wrap=odd.template, dropped="prompt_template_encode_start_idx", latent=Latent("packed", cells=True),
     ),
     "PixArtTransformer2DModel": Family(
         "pixart", _across("transformer_blocks", (Along("encoder_attention_mask", 2),)), mask="encoder_attention_mask",
@@ -88,7 +88,8 @@ FAMILIES: dict[str, Family | Refused] = {
     "Krea2Transformer2DModel": Family(
         "krea2", (Meet("transformer_blocks", text=None, along=(*_ROPE, Along("attention_mask", 3))),),
         mask="encoder_attention_mask", encoded={TEXT: 0, "encoder_attention_mask": 1}, cut=True,
-        alone=(("text_fusion", "text"),), place=odd.krea_place, guidance="apart", latent=Latent("packed"),
+        alone=(("text_fusion", "text"),), place=odd.krea_place, guidance="apart", wrap=odd.template,
+        dropped="prompt_template_encode_start_idx", latent=Latent("packed"),
     ),
     "AuraFlowTransformer2DModel": Family(
         "auraflow", (Meet("joint_transformer_blocks"), Meet("single_transformer_blocks", text=None)), registers=8

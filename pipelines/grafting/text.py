@@ -95,7 +95,7 @@ class Texts:
 
     def columns(self, text: str, whole: bool = False) -> list[int]:
         """Token ids of the columns of a prompt, its template's among them."""
-        return self.ids(self.adapter.wrapped(text), whole)
+        return self.ids(self.adapter.wrapped(text), whole)[self.adapter.dropped :]
 
     def tokens(self, text: str) -> list[str]:
         """The same as strings."""
