@@ -29,18 +29,21 @@ from gradio_client.utils import QueueError
 from PIL import Image
 
 import diffgraft as dg
-from diffgraft.app.demo import checks, make_shown, server
+from diffgraft.app.demo import checks, drawing, make_shown, menu, preview, server, visit
+from diffgraft.app.demo.painting import telling_words
+from diffgraft.app.demo.restore import restored
+from diffgraft.app.demo.seeds import SeedsPart, picked
 from diffgraft.app.demo.shown import replaced, shown
 from diffgraft.app.demo.specs import read_specs, rewritten, starting_specs
 from diffgraft.app.demo.studio import Stopped, Studio, private
 from diffgraft.app.demo.tab_compose import ComposeTab
 from diffgraft.app.demo.tab_erase import EraseTab, chosen
-from diffgraft.app.demo.tab_generate import GenerateTab, telling_words
+from diffgraft.app.demo.tab_generate import GenerateTab
 from diffgraft.app.demo.tab_one_step import OneStepTab
 from diffgraft.app.demo.tab_style import StyleTab
 from diffgraft.app.demo.told import told
 from diffgraft.app.demo.uploads import drawn
-from diffgraft.app.metadata import read_settings
+from diffgraft.app.metadata import encode_png, read_settings
 
 PROMPT = "a red ball and a blue star"
 QUICK = {"steps": 2, "width": 64, "height": 64}
@@ -236,6 +239,163 @@ def test_shown_results_are_written_and_read_back(tmp_path, monkeypatch, picture)
     assert both == [file, file] and (caption, seed) == ("seed 1", "1") and np.array_equal(pixels(file), pixels(picture))
 
 
+# -- places, seeds, the strip, settings that come back --------------------------------------------------------------
+
+
+def painting(*blobs):
+    """A canvas with a square (left, top, colour) for each blob."""
+    layer = Image.new("RGBA", (drawing.SIDE, drawing.SIDE))
+    for left, top, colour in blobs:
+        layer.paste(colour, (left, top, left + 60, top + 60))
+    return {"background": None, "layers": [png(layer)], "composite": None}
+
+
+RED, BLUE = drawing.COLOURS["red"], drawing.COLOURS["blue"]
+
+
+def test_a_painting_is_a_mask_for_each_concept():
+    masks = drawing.layout_of(painting((20, 20, RED), (150, 90, BLUE)), "ignored, too", ["ball", "star"])
+    found = [np.argwhere(np.asarray(mask)) for mask in masks]
+    assert [(*cells.min(0), *cells.max(0)) for cells in found] == [(20, 20, 79, 79), (90, 150, 149, 209)]
+    ring = Image.new("RGBA", (drawing.SIDE, drawing.SIDE))
+    ring.paste(RED, (20, 20, 80, 80))
+    ring.paste((0, 0, 0, 0), (30, 30, 70, 70))
+    [filled] = drawing.layout_of({"layers": [png(ring)]}, "", ["ball"])
+    assert (np.asarray(filled) > 0).sum() == 60 * 60
+    assert drawing.layout_of(None, "", ["ball"]) is None
+    assert drawing.layout_of({"background": None, "layers": []}, "", ["ball"]) is None
+
+
+def test_places_in_words_do_the_same_without_a_mouse(studio):
+    left, corner = drawing.layout_of(None, "left, Top Right", ["ball", "star"])
+    centres = [np.argwhere(np.asarray(mask)).mean(0) / drawing.SIDE for mask in (left, corner)]
+    assert np.allclose(centres, [(0.5, 0.25), (0.27, 0.75)], atol=0.02)
+    wish = {"seed": 5, "concepts": "ball, star", **QUICK}
+    [(file, _)], *_ = GenerateTab(studio).generate(PROMPT, places="left, right", **wish)
+    masks = drawing.layout_of(None, "left, right", ["ball", "star"])
+    assert np.array_equal(pixels(file), plain(5, plugins=[dg.AttentionSegregation(["ball", "star"], layout=masks)]))
+
+
+@pytest.mark.parametrize(
+    ("canvas", "places", "said"),
+    [
+        (painting((20, 20, RED)), "", "'star' has no place"), (None, "left", "1 places for 2"),
+        (painting((0, 0, RED), (90, 0, BLUE), (180, 0, drawing.COLOURS["green"])), "", "painted in green"),
+        (None, "left, up", "'up' is no place"), (None, "left,", "no place"), ({"layers": "x"}, "", "layers"),
+        ({"layers": [b"GIF89a"]}, "", "image"), ({"layers": [png(BOMB)]}, "", "megapixels"),
+    ],
+    ids=lambda value: str(value)[:20],
+)  # fmt: skip
+def test_places_that_do_not_fit_the_concepts_are_told(canvas, places, said):
+    with pytest.raises(dg.GraftError, match=said):
+        drawing.layout_of(canvas, places, ["ball", "star"])
+
+
+def test_eight_seeds_are_ranked_as_the_library_does_and_one_is_chosen(studio):
+    shown = SeedsPart(studio).seeds(PROMPT, "ball, star", seed=4, **(QUICK | {"steps": 4})).value
+    order = [int(entry["caption"].split()[-1]) for entry in shown]
+    ranks = dg.rank_seeds(
+        tiny.sd15(), PROMPT, ["ball", "star"], range(4, 12), at=1, **(QUICK | {"steps": 4}), guidance=2.5
+    )
+    assert order == [one.seed for one in ranks]
+    event = type("Event", (), {"index": 2})()
+    assert picked(event, [(None, entry["caption"]) for entry in shown]) == order[2]
+    with pytest.raises(gr.Error, match="no such seed"):
+        told(picked)(event, [])
+
+
+def test_the_strip_keeps_the_newest_first_and_hands_a_picture_on():
+    kept, index, what, *_ = visit.remember([("old", "seed 1")], [("new", "seed 2"), ("plain", "plain, seed 2")])
+    assert [file for file, _ in kept] == ["new", "plain", "old"] and index == 0 and "seed 2" in what
+    assert visit.remember(None, ("before", "after"))[0] == [("after", "made")]
+    assert len(visit.remember(kept * 20, kept)[0]) == visit.MOST
+    assert visit.to_erase(kept, 2)[0]["background"] == "old" and visit.to_style(kept, 0)[0] == "new"
+    for nothing in (None, []):
+        with pytest.raises(dg.SettingError, match="no such picture"):
+            visit.to_style(nothing, 0)
+
+
+def fields(page):
+    """The fields of each tab of a page, found by their labels."""
+    found = {"Prompt": "prompt", "Concepts that must all appear": "concepts", "Keep away": "negative", "Seed": "seed"}
+    blocks = [block for block in page.blocks.values() if getattr(block, "label", None) in found]
+    canvas = next(block for block in page.blocks.values() if getattr(block, "label", "") == "Paint a place for each")
+    return {"generate": {found[block.label]: block for block in reversed(blocks)} | {"drawing": canvas}}
+
+
+def test_what_was_typed_comes_back_out_of_the_png(studio, page, tmp_path):
+    drawn_places = painting((20, 20, RED), (150, 90, BLUE))
+    given = {"concepts": "ball, star", "negative": "cat", "seed": -1, **QUICK}
+    [(file, _)], _, seed, _ = GenerateTab(studio).generate(PROMPT, drawing=drawn_places, **given)
+    name, values = restored(file, fields(page))
+    assert name == "generate" and values["prompt"] == PROMPT and values["concepts"] == "ball, star"
+    assert values["negative"] == "cat" and values["seed"] == int(seed)
+    again = drawing.layout_of(values["drawing"], "", ["ball", "star"])
+    for before, after in zip(drawing.layout_of(drawn_places, "", ["ball", "star"]), again, strict=True):
+        assert (np.asarray(before) != np.asarray(after)).mean() < 0.02
+    assert str(Path(file).parent) not in Path(file).read_bytes().decode("latin-1")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"page": {"tab": "generate", "prompt": ["a"]}}, {"page": {"tab": "generate", "seed": "x"}},
+        {"page": {"tab": "generate", "drawing": "%%%"}}, {"page": {"tab": "generate", "drawing": "AAAA"}},
+        {"page": {"tab": ["a"]}}, {"page": {"tab": "nowhere"}}, {"task": "optimise"},
+        {"task": "generate", "prompt": "x" * 9000}, {"page": {"tab": "generate", "seed": float("inf")}},
+    ],
+    ids=lambda value: str(value)[:50],
+)  # fmt: skip
+def test_settings_that_no_page_wrote_are_told(page, tmp_path, settings):
+    file = tmp_path / "forged.png"
+    file.write_bytes(encode_png(Image.new("RGB", (8, 8)), settings))
+    with pytest.raises(dg.GraftError):
+        restored(str(file), fields(page))
+
+
+def test_a_picture_made_elsewhere_fills_what_it_says(page, tmp_path):
+    [made] = dg.generate(tiny.sd15(), PROMPT, plugins=[dg.AttentionSegregation(["ball", "star"])], seed=3, **QUICK)
+    file = tmp_path / "made.png"
+    file.write_bytes(encode_png(made, made.info["diffgraft"]))
+    name, values = restored(str(file), fields(page))
+    assert (name, values["prompt"], values["concepts"], values["seed"]) == ("generate", PROMPT, "ball, star", 3)
+
+
+# -- the model menu and what is seen meanwhile ----------------------------------------------------------------------
+
+
+def test_the_menu_says_what_a_family_cannot_do():
+    from diffgraft.app.demo.parts import Laid
+
+    part = gr.Button()
+    tab = Laid("erase", None, [], {}, [(part, "erase")], gr.HTML())
+    said = menu.said(tab, {"erase": "it <needs> a UNet", "stylize": "no"})
+    assert said["visible"] and "it &lt;needs&gt; a UNet" in said["value"] and "stylize" not in said["value"]
+    assert not menu.said(tab, {})["visible"]
+
+
+def test_a_model_in_the_menu_is_known_by_its_folder_or_by_opening_it(tmp_path):
+    (tmp_path / "model_index.json").write_text('{"transformer": ["diffusers", "FluxTransformer2DModel"]}')
+    studio = Studio(opener=opener)
+    assert studio.denoiser(str(tmp_path), "me", quiet) == "FluxTransformer2DModel"
+    assert studio._name is None and studio.denoiser("other", "me", quiet) == "UNet2DConditionModel"
+    assert studio._name == "other"
+
+
+def test_a_rough_look_shows_the_picture_before_it_is_decoded(studio):
+    """On a real autoencoder the guess has the colours of what is decoded."""
+    pipe, seen = dg.picturebook(), []
+    guess = preview.learn(pipe)
+    with Studio(opener=lambda name, device: pipe).job("", "me", quiet) as job:
+        job.expect("a picture", 4)
+        pipe.unet.register_forward_hook(lambda *_: seen.append(job.rough))
+        [made] = dg.generate(job.pipe, "a red ball , snow", seed=1, steps=4, guidance=2.5)
+    look = np.asarray(seen[-1], float) / 255
+    assert guess is not None and np.corrcoef(look.ravel(), np.asarray(made, float).ravel())[0, 1] > 0.8
+    assert preview.learn(type("Pipe", (), {"vae": None})()) is None
+    assert "data:image/png" in preview.as_html("<b>", seen[-1]) and "<b>" not in preview.as_html("<b>", None)
+
+
 # -- limits hold without the page ----------------------------------------------------------------------------------
 
 BAD = [
@@ -420,7 +580,7 @@ def test_progress_counts_the_steps_that_were_taken(studio):
 
 def test_the_api_has_plain_names_and_says_what_each_argument_is(page):
     api = client(page).view_api(return_format="dict", print_info=False)["named_endpoints"]
-    assert set(api) == {"/generate", "/one_step", "/erase", "/stylize", "/compose", "/stop"}
+    assert set(api) == {"/generate", "/seeds", "/one_step", "/erase", "/stylize", "/compose", "/stop"}
     names = [parameter["parameter_name"] for parameter in api["/erase"]["parameters"]]
     assert names[:3] == ["picture", "mask", "prompt"] and "request" not in names and "progress" not in names
 
@@ -571,7 +731,7 @@ def test_mcp_tools_are_the_same_functions(studio):
         tools, answer = asyncio.run(ask())
     finally:
         pages.close(blocks)
-    assert {"generate", "one_step", "erase", "stylize", "compose", "stop"} == set(tools)
+    assert {"generate", "seeds", "one_step", "erase", "stylize", "compose", "stop"} == set(tools)
     assert "every concept appears" in tools["generate"].description
     assert tools["generate"].inputSchema["properties"]["negative"]["description"].startswith("What to keep away")
     assert not answer.isError and any('"seed": 3' in getattr(part, "text", "") for part in answer.content)

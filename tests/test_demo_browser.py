@@ -14,6 +14,7 @@ from playwright.sync_api import expect, sync_playwright
 
 from diffgraft.app.demo import server
 from diffgraft.app.demo.studio import Studio
+from diffgraft.app.metadata import read_settings
 
 pytestmark = [pytest.mark.browser, pytest.mark.timeout(600)]
 SHOTS = Path(__file__).parents[1] / "outputs" / "screenshots"
@@ -79,7 +80,7 @@ def seed_used(page):
 
 def drawer(page, seed=7, steps=8):
     """Open the settings, choose few steps and a seed, close them again."""
-    lid = page.get_by_role("button", name="Seed, steps, model").locator("visible=true")
+    lid = page.get_by_role("button", name="Seed and steps").locator("visible=true")
     lid.click()
     page.wait_for_timeout(500)  # the drawer slides open; what is typed before it stands can be lost
     for box, value in (
@@ -148,6 +149,92 @@ def test_every_tab_opens_with_a_result_and_the_first_click_paints(page):
     shot(page, "generate")
 
 
+def blob(page, number, x, y):
+    """Paint an outline in a colour of the brush around a place, given as shares of the canvas of "Place them"."""
+    canvas = page.locator(".dg-canvas")
+    if not canvas.locator("button.color").count():
+        canvas.get_by_label("Color", exact=True).click()
+    canvas.locator("button.color").nth(number).click()
+    box = canvas.locator("canvas").first.bounding_box()
+    side = min(box["width"], box["height"]) * 0.84
+    left, top = box["x"] + (box["width"] - side) / 2 + x * side, box["y"] + (box["height"] - side) / 2 + y * side
+    page.mouse.move(left - 20, top - 20)
+    page.mouse.down()
+    for right, down in ((20, -20), (20, 20), (-20, 20), (-20, -20)):
+        page.mouse.move(left + right, top + down, steps=4)
+    page.mouse.up()
+
+
+@pytest.mark.parametrize("page", ["wide"], indirect=True)
+def test_places_are_painted_and_a_picture_goes_on_and_gives_its_settings_back(page, tmp_path):
+    page.get_by_role("button", name="Place them").click()
+    canvas = page.locator(".dg-canvas")
+    canvas.get_by_label("Brush", exact=True).click()
+    canvas.scroll_into_view_if_needed()
+    for number, (x, y) in enumerate([(0.75, 0.3), (0.5, 0.8), (0.25, 0.3)]):
+        blob(page, number, x, y)
+    drawer(page, seed=7)
+    press(page, "Paint")
+    expect(page.locator(".dg-look img")).to_be_visible(timeout=PATIENCE)  # a rough look while it is made
+    expect(page.locator(".dg-look").first).to_contain_text("guessed from the latents")
+    expect(seed_used(page)).to_have_value("7", timeout=PATIENCE)
+    strip = page.locator(".dg-strip img")
+    expect(strip).to_have_count(2)
+    expect(page.locator(".dg-look")).to_have_count(0)
+    made = tmp_path / "made.png"
+    made.write_bytes(page.request.get(strip.first.get_attribute("src")).body())
+    settings = read_settings(made)
+    assert settings["page"]["drawing"] and settings["plugins"][0]["layout"] is not None
+    shot(page, "placed")
+    page.get_by_role("button", name="Erase in it").click()
+    expect(page.get_by_role("tab", name="Erase")).to_have_attribute("aria-selected", "true")
+    expect(page.get_by_label("What is there instead")).to_have_value("")
+    page.get_by_role("button", name="Restyle it").click()
+    expect(page.get_by_role("tab", name="Style")).to_have_attribute("aria-selected", "true")
+    pictures_arrive(page, 4)
+    shot(page, "restyle")
+    drop_on_the_page(page, made)
+    expect(page.get_by_role("tab", name="Generate")).to_have_attribute("aria-selected", "true")
+    expect(page.get_by_role("textbox", name="Prompt", exact=True).first).to_have_value(settings["prompt"])
+    expect(page.get_by_label("Seed", exact=True).first).to_have_value("7")
+    shot(page, "restored")
+
+
+def drop_on_the_page(page, file):
+    """Drop a PNG where nothing takes files."""
+    page.evaluate(
+        """bytes => {
+            const list = new DataTransfer();
+            list.items.add(new File([new Uint8Array(bytes)], "made.png", { type: "image/png" }));
+            const drop = new DragEvent("drop", { dataTransfer: list, bubbles: true, cancelable: true });
+            document.querySelector(".dg-head").dispatchEvent(drop);
+        }""",
+        list(file.read_bytes()),
+    )
+
+
+@pytest.mark.parametrize("page", ["narrow"], indirect=True)
+def test_eight_seeds_are_tried_and_the_menu_greys_out_what_a_model_cannot_do(page, tmp_path):
+    drawer(page, seed=3, steps=2)
+    press(page, "Try 8 seeds")
+    thumbs = page.locator(".dg-seeds .grid-wrap img")
+    expect(thumbs).to_have_count(8, timeout=PATIENCE)
+    shot(page, "seeds")
+    thumbs.nth(1).click()
+    caption = page.locator(".dg-seeds .caption-label").nth(1).inner_text()
+    expect(seed_used(page)).to_have_value(caption.split()[-1], timeout=PATIENCE)
+    (tmp_path / "model_index.json").write_text('{"transformer": ["diffusers", "FluxTransformer2DModel"]}')
+    menu = page.get_by_label("Model", exact=True)
+    menu.fill(str(tmp_path))
+    menu.press("Enter")
+    expect(page.get_by_text("it works in cross-attention, which this family does not have")).to_be_visible()
+    expect(page.get_by_label("Never draw")).to_be_disabled()
+    open_tab(page, "Erase")
+    expect(page.get_by_role("button", name="Erase", exact=True).locator("visible=true").last).to_be_disabled()
+    shot(page, "greyed")
+    assert fits(page)
+
+
 def test_a_stroke_is_drawn_and_what_it_covers_is_erased(page):
     open_tab(page, "Erase")
     canvas = page.locator(".pixi-target canvas, canvas").locator("visible=true").first
@@ -183,7 +270,7 @@ def test_style_and_compose_run(page):
 
 
 def test_stop_ends_the_run_and_the_page_goes_on(page, studio):
-    page.get_by_role("button", name="Seed, steps, model").locator("visible=true").click()
+    page.get_by_role("button", name="Seed and steps").locator("visible=true").click()
     page.get_by_role("spinbutton", name="number input for Steps").locator("visible=true").fill("100")
     press(page, "Paint")
     expect(page.get_by_text("picture 1 of 1").first).to_be_visible(timeout=PATIENCE)
@@ -201,7 +288,7 @@ def test_stop_ends_the_run_and_the_page_goes_on(page, studio):
 def test_closing_the_tab_stops_its_run(chromium, address, studio):
     leaving = chromium.new_page()
     leaving.goto(address)
-    leaving.get_by_role("button", name="Seed, steps, model").locator("visible=true").click()
+    leaving.get_by_role("button", name="Seed and steps").locator("visible=true").click()
     leaving.get_by_role("spinbutton", name="number input for Steps").locator("visible=true").fill("100")
     press(leaving, "Paint")
     expect(leaving.get_by_text("picture 1 of 1").first).to_be_visible(timeout=PATIENCE)

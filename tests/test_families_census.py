@@ -6,8 +6,11 @@ import inspect
 import re
 
 import diffusers
+import numpy as np
 import pytest
+import tiny
 import tiny_families as tf
+import tiny_transformers
 import torch
 from diffusers.pipelines import auto_pipeline
 from torch import nn
@@ -172,3 +175,36 @@ def test_the_support_table_is_the_declarations():
     from diffgraft.pipelines.families.support import support_table
 
     assert support_table() in Path(dg.__file__).with_name("pipelines").joinpath("README.md").read_text()
+
+
+@pytest.mark.parametrize("name", ["sd15", "pixart", "sana", "sd3", "flux"])
+def test_what_a_family_is_said_to_be_unable_to_do_is_refused_when_it_is_tried(name):
+    from diffgraft.pipelines.families.support import unable
+
+    pipe = tiny.sd15() if name == "sd15" else getattr(tiny_transformers, name)()
+    denoiser = type(getattr(pipe, "unet", None) or pipe.transformer).__name__
+    mask = np.zeros((32, 32), bool)
+    mask[8:16, 8:16] = True
+    tried = {
+        "NegativeAway": dg.NegativeAway("blue"), "AttentionSegregation": dg.AttentionSegregation(["ball"]),
+        "ConceptBlock": dg.ConceptBlock(["ball"]), "SelfAttentionRedirection": dg.SelfAttentionRedirection(mask),
+        "StartpointFilter": dg.StartpointFilter(),
+    }  # fmt: skip
+    refused = set()
+    for plugin, made in tried.items():
+        try:
+            with dg.graft(pipe, made):
+                pass
+        except dg.UnsupportedPipelineError:
+            refused.add(plugin)
+    assert refused == {*unable(denoiser)} & {*tried}
+
+
+def test_families_without_a_declaration_can_do_nothing():
+    from diffgraft.pipelines.families.support import unable
+
+    assert unable("UNet2DConditionModel") == {}
+    assert {*unable("Unheard")} == {*unable("HiDreamImageTransformer2DModel")} >= {"erase", "NegativeAway"}
+    assert "NegativeAway" not in unable("WanTransformer3DModel") and "films" in unable("WanTransformer3DModel")["erase"]
+    assert "order" in unable("GlmImageTransformer2DModel")["AttentionSegregation"]
+    assert "self-attention" in unable("FluxTransformer2DModel")["stylize"]

@@ -55,6 +55,21 @@ def theme() -> gr.themes.Base:
     )
 
 
+DROPS = """
+document.addEventListener("dragover", event => event.preventDefault());
+document.addEventListener("drop", event => {
+  const box = document.querySelector(".dg-drop input[type=file]");
+  const file = event.dataTransfer && event.dataTransfer.files[0];
+  if (event.defaultPrevented || !box || !file || file.type !== "image/png") return;
+  event.preventDefault();
+  const list = new DataTransfer();
+  list.items.add(file);
+  box.files = list.files;
+  box.dispatchEvent(new Event("change", { bubbles: true }));
+});
+"""
+"""A PNG dropped where nothing else takes it goes to the box that brings settings back."""
+
 _PAGE = 'stroke="#3d3a4b" stroke-width="3" stroke-linejoin="round"'
 HEADER = f"""
 <header class="dg-head">
@@ -93,12 +108,26 @@ CSS = """
 .dg-head h1 { margin: 0 !important; font-size: 2rem !important; line-height: 1.1; letter-spacing: -.01em; }
 .dg-head p { margin: 4px 0 0; opacity: .8; }
 .dg-note { padding: 10px 14px; border-left: 4px solid #ffc43d; border-radius: 8px; background: #ffc43d2a; }
+.dg-top { align-items: center; }
+.dg-top .form { border: 0; background: none; max-width: 380px; margin-left: auto; }
+.dg-legend { display: flex; flex-wrap: wrap; gap: 4px 14px; margin: 0; font-size: .85rem; }
+.dg-legend i { display: inline-block; width: .8em; height: .8em; border-radius: 50%; margin-right: 5px; }
+.dg-look { display: flex; gap: 14px; align-items: center; padding: 10px 14px; border-radius: 12px; }
+.dg-look { background: #ffc43d2a; }
+.gradio-container .dg-look-place:not(:has(.dg-look)) { display: none; }
+.dg-look img { width: 128px; height: 128px; border-radius: 8px; }
+.dg-look p { margin: 0; }
+.gradio-container .dg-strip .grid-container { grid-template-columns: repeat(auto-fill, 92px) !important; }
+.gradio-container .dg-seeds .grid-container { grid-template-columns: repeat(auto-fill, minmax(76px, 1fr)) !important; }
+.gradio-container .dg-strip .caption-label { font-size: .62rem; padding: 1px 4px; }
 .report textarea { font-family: monospace; font-size: .8rem; }
 @media (max-width: 480px) {
   .gradio-container .main.fillable { padding: 12px !important; }
   .gradio-container .caption-label { font-size: .68rem; padding: 2px 5px; }
   .gradio-container .table-container table * { font-size: .7rem !important; padding-inline: 3px !important; }
   .gradio-container .tab-container button { padding: 0 7px !important; font-size: .84rem !important; }
+  .dg-top > * { flex: 1 1 100% !important; }
+  .dg-top .form { max-width: none; }
   .dg-head { gap: 12px; }
   .dg-head svg { width: 60px; }
   .dg-head h1 { font-size: 1.5rem !important; }

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import io
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import gradio as gr
 from gradio import processing_utils, utils
@@ -17,12 +17,16 @@ from PIL import Image
 from ..metadata import encode_png
 from ..models import shown_name
 from .checks import GUIDANCE, PICTURES, SIDE, STEPS
+from .examples import example
+from .preview import as_html
 from .studio import Job, Studio
 from .told import told, warn
 from .uploads import unread
 
 MODEL = "model"
-EXAMPLES = Path(__file__).parents[2] / "assets" / "examples"
+FILES = ("picture", "mask", "content", "style", "drawing", "model")
+TICK = 0.7
+"""Seconds between two looks at what is being made."""
 Shown = list[tuple[str, str]]
 """Pictures for a gallery: (file, caption)."""
 
@@ -35,26 +39,50 @@ class Knobs:
     guidance: gr.Slider
     count: gr.Slider
     seed: gr.Number
-    model: gr.Textbox
 
 
-def knobs(studio: Studio, *, steps: int, guidance: float, seed: int, count: int = 1, model: str = "") -> Knobs:
-    """Steps, guidance, number of pictures, seed and model, in a closed drawer."""
-    with gr.Accordion("Seed, steps, model", open=False):
+@dataclass(frozen=True)
+class Laid:
+    """What a tab tells the page of itself.
+
+    Attributes:
+        name: of the tab. made: where its results are. events: after which there are new ones.
+        fields: by the argument of the handler that they fill.
+        needs: what is of no use where a model cannot do it: (component, plugin or task).
+        note: where it is said what the model cannot do.
+        knobs: of which steps and guidance follow the model; None where they do not.
+    """
+
+    name: str
+    made: Any
+    events: list[Any]
+    fields: dict[str, Any]
+    needs: list[tuple[Any, str]]
+    note: gr.HTML
+    knobs: Knobs | None = None
+
+
+def knobs(*, steps: int, guidance: float, seed: int, count: int = 1) -> Knobs:
+    """Steps, guidance, number of pictures and seed, in a closed drawer."""
+    with gr.Accordion("Seed and steps", open=False):
         with gr.Row():
             start = gr.Number(seed, label="Seed", info="-1: a new one each time", precision=0, min_width=120)
             pictures = gr.Slider(1, PICTURES, count, step=1, label="Pictures", min_width=120)
         with gr.Row():
             how_many = gr.Slider(1, STEPS, steps, step=1, label="Steps", min_width=180)
             strength = gr.Slider(0, GUIDANCE, guidance, step=0.1, label="Guidance", min_width=180)
-        which = gr.Textbox(
-            model,
-            label="Model",
-            placeholder=studio.model,
-            interactive=not studio.fixed,
-            info="Empty: the one of this page. Else a folder, a .safetensors file or a Hub id",
-        )
-    return Knobs(how_many, strength, pictures, start, which)
+    return Knobs(how_many, strength, pictures, start)
+
+
+def typed(tab: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """What stood in a tab's fields, for the picture's settings: texts and numbers, and no path of this machine."""
+    kept = {name: value for name, value in given.items() if isinstance(value, (str, int, float)) and name not in FILES}
+    return {"page": {"tab": tab, **kept}}
+
+
+def note() -> gr.HTML:
+    """Where a tab says what the chosen model cannot do."""
+    return gr.HTML(visible=False, elem_classes="dg-note")
 
 
 def size_row() -> tuple[gr.Number, gr.Number]:
@@ -83,14 +111,6 @@ def upload(name: str, label: str) -> gr.Image:
     )  # fmt: skip
 
 
-gr.set_static_paths([EXAMPLES])  # served as they are; copies in the cache would be gone after a day
-
-
-def example(name: str) -> str:
-    """The file of an example picture."""
-    return str(EXAMPLES / f"{name}.png")
-
-
 def slider(label: str, value: Any = None) -> gr.ImageSlider:
     """Two pictures, one over the other."""
     return gr.ImageSlider(
@@ -109,28 +129,68 @@ def facts(used: str = "", how: str = "") -> tuple[gr.Textbox, gr.Textbox]:
     return seed, settings
 
 
-def runs(
-    label: str, studio: Studio, handler: Callable[..., Any], inputs: Sequence[Any], outputs: Sequence[Any],
-    buttons: tuple[gr.Button, gr.Button], visibility: Literal["public", "undocumented"] = "public",
-) -> Any:  # fmt: skip
-    """Let a button run a handler, one at a time for the whole page, and the other one stop it.
+class Runs:
+    """What a tab's buttons run, one at a time for the whole page; what Stop ends, and what is seen meanwhile."""
 
-    Args:
-        label: the endpoint's name.
-        buttons: (run, stop).
-        visibility: of the endpoint, in the API's pages and among the MCP tools.
-    """
-    run, halt = buttons
-    event = run.click(
-        told(handler), inputs, outputs, api_name=label, api_visibility=visibility, concurrency_id=MODEL,
-        concurrency_limit=1, scroll_to_output=True, show_progress_on=list(outputs[:1]),
-    )  # fmt: skip
-    found = gr.State(False)
-    halted = halt.click(  # past the queue, which may be full
-        stopper(studio), None, found, queue=False, api_visibility="private", cancels=[event]
-    )
-    halted.then(tell_stopped, found, None, concurrency_limit=None, api_visibility="private")
-    return event
+    def __init__(self, studio: Studio, halt: gr.Button) -> None:
+        self.studio, self.halt, self.events = studio, halt, list[Any]()
+        self.look, self.timer = gr.HTML(elem_classes="dg-look-place"), gr.Timer(TICK, active=False)
+
+    def on(self, trigger: Any, handler: Callable[..., Any], inputs: Sequence[Any], outputs: Sequence[Any]) -> Any:
+        """Let a trigger, such as `button.click`, run a handler; programs have `offer`."""
+        trigger(lambda: gr.Timer(active=True), None, self.timer, **_QUIET)  # first: the page sends them in this order
+        event = trigger(
+            told(handler), list(inputs), list(outputs), api_name=f"{handler.__name__}_drawn",
+            api_visibility="undocumented", concurrency_id=MODEL, concurrency_limit=1, scroll_to_output=True,
+            show_progress_on=list(outputs[:1]),
+        )  # fmt: skip
+        event.then(self._over, None, [self.look, self.timer], **_QUIET)
+        self.events.append(event)
+        return event
+
+    @staticmethod
+    def offer(handler: Callable[..., Any], outputs: Sequence[Any]) -> None:
+        """The same for programs, under the handler's name and with its own defaults instead of what the page shows."""
+        given = inspect.signature(handler).parameters.values()
+        inputs = [_twin(one) for one in given if one.name not in ("drawing", "request", "progress")]
+        gr.Button(visible=False).click(
+            told(handler), inputs, list(outputs), api_name=handler.__name__, concurrency_id=MODEL, concurrency_limit=1
+        )
+
+    def close(self) -> list[Any]:
+        """Wire Stop and the look; gives the events."""
+
+        def press_stop(request: gr.Request) -> bool:
+            """Stop what you are running here; a running step is finished first."""
+            return self.studio.stop(visitor(request))
+
+        def glance(request: gr.Request) -> str:
+            return as_html(*self.studio.seen(visitor(request)))
+
+        found = gr.State(False)
+        halted = self.halt.click(  # past the queue, which may be full
+            press_stop, None, found, queue=False, api_visibility="private", cancels=self.events
+        )
+        halted.then(tell_stopped, found, None, concurrency_limit=None, api_visibility="private")
+        halted.then(self._over, None, [self.look, self.timer], **_QUIET)
+        self.timer.tick(glance, None, self.look, **_QUIET)
+        return self.events
+
+    @staticmethod
+    def _over() -> tuple[str, gr.Timer]:
+        return "", gr.Timer(active=False)
+
+
+def _twin(argument: inspect.Parameter) -> Any:
+    """A field that nobody sees, for an argument of a handler."""
+    default = None if argument.default is inspect.Parameter.empty else argument.default
+    if argument.name in FILES[:4]:
+        return unread(gr.Image(type="filepath", visible=False))
+    if isinstance(default, bool):
+        return gr.Checkbox(default, visible=False)
+    if isinstance(default, (int, float)) or argument.name in ("seed", "width", "height"):
+        return gr.Number(default, visible=False)
+    return gr.Textbox(default, visible=False)
 
 
 def buttons(label: str) -> tuple[gr.Button, gr.Button]:
@@ -141,19 +201,12 @@ def buttons(label: str) -> tuple[gr.Button, gr.Button]:
     return run, halt
 
 
-def stopper(studio: Studio) -> Callable[..., bool]:
-    """The handler of a Stop button."""
-
-    def press_stop(request: gr.Request) -> bool:
-        """Stop what you are running here; a running step is finished first."""
-        return studio.stop(visitor(request))
-
-    return press_stop
-
-
 def tell_stopped(found: bool) -> None:
     """Say whether there was something to stop; only what goes through the queue can say something."""
     gr.Info("Stopped." if found else "Nothing of yours is running.", duration=3)
+
+
+_QUIET: dict[str, Any] = {"queue": False, "api_visibility": "private", "show_progress": "hidden"}
 
 
 def visitor(request: gr.Request | None) -> str:

@@ -13,9 +13,9 @@ from ...attention.errors import SettingError
 from ..console import say
 from ..extras import need
 from ..models import PICTUREBOOK, open_model
-from . import looks
+from . import looks, menu, visit
 from .checks import UPLOADS
-from .parts import visitor
+from .parts import Laid, visitor
 from .studio import Studio
 from .tab_compose import ComposeTab
 from .tab_erase import EraseTab
@@ -34,11 +34,16 @@ TABS = {
 def page(studio: Studio) -> gr.Blocks:
     """The whole page on one studio."""
     with gr.Blocks(title="diffgraft", analytics_enabled=False, delete_cache=(_HOUR, 24 * _HOUR)) as blocks:
-        gr.HTML(looks.HEADER, padding=False)
-        with gr.Tabs():
+        with gr.Row(equal_height=False, elem_classes="dg-top"):
+            gr.HTML(looks.HEADER, padding=False, min_width=300)
+            model = menu.menu(studio)
+        laid: list[Laid] = []
+        with gr.Tabs() as switch:
             for title, tab in TABS.items():
-                with gr.Tab(title):
-                    tab(studio).build()
+                with gr.Tab(title, id=tab.name):
+                    laid.append(tab(studio).build(model))
+        menu.wire(model, studio, laid)
+        visit.strip(laid, switch)
 
         def stop(request: gr.Request) -> str:
             """Stop what you are running here; a call of the model that has begun is finished first.
@@ -60,8 +65,9 @@ def page(studio: Studio) -> gr.Blocks:
 def serve(studio: Studio, *, host: str = "127.0.0.1", port: int | None = None, **options: Any) -> gr.Blocks:
     """Serve the page; `options` go to Gradio's `launch`."""
     blocks = page(studio)
+    head = f"<style>{looks.CSS}</style><script>{looks.DROPS}</script>"
     blocks.launch(
-        server_name=host, server_port=port, theme=looks.theme(), head=f"<style>{looks.CSS}</style>",
+        server_name=host, server_port=port, theme=looks.theme(), head=head,
         favicon_path=looks.FAVICON, footer_links=["api"], run_history=False, enable_monitoring=False, ssr_mode=False,
         max_file_size=UPLOADS.file_bytes, strict_cors=True, show_error=True, quiet=True, **options,
     )  # fmt: skip

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-from .parts import EXAMPLES
+from .examples import EXAMPLES
 
 FOLDER = EXAMPLES / "shown"
 

@@ -11,11 +11,15 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from PIL import Image
 
 from ...attention.errors import GraftError, SettingError
-from ..models import EMBEDDED, PICTUREBOOK, open_model
+from ..models import EMBEDDED, PICTUREBOOK, denoiser_of, open_model
 from .checks import text
+from .preview import Guess, clean, learn
 
+LOOKS = 8
+"""Rough looks at a picture while it is made."""
 Tell = Callable[[tuple[int, int] | None, str], object]
 """tell((steps done, steps in all) or None, what is going on)"""
 
@@ -30,16 +34,20 @@ class Job:
     Attributes:
         pipe: a pipeline on the shared weights, with a scheduler and state of its own.
         warnings: what the visitor should know, filled in while the job runs.
+        doing: what is going on, in words. rough: a rough look at the picture, if there is one.
     """
 
-    def __init__(self, pipe: Any, stop: threading.Event, tell: Tell) -> None:
-        self.pipe, self._stop, self._tell = pipe, stop, tell
+    def __init__(self, pipe: Any, stop: threading.Event, tell: Tell, guess: Guess | None = None) -> None:
+        self.pipe, self._stop, self._tell, self._guess = pipe, stop, tell, guess
         self.warnings: list[str] = []
+        self.doing, self.rough = "", None
+        self._sample: torch.Tensor | None = None
         self._what, self._steps, self._done, self._time = "", 1, 0, None
 
     def expect(self, what: str, steps: int) -> None:
         """Say what is computed next, in how many steps."""
         self._what, self._steps, self._done, self._time = what, max(1, steps), 0, None
+        self.doing, self.rough = f"{what}: reading the prompt", None
         self._tell((0, self._steps), what)
 
     def before(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -50,7 +58,21 @@ class Job:
         time = float(torch.as_tensor(given).flatten()[0])
         if time != self._time:
             self._time, self._done = time, min(self._done + 1, self._steps)
+            self.doing = f"{self._what}: step {self._done} of {self._steps}"
             self._tell((self._done, self._steps), self._what)
+        self._sample = kwargs.get("sample", args[0] if args else None)
+
+    def after(self, module: Any, args: tuple[Any, ...], output: Any) -> None:
+        """Runs after each call of the denoiser: every few steps a rough look at what it sees."""
+        sample, every = self._sample, max(1, self._steps // LOOKS)
+        if self._guess is None or self._time is None or self._done % every or not isinstance(sample, torch.Tensor):
+            return
+        found = output if isinstance(output, torch.Tensor) else output[0]
+        channels = len(self._guess.weights) - 1
+        if isinstance(found, torch.Tensor) and sample.ndim == found.ndim == 4 and sample.shape[1] >= channels:
+            row = len(sample) - 1  # of [unconditional, conditional] the latter; a plugin's own rows come behind
+            latent = clean(self.pipe.scheduler, sample[row, :channels].float(), found[row].float(), self._time)
+            self.rough = self._guess.picture(latent)
 
 
 class Studio:
@@ -75,6 +97,9 @@ class Studio:
         self._turn, self._stops_lock = threading.Lock(), threading.Lock()
         self._name: str | None = None
         self._pipe: Any = None
+        self._guess: Guess | None = None
+        self._jobs: dict[str, Job] = {}
+        self._loading = ""
         self._stops: dict[str, list[threading.Event]] = {}
 
     def check(self, model: str | None) -> str:
@@ -101,15 +126,19 @@ class Studio:
         """
         name, stop = self.check(model), threading.Event()
         with self._listed(visitor, stop), self._alone(stop, tell):
-            if name != self._name:
-                tell(None, f"loading {name}")
-            job = Job(private(self._get(name)), stop, tell)
-            hook = denoiser(job.pipe).register_forward_pre_hook(job.before, with_kwargs=True)
+            job = Job(private(self._get(name, tell)), stop, tell, self._guess)
+            hooks = [
+                denoiser(job.pipe).register_forward_pre_hook(job.before, with_kwargs=True),
+                denoiser(job.pipe).register_forward_hook(job.after),
+            ]
+            self._jobs[visitor] = job
             try:
                 with _noted(job.warnings):
                     yield job
             finally:
-                hook.remove()
+                del self._jobs[visitor]
+                for hook in hooks:
+                    hook.remove()
 
     def open(self) -> None:
         """Load the page's own model, so that the first visitor need not wait for it.
@@ -118,7 +147,24 @@ class Studio:
             ModelLoadError, SettingError: it cannot be loaded, or not there.
         """
         with self._turn:
-            self._get(self.model)
+            self._get(self.model, lambda done, what: None)
+
+    def seen(self, visitor: str) -> tuple[str, Image.Image | None]:
+        """What this visitor's request does just now, and a rough look at its picture; "" if it does not run."""
+        job = self._jobs.get(visitor)
+        return (job.doing, job.rough) if job else (self._loading if visitor in self._stops else "", None)
+
+    def denoiser(self, name: str, visitor: str, tell: Tell) -> str:
+        """The class of a model's denoiser, by opening the model if nothing else tells.
+
+        Raises:
+            ModelLoadError: it cannot be opened. SettingError: not on this page.
+        """
+        known = denoiser_of(self.check(name))
+        if known is None:
+            with self.job(name, visitor, tell) as job:
+                known = type(denoiser(job.pipe)).__name__
+        return known
 
     def stop(self, visitor: str) -> bool:
         """Stop what this visitor runs, within one call of the denoiser; False if that is nothing."""
@@ -128,13 +174,22 @@ class Studio:
                 event.set()
             return bool(events)
 
-    def _get(self, name: str) -> Any:
+    def _get(self, name: str, tell: Tell) -> Any:
         if name != self._name:
-            self._name = self._pipe = None  # the old one goes first: two may not fit
+            self._say(tell, f"loading {name}: making room")
+            self._name = self._pipe = self._guess = None  # the old one goes first: two may not fit
             gc.collect()
+            self._say(tell, f"loading {name}: reading its files")
             self._pipe = self._opener(name, device=self.device)
+            self._say(tell, f"loading {name}: learning what its latents look like")
+            self._guess = learn(self._pipe)
             self._name = name
+        self._loading = "beginning"
         return self._pipe
+
+    def _say(self, tell: Tell, what: str) -> None:
+        self._loading = what
+        tell(None, what)
 
     @contextmanager
     def _alone(self, stop: threading.Event, tell: Tell) -> Iterator[None]:

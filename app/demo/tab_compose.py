@@ -11,11 +11,11 @@ from ...pipelines.grafting.graft import Graft, graft
 from ...plugins.base import Plugin
 from ..techniques import build, techniques
 from . import checks, parts
-from .parts import Shown, keep
+from .painting import paint
+from .parts import Laid, Runs, Shown, keep
 from .shown import shown
 from .specs import MOST, read_specs, rewritten, starting_specs, with_uploads
 from .studio import Studio
-from .tab_generate import paint
 from .told import told
 
 PROMPT = "a house and a tree and a star , snow"
@@ -30,11 +30,12 @@ class ComposeTab:
     name: ClassVar[str] = "compose"
     first: ClassVar[dict[str, Any]] = {"prompt": PROMPT, "plugins": starting_specs(FIRST), "seed": 3}
 
-    def build(self) -> None:
+    def build(self, model: gr.Dropdown) -> Laid:
         """Lay the tab out."""
         made, rows, said, used, how = shown(self.name)
         with gr.Row():
             with gr.Column(scale=4, min_width=300):
+                note = parts.note()
                 prompt = gr.Textbox(PROMPT, label="Prompt", lines=2)
                 chosen = gr.Dropdown(
                     list(techniques()), value=FIRST, multiselect=True, max_choices=MOST, label="Techniques",
@@ -47,9 +48,10 @@ class ComposeTab:
                 chosen.input(told(rewritten), [chosen, specs], specs, api_visibility="private", queue=False)
                 with gr.Accordion('Pictures for "upload"', open=False), gr.Row():
                     mask, style = parts.upload("ball-mask", "Mask"), parts.upload("mosaic", "Style")
-                buttons = parts.buttons("Paint")
-                knobs = parts.knobs(self.studio, steps=25, guidance=2.5, seed=self.first["seed"])
+                run, halt = parts.buttons("Paint")
+                knobs = parts.knobs(steps=25, guidance=2.5, seed=self.first["seed"])
             with gr.Column(scale=5, min_width=300):
+                runs = Runs(self.studio, halt)
                 pictures = parts.gallery("Pictures", made)
                 order = gr.Dataframe(
                     rows, headers=["#", "technique", "rank", "layers", "steps"], label="Order", interactive=False,
@@ -59,9 +61,13 @@ class ComposeTab:
                     said, label="Report", lines=8, max_lines=14, interactive=False, elem_classes="report"
                 )
                 seed, settings = parts.facts(used, how)
-        inputs = [prompt, specs, mask, style, knobs.steps, knobs.guidance, knobs.count, knobs.seed, knobs.model]
+        inputs = [prompt, specs, mask, style, knobs.steps, knobs.guidance, knobs.count, knobs.seed, model]
         outputs = [pictures, order, report, seed, settings]
-        parts.runs("compose", self.studio, self.compose, inputs, outputs, buttons)
+        painted = runs.on(run.click, self.compose, inputs, outputs)
+        runs.offer(self.compose, outputs)
+        runs.close()
+        names = ["prompt", "plugins", "mask", "style", "steps", "guidance", "count", "seed", "model"]
+        return Laid(self.name, pictures, [painted], dict(zip(names, inputs, strict=True)), [], note, knobs)
 
     def compose(
         self,
@@ -97,7 +103,7 @@ class ComposeTab:
         wish = checks.sampling(steps, guidance)
         text, first = checks.text(prompt, "the prompt", needed=True), checks.seed(seed)
         number, name = checks.whole(count, "pictures", 1, checks.PICTURES), self.studio.check(model)
-        specs = read_specs(plugins)
+        specs, page = read_specs(plugins), parts.typed(self.name, locals())
         shown: Shown = []
         with parts.turn(self.studio, model, request, progress) as job:
             used = [build(with_uploads(spec, {"mask": mask, "style": style})) for spec in specs]
@@ -107,10 +113,10 @@ class ComposeTab:
                 made.info["diffgraft"]["plugins"] = [{"plugin": type(p).__name__} | p.settings() for p in used]
                 if i == 0:
                     settings, rows, report = made.info["diffgraft"], in_order(on), str(on.report())
-                shown.append((keep(made, name), f"together, seed {first + i}"))
+                shown.append((keep(made, name, page), f"together, seed {first + i}"))
                 if used:
                     plain = paint(job, text, [], first + i, wish, f"plain picture {i + 1} of {number}")
-                    shown.append((keep(plain, name), f"plain, seed {first + i}"))
+                    shown.append((keep(plain, name, page), f"plain, seed {first + i}"))
         return shown, rows, report, str(first), parts.as_json(settings)
 
 

@@ -15,7 +15,7 @@ from ...attention.pictures import as_picture
 from ...pipelines.tasks.generate import as_list
 from ..images import coverage
 from . import checks, parts
-from .parts import Shown, example, keep, keep_plain, upload
+from .parts import Laid, Runs, Shown, example, keep, keep_plain, upload
 from .shown import shown
 from .studio import Studio
 from .told import told
@@ -36,11 +36,12 @@ class EraseTab:
         "picture": example("moon"), "mask": example("moon-mask"), "prompt": "night", "seed": 3,
     }  # fmt: skip
 
-    def build(self) -> None:
+    def build(self, model: gr.Dropdown) -> Laid:
         """Lay the tab out."""
         made, both, used, how = shown(self.name)
         with gr.Row():
             with gr.Column(scale=4, min_width=300):
+                note = parts.note()
                 editor = unread(
                     gr.ImageEditor(
                         example("moon"), label="Paint over it", type="filepath",
@@ -52,31 +53,31 @@ class EraseTab:
                 with gr.Accordion("Or a mask, used where nothing is painted", open=True), gr.Row():
                     mask = upload("moon-mask", "White goes")
                     invert = gr.Checkbox(False, label="Black is removed instead", min_width=120)
-                buttons = parts.buttons("Erase")
+                run, halt = parts.buttons("Erase")
                 with gr.Accordion("Edges and strength", open=False):
                     grow = gr.Slider(0, 24, 2, step=1, label="Grow", info="Pixels around the paint that go too")
                     feather = gr.Slider(0, 24, 2, step=1, label="Soft edge", info="Pixels over which old and new mix")
                     scale = gr.Slider(0, 20, 1, step=0.5, label="Redirection", info="Away from what was there")
-                knobs = parts.knobs(self.studio, steps=30, guidance=3.0, count=3, seed=self.first["seed"])
+                knobs = parts.knobs(steps=30, guidance=3.0, count=3, seed=self.first["seed"])
                 tries = [[example(name), example(f"{name}-mask"), there] for name, there in EXAMPLES]
                 labels = [name for name, _ in EXAMPLES]
                 gr.Examples(tries, [editor, mask, prompt], label="Try", example_labels=labels)
             with gr.Column(scale=5, min_width=300):
+                runs = Runs(self.studio, halt)
                 slider = parts.slider("Before and after", both)
                 candidates = parts.gallery(
                     "Candidates, the best first: choose one", made, columns=3, allow_preview=False
                 )
                 seed, settings = parts.facts(used, how)
-        rest = [prompt, grow, feather, scale, knobs.steps, knobs.guidance, knobs.count, knobs.seed, knobs.model, invert]
+        rest = [prompt, grow, feather, scale, knobs.steps, knobs.guidance, knobs.count, knobs.seed, model, invert]
         outputs = [candidates, slider, seed, settings]
-        parts.runs("erase_drawn", self.studio, self.erase, [editor, mask, *rest], outputs, buttons, "undocumented")
+        gone = runs.on(run.click, self.erase, [editor, mask, *rest], outputs)
+        runs.offer(self.erase, outputs)
+        runs.close()
         candidates.select(told(chosen), [slider, candidates], [slider, seed], api_visibility="private", queue=False)
-        # the same for programs, which have no editor
-        files = [unread(gr.Image(type="filepath", visible=False)) for _ in range(2)]
-        gr.Button(visible=False).click(
-            told(self.erase), [*files, *rest], outputs, api_name="erase", concurrency_id=parts.MODEL,
-            concurrency_limit=1,
-        )  # fmt: skip
+        names = ["prompt", "grow", "feather", "scale", "steps", "guidance", "count", "seed", "model", "invert"]
+        fields = {"picture": editor, "mask": mask, **dict(zip(names, rest, strict=True))}
+        return Laid(self.name, candidates, [gone], fields, [(run, "erase")], note, knobs)
 
     def erase(
         self,
@@ -124,13 +125,13 @@ class EraseTab:
             **checks.sampling(steps, guidance),
         }
         number, first = checks.whole(count, "pictures", 1, checks.PICTURES), checks.seed(seed)
-        name = self.studio.check(model)
+        name, page = self.studio.check(model), parts.typed(self.name, locals())
         with parts.turn(self.studio, model, request, progress) as job:
             job.expect(f"{number} candidates, then ranked", number * max(1, int(wish["steps"] * STRENGTH)))
             wish |= {"strength": STRENGTH, "best_first": True}
             made: list[Image.Image] = as_list(diffgraft.erase(job.pipe, image, hole, seed=first, n=number, **wish))
         settings = made[0].info["diffgraft"] | {"masked": round(coverage(hole), 4)}
-        files = [keep(picture, name) for picture in made]
+        files = [keep(picture, name, page) for picture in made]
         seeds = [picture.info["diffgraft"]["seed"] for picture in made]
         ranked = [(file, f"seed {number}") for file, number in zip(files, seeds, strict=True)]
         return ranked, (keep_plain(as_picture(image), "before"), files[0]), str(seeds[0]), parts.as_json(settings)

@@ -6,33 +6,26 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import gradio as gr
-from PIL import Image
 
-import diffgraft
-
-from ...attention.errors import ConceptError, UnsupportedPipelineError
-from ...plugins.base import Plugin
-from . import checks, parts
-from .parts import Shown, keep, keep_plain
+from . import checks, parts, seeds
+from .drawing import WORDS, as_text, canvas, legend
+from .painting import asked, caption, look, paint
+from .parts import Laid, Runs, Shown, keep
 from .shown import shown
-from .studio import Job, Studio
+from .studio import Studio
+from .told import told
 
-SMALL_WORDS = {"a", "an", "and", "the", "of", "on", "in", "with", "at", "to", "style"}
-MOST_WORDS = 6
 EXAMPLES = [
-    ["a blue ball and a yellow star and a red house , snow", "ball, star, house", ""],
-    ["a blue ball and a yellow star , night", "ball, star", ""],
-    ["a red house and a green tree , snow", "house, tree", ""],
-    ["a flower , meadow", "", "red"],
-    ["a yellow moon and a white boat , sea", "moon, boat", "purple"],
+    ["a blue ball and a yellow star and a red house , snow", "ball, star, house", "", ""],
+    ["a blue ball and a yellow star , night", "ball, star", "", "left, top right"],
+    ["a red house and a green tree , snow", "house, tree", "", ""],
+    ["a flower , meadow", "", "red", ""],
+    ["a yellow moon and a white boat , sea", "moon, boat", "purple", ""],
 ]
 LABELS = [
-    "a ball, a star and a house",
-    "a ball and a star",
-    "a house and a tree",
-    "a flower, but not red",
+    "a ball, a star and a house", "a ball left, a star top right", "a house and a tree", "a flower, but not red",
     "a moon and a boat, not purple",
-]
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -45,17 +38,18 @@ class GenerateTab:
         "prompt": EXAMPLES[0][0], "concepts": EXAMPLES[0][1], "compare": True, "seed": 1, "steps": 25, "guidance": 2.5,
     }  # fmt: skip
 
-    def build(self) -> None:
+    def build(self, model: gr.Dropdown) -> Laid:
         """Lay the tab out."""
         made, seen, used, how = shown(self.name)
         with gr.Row():
             with gr.Column(scale=4, min_width=300):
+                note = parts.note()
                 prompt = gr.Textbox(EXAMPLES[0][0], label="Prompt", lines=2)
                 concepts = gr.Textbox(
-                    EXAMPLES[0][1],
-                    label="Concepts that must all appear",
+                    EXAMPLES[0][1], label="Concepts that must all appear",
                     info="Words of the prompt, with commas. Empty: off",
-                )
+                )  # fmt: skip
+                places, drawing = where(concepts)
                 negative = gr.Textbox(
                     "", label="Keep away", info="A negative prompt inside the attention. Empty: off", placeholder="red"
                 )
@@ -64,20 +58,37 @@ class GenerateTab:
                     placeholder="star",
                 )  # fmt: skip
                 compare = gr.Checkbox(True, label="Also paint it plain, with the same seed")
-                buttons = parts.buttons("Paint")
-                knobs = parts.knobs(self.studio, steps=25, guidance=2.5, seed=self.first["seed"])
+                run, halt = parts.buttons("Paint")
+                tries = gr.Button("Try 8 seeds, rank them")
+                knobs = parts.knobs(steps=25, guidance=2.5, seed=self.first["seed"])
                 with gr.Accordion("Size", open=False):
                     width, height = parts.size_row()
-                gr.Examples(EXAMPLES, [prompt, concepts, negative], label="Try", example_labels=LABELS)
+                gr.Examples(EXAMPLES, [prompt, concepts, negative, places], label="Try", example_labels=LABELS)
             with gr.Column(scale=5, min_width=300):
+                runs = Runs(self.studio, halt)
+                thumbs = seeds.gallery()
                 pictures = parts.gallery("Pictures", made)
                 maps = parts.gallery("Where each word looked", seen, columns=4)
                 seed, settings = parts.facts(used, how)
         inputs = [
             prompt, concepts, negative, compare, knobs.steps, knobs.guidance, knobs.count, knobs.seed, width, height,
-            knobs.model, never,
+            model, never, places, drawing,
         ]  # fmt: skip
-        parts.runs("generate", self.studio, self.generate, inputs, [pictures, maps, seed, settings], buttons)
+        outputs = [pictures, maps, seed, settings]
+        painted = runs.on(run.click, self.generate, inputs, outputs)
+        picked = thumbs.select(told(seeds.picked), thumbs, knobs.seed, api_visibility="private", queue=False)
+        again = runs.on(picked.success, self.generate, inputs, outputs)
+        trying = [*inputs[:3], *inputs[4:6], *inputs[7:]]
+        trial = seeds.SeedsPart(self.studio).seeds
+        runs.on(tries.click, trial, trying, [thumbs])
+        runs.offer(self.generate, outputs)
+        runs.offer(trial, [thumbs])
+        runs.close()
+        names = ["prompt", "concepts", "negative", "compare", "steps", "guidance", "count", "seed", "width", "height"]
+        fields = dict(zip([*names, "model", "never", "places", "drawing"], inputs, strict=True))
+        lost = [(field, "AttentionSegregation") for field in (concepts, places, drawing, tries)]
+        needs = [*lost, (never, "ConceptBlock"), (negative, "NegativeAway")]
+        return Laid(self.name, pictures, [painted, again], fields, needs, note, knobs)
 
     def generate(
         self,
@@ -93,6 +104,8 @@ class GenerateTab:
         height: int | None = None,
         model: str = "",
         never: str = "",
+        places: str = "",
+        drawing: dict[str, Any] | None = None,
         request: gr.Request | None = None,
         progress: gr.Progress = gr.Progress(),  # noqa: B008
     ) -> tuple[Shown, Shown, str, str]:
@@ -111,78 +124,43 @@ class GenerateTab:
             height: Pixels, a multiple of 8; empty leaves it to the model.
             model: Empty for the page's model, else a folder, a .safetensors file or a Hub id.
             never: Words that must not be drawn, separated by commas; empty switches this off.
+            places: Where each concept is to be, in their order, such as "left, top right"; empty leaves it open.
+            drawing: The page's canvas: a place painted for each concept; counts before `places`.
 
         Returns:
             Pictures, attention maps of the first one, its seed, and its settings as JSON.
         """
-        wish: dict[str, Any] = {
-            **checks.sampling(steps, guidance),
-            "width": checks.side(width, "width"),
-            "height": checks.side(height, "height"),
-        }
-        text, kept_away = checks.text(prompt, "the prompt", needed=True), checks.text(negative, "the negative")
-        together, first = checks.words(concepts, "concepts"), checks.seed(seed)
-        number = checks.whole(count, "pictures", 1, checks.PICTURES)
-        name = self.studio.check(model)
-        plugins = techniques(together, kept_away, checks.words(never, "never"))
+        ask = asked(
+            prompt, concepts, negative, never, places, drawing, seed, steps=steps, guidance=guidance, width=width,
+            height=height,
+        )  # fmt: skip
+        page = parts.typed(self.name, locals())
+        page["page"]["drawing"] = as_text(drawing)
+        number, name = checks.whole(count, "pictures", 1, checks.PICTURES), self.studio.check(model)
         shown: Shown = []
         with parts.turn(self.studio, model, request, progress) as job:
-            made, seen = look(job, text, together, plugins, first, wish, f"picture 1 of {number}")
+            made, seen = look(job, ask, f"picture 1 of {number}")
             settings = made.info["diffgraft"]
             for i in range(number):
+                at = ask.seed + i
                 if i:
-                    made = paint(job, text, plugins, first + i, wish, f"picture {i + 1} of {number}")
-                shown.append((keep(made, name), caption(plugins, first + i)))
-                if compare is True and plugins:
-                    plain = paint(job, text, [], first + i, wish, f"plain picture {i + 1} of {number}")
-                    shown.append((keep(plain, name), caption([], first + i)))
-        return shown, seen, str(first), parts.as_json(settings)
+                    made = paint(job, ask.text, ask.plugins, at, ask.wish, f"picture {i + 1} of {number}")
+                shown.append((keep(made, name, page), caption(ask.plugins, at)))
+                if compare is True and ask.plugins:
+                    plain = paint(job, ask.text, [], at, ask.wish, f"plain picture {i + 1} of {number}")
+                    shown.append((keep(plain, name, page), caption([], at)))
+        return shown, seen, str(ask.seed), parts.as_json(settings)
 
 
-def techniques(concepts: list[str], negative: str, never: list[str]) -> list[Plugin]:
-    """What the three fields stand for."""
-    plugins: list[Plugin] = []
-    if concepts:
-        plugins.append(diffgraft.AttentionSegregation(concepts))
-    if negative:
-        plugins.append(diffgraft.NegativeAway(negative))
-    if never:
-        plugins.append(diffgraft.ConceptBlock(never))
-    return plugins
-
-
-def look(
-    job: Job, prompt: str, concepts: list[str], plugins: list[Plugin], seed: int, wish: dict[str, Any], what: str
-) -> tuple[Image.Image, Shown]:
-    """One picture and, where its model has such maps, where the concepts or the prompt's first words looked."""
-    words = concepts or telling_words(prompt)
-    ignored = (UnsupportedPipelineError,) if concepts else (UnsupportedPipelineError, ConceptError)
-    job.expect(what, wish["steps"])
-    try:
-        maps = diffgraft.attention_maps(job.pipe, prompt, words, plugins=plugins, seed=seed, **wish) if words else None
-    except ignored:
-        maps = None
-    if maps is None:
-        return paint(job, prompt, plugins, seed, wish, what), []
-    maps.image.info["diffgraft"]["plugins"] = [{"plugin": type(p).__name__} | p.settings() for p in plugins]
-    return maps.image, [(keep_plain(maps.overlay(word), "map"), word) for word in maps]
-
-
-def telling_words(prompt: str) -> list[str]:
-    """The first words of a prompt that name something."""
-    words = [word.strip(".,;:!?()").lower() for word in prompt.split()]
-    return list(dict.fromkeys(word for word in words if word.isalpha() and word not in SMALL_WORDS))[:MOST_WORDS]
-
-
-def paint(job: Job, prompt: str, plugins: list[Plugin], seed: int, wish: dict[str, Any], what: str) -> Image.Image:
-    """One picture, with its progress."""
-    job.expect(what, wish["steps"])
-    [picture] = diffgraft.generate(job.pipe, prompt, plugins=plugins, seed=seed, **wish)
-    return picture
-
-
-def caption(plugins: list[Plugin], seed: int) -> str:
-    """What stands under a picture."""
-    names = {"AttentionSegregation": "concepts", "NegativeAway": "negative", "ConceptBlock": "never"}
-    used = " + ".join(names.get(type(plugin).__name__, type(plugin).__name__) for plugin in plugins)
-    return f"{used or 'plain'}, seed {seed}"
+def where(concepts: gr.Textbox) -> tuple[gr.Textbox, gr.ImageEditor]:
+    """The drawer in which each concept gets its place, by hand or in words."""
+    with gr.Accordion("Place them", open=False):
+        places = gr.Textbox(
+            "", label="In words, in the order of the concepts", placeholder="left, right, top",
+            info=f"Each of {', '.join(WORDS)}, or two together. Empty: anywhere",
+        )  # fmt: skip
+        colours = gr.HTML(legend(concepts.value))
+        drawing = canvas()
+        gr.Markdown("Paint a blob for each, or a box: what an outline encloses counts as inside.")
+    concepts.change(legend, concepts, colours, queue=False, api_visibility="private", show_progress="hidden")
+    return places, drawing

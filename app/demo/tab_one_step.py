@@ -12,10 +12,10 @@ import diffgraft
 from ...plugins.base import Plugin
 from ..models import ONE_STEP
 from . import checks, parts
-from .parts import keep
+from .painting import paint
+from .parts import Laid, Runs, keep
 from .shown import shown
 from .studio import Studio
-from .tab_generate import paint
 from .told import told
 
 STEPS = 4
@@ -33,37 +33,39 @@ class OneStepTab:
     name: ClassVar[str] = "one_step"
     first: ClassVar[dict[str, Any]] = {"prompt": EXAMPLES[0][0], "negative": EXAMPLES[0][1], "seed": 5}
 
-    def build(self) -> None:
+    def build(self, model: gr.Dropdown) -> Laid:
         """Lay the tab out."""
         both, used_before, how = shown(self.name)
         with gr.Row():
             with gr.Column(scale=4, min_width=300):
+                note = parts.note()
                 prompt = gr.Textbox(EXAMPLES[0][0], label="Prompt", lines=2)
                 negative = gr.Textbox(EXAMPLES[0][1], label="Keep away", info="Type: the picture follows")
                 with gr.Row():
                     rule = gr.Dropdown(RULES, value="nasa", label="Rule", min_width=120)
                     scale = gr.Slider(0, 5, 0, step=0.05, label="Strength", info="0: the measured one", min_width=180)
-                buttons = parts.buttons("Paint")
-                with gr.Accordion("Seed, steps, model", open=False):
-                    with gr.Row():
-                        seed = gr.Number(
-                            self.first["seed"], label="Seed", info="-1: a new one each time", precision=0, min_width=120
-                        )
-                        steps = gr.Slider(1, STEPS, 1, step=1, label="Steps", min_width=120)
-                    model = gr.Textbox(
-                        "", label="Model", placeholder=ONE_STEP, interactive=not self.studio.fixed,
-                        info="Empty: the embedded student. Else a folder, a .safetensors file or a Hub id",
-                    )  # fmt: skip
+                run, halt = parts.buttons("Paint")
+                with gr.Accordion("Seed and steps", open=False), gr.Row():
+                    seed = gr.Number(
+                        self.first["seed"], label="Seed", info="-1: a new one each time", precision=0, min_width=120
+                    )
+                    steps = gr.Slider(1, STEPS, 1, step=1, label="Steps", min_width=120)
                 gr.Examples(EXAMPLES, [prompt, negative], label="Try", example_labels=LABELS)
             with gr.Column(scale=5, min_width=300):
+                runs = Runs(self.studio, halt)
                 slider = parts.slider("Without and with the negative", both)
                 used, settings = parts.facts(used_before, how)
         inputs, outputs = [prompt, negative, rule, scale, steps, seed, model], [slider, used, settings]
-        parts.runs("one_step", self.studio, self.one_step, inputs, outputs, buttons)
+        painted = runs.on(run.click, self.one_step, inputs, outputs)
+        runs.offer(self.one_step, outputs)
+        runs.close()
         gr.on(
             [negative.input, scale.release, rule.input], told(self.one_step), inputs, outputs, api_visibility="private",
             concurrency_id=parts.MODEL, concurrency_limit=1, trigger_mode="always_last", show_progress="minimal",
         )  # fmt: skip
+
+        fields = dict(zip(["prompt", "negative", "rule", "scale", "steps", "seed", "model"], inputs, strict=True))
+        return Laid(self.name, slider, [painted], fields, [(field, "NegativeAway") for field in (negative, run)], note)
 
     def one_step(
         self,
@@ -86,7 +88,7 @@ class OneStepTab:
             scale: Strength, 0 to 100; 0 takes the one that was measured for the model.
             steps: Denoising steps, 1 to 4.
             seed: 0 or more; empty or -1 draws one.
-            model: Empty for the embedded one-step student, else a folder, a .safetensors file or a Hub id.
+            model: Empty, or the page's own, for the embedded one-step student, else a folder, a file or a Hub id.
 
         Returns:
             The picture without and with the negative, the seed, and the settings as JSON.
@@ -94,7 +96,9 @@ class OneStepTab:
         wish: dict[str, Any] = {"steps": checks.whole(steps, "steps", 1, STEPS), "guidance": 0.0}
         text, kept_away = checks.text(prompt, "the prompt", needed=True), checks.text(negative, "the negative")
         strength, used = checks.number(scale, "strength", 0, 100), checks.seed(seed)
-        name = model.strip() if checks.text(model, "the model") else ONE_STEP
+        asked = checks.text(model, "the model")
+        name = ONE_STEP if asked in ("", self.studio.model) else asked
+        page = parts.typed(self.name, locals())
         plugins: list[Plugin] = []
         if kept_away:
             plugins.append(
@@ -103,4 +107,4 @@ class OneStepTab:
         with parts.turn(self.studio, name, request, progress) as job:
             plain = paint(job, text, [], used, wish, "without the negative")
             made = paint(job, text, plugins, used, wish, "with the negative") if plugins else plain
-        return (keep(plain, name), keep(made, name)), str(used), parts.as_json(made.info["diffgraft"])
+        return (keep(plain, name, page), keep(made, name, page)), str(used), parts.as_json(made.info["diffgraft"])

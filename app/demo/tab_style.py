@@ -11,7 +11,7 @@ import diffgraft
 
 from ...attention.pictures import as_picture
 from . import checks, parts
-from .parts import example, keep, keep_plain, upload
+from .parts import Laid, Runs, example, keep, keep_plain, upload
 from .shown import shown
 from .studio import Studio
 from .uploads import picture
@@ -29,28 +29,36 @@ class StyleTab:
     name: ClassVar[str] = "stylize"
     first: ClassVar[dict[str, Any]] = {"content": example(EXAMPLES[0][0]), "style": example(EXAMPLES[0][1]), "seed": 4}
 
-    def build(self) -> None:
+    def build(self, model: gr.Dropdown) -> Laid:
         """Lay the tab out."""
         both, used, how = shown(self.name)
         with gr.Row():
             with gr.Column(scale=4, min_width=300):
+                note = parts.note()
                 with gr.Row():
                     content, style = (upload(*shown) for shown in zip(EXAMPLES[0], ("Content", "Style"), strict=True))
                 strength = gr.Slider(0, 1, 0.6, step=0.05, label="Style", info="How much of its colours and texture")
                 structure = gr.Slider(0, 1, 0.5, step=0.05, label="Structure", info="How firmly the layout is held")
                 prompt = gr.Textbox("", label="What the content shows", info="May be empty")
-                buttons = parts.buttons("Repaint")
-                knobs = parts.knobs(self.studio, steps=20, guidance=1.0, seed=self.first["seed"])
+                run, halt = parts.buttons("Repaint")
+                knobs = parts.knobs(steps=20, guidance=1.0, seed=self.first["seed"])
                 knobs.count.visible = False
                 gr.Examples(
                     [[example(a), example(b)] for a, b in EXAMPLES], [content, style], label="Try",
                     example_labels=[f"{a} as {b}" for a, b in EXAMPLES],
                 )  # fmt: skip
             with gr.Column(scale=5, min_width=300):
+                runs = Runs(self.studio, halt)
                 slider = parts.slider("Before and after", both)
                 seed, settings = parts.facts(used, how)
-        inputs = [content, style, strength, structure, prompt, knobs.steps, knobs.guidance, knobs.seed, knobs.model]
-        parts.runs("stylize", self.studio, self.stylize, inputs, [slider, seed, settings], buttons)
+        inputs = [content, style, strength, structure, prompt, knobs.steps, knobs.guidance, knobs.seed, model]
+        outputs = [slider, seed, settings]
+        repainted = runs.on(run.click, self.stylize, inputs, outputs)
+        runs.offer(self.stylize, outputs)
+        runs.close()
+        names = ["content", "style", "strength", "structure", "prompt", "steps", "guidance", "seed", "model"]
+        fields = dict(zip(names, inputs, strict=True))
+        return Laid(self.name, slider, [repainted], fields, [(run, "stylize")], note)
 
     def stylize(
         self,
@@ -90,8 +98,9 @@ class StyleTab:
             **checks.sampling(steps, guidance),
         }
         used, name = checks.seed(seed), self.studio.check(model)
+        page = parts.typed(self.name, locals())
         with parts.turn(self.studio, model, request, progress) as job:
             job.expect("looking closely, then painting", PASSES * wish["steps"])
             made = diffgraft.stylize(job.pipe, before, wanted, seed=used, iterations=REFINEMENTS, **wish)
-        files = keep_plain(as_picture(before), "before"), keep(made, name)
+        files = keep_plain(as_picture(before), "before"), keep(made, name, page)
         return files, str(used), parts.as_json(made.info["diffgraft"])

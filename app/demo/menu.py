@@ -1,0 +1,62 @@
+"""The model menu: what is there, and what the chosen one cannot do, by its family's declaration."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Sequence
+from typing import Any
+
+import gradio as gr
+
+from ...pipelines.families.support import unable
+from ..models import ONE_STEP, PICTUREBOOK, TRANSFORMER, embedded, suits
+from .parts import MODEL, Laid, visitor
+from .studio import Studio
+from .told import told
+
+TITLES = {
+    PICTUREBOOK: "picture book",
+    ONE_STEP: "picture book, one-step student",
+    TRANSFORMER: "picture book, transformer edition",
+}
+
+
+def menu(studio: Studio) -> gr.Dropdown:
+    """The models that this page has, and room for the name of another."""
+    names = list(dict.fromkeys([studio.model, *embedded()]))
+    more = "Also: a folder, a .safetensors file or a Hub id" if not studio.fixed else "This page runs these only"
+    return gr.Dropdown(
+        [(TITLES.get(name, name), name) for name in names], value=studio.model, label="Model", info=more,
+        allow_custom_value=True, elem_classes="dg-model",
+    )  # fmt: skip
+
+
+def wire(which: gr.Dropdown, studio: Studio, tabs: Sequence[Laid]) -> None:
+    """Let the choice of a model grey out what it cannot do, and set steps and guidance that suit it."""
+    greyed = [part for tab in tabs for part, _ in tab.needs]
+    notes = [tab.note for tab in tabs]
+    turned = [part for tab in tabs if tab.knobs for part in (tab.knobs.steps, tab.knobs.guidance)]
+    usual = [part.value for part in turned]
+
+    def choose(name: str, request: gr.Request, progress: gr.Progress = gr.Progress()) -> list[Any]:  # noqa: B008
+        """What the page looks like with another model."""
+        lacks = unable(studio.denoiser(name, visitor(request), lambda done, what: progress(0.0, desc=what)))
+        suited = suits(studio.check(name))
+        keys = ["steps", "guidance"] * (len(turned) // 2)
+        knobs = [gr.update(value=suited.get(key, value)) for key, value in zip(keys, usual, strict=True)]
+        parts = [gr.update(interactive=need not in lacks) for tab in tabs for _, need in tab.needs]
+        return [*parts, *[said(tab, lacks) for tab in tabs], *knobs]
+
+    which.change(
+        told(choose), which, [*greyed, *notes, *turned], concurrency_id=MODEL, concurrency_limit=1,
+        api_visibility="private", show_progress_on=[which],
+    )  # fmt: skip
+
+
+def said(tab: Laid, lacks: dict[str, str]) -> Any:
+    """The note of a tab: what is greyed out there, and why."""
+    needs = dict.fromkeys(need for _, need in tab.needs) if tab.needs else lacks
+    reasons = {need: lacks[need] for need in needs if need in lacks}
+    lines = "".join(f"<li><b>{name}</b>: {html.escape(reason)}</li>" for name, reason in reasons.items())
+    text = f"This model cannot do everything here:<ul>{lines}</ul>" if reasons else ""
+    return gr.update(value=text, visible=bool(reasons))
