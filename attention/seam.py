@@ -49,11 +49,6 @@ class StopForward(BaseException):
 class Task(Protocol):
     """What a seam may find laid out."""
 
-    @property
-    def traced(self) -> bool:
-        """Whether torch.compile may trace it."""
-        ...
-
     def run(self, forward: Callable[..., Any], names: tuple[str, ...], args: Any, kwargs: Any) -> Any:
         """Run the module's own `forward`, whose positional arguments have these names, and change what it does."""
         ...
@@ -86,12 +81,20 @@ class Work:
 
     @property
     def traced(self) -> bool:
+        """Whether torch.compile may trace it."""
         return all(edit.traced for edit in self.edits)
 
     def run(self, forward: Callable[..., Any], names: tuple[str, ...], args: Any, kwargs: Any) -> Any:
         if torch.compiler.is_compiling() and not self.traced:
             return _run_untraced(self, forward, names, args, kwargs)  # compiled after the graft went on
         return run_edited(self, forward, names, args, kwargs)
+
+
+def _through(func: Any, args: Any, kwargs: Any) -> Any:
+    """A torch call that is let through; `unflatten` as the operator that it is, for torch.compile cannot trace the
+    method's own call of super()."""
+    func = torch.unflatten if func is torch.Tensor.unflatten else func
+    return func(*args, **kwargs) if kwargs else func(*args)
 
 
 class Tap(TorchFunctionMode):
@@ -111,9 +114,7 @@ class Tap(TorchFunctionMode):
             return self.attend(args, kwargs or {})
         if func is _LINEAR and self.words is not None and args[0] is self.words and self.task.memo is not None:
             return self.task.memo.linear(self.task.layer.name, func, args, kwargs or {})
-        if func is torch.Tensor.unflatten:
-            func = torch.unflatten  # the same operator; torch.compile cannot trace the method's own call of super()
-        return func(*args, **kwargs) if kwargs else func(*args)
+        return _through(func, args, kwargs)
 
     def attend(self, args: Any, kwargs: Any) -> Any:
         """In place of one scaled dot-product attention with these arguments."""
@@ -176,7 +177,7 @@ class _Listener(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is not _SDPA:
-            return func(*args, **(kwargs or {}))
+            return _through(func, args, kwargs)
         return self.attend(args, kwargs or {})
 
     def attend(self, args: Any, kwargs: Any) -> Any:

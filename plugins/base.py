@@ -46,6 +46,10 @@ class Branch:
         """Whether its rows are the same as those that it copies until an edit touches them."""
         return self.latent is None and self.text is None and self.words is None
 
+    def rows(self, pictures: int, alike: bool) -> int:
+        """How many rows it takes beside a group of `pictures`; `alike`: nothing else tells the pictures apart."""
+        return 1 if self.shared and alike else pictures
+
 
 @dataclass(frozen=True)
 class Prompt:

@@ -62,6 +62,20 @@ DEFAULTS: Mapping[str, Mapping[str, Default]] = {
 """Rule -> family -> default. Under guidance no paper gives a number: outside of the picture book it is the same."""
 
 
+NUMBERS: Mapping[str, Mapping[str, float]] = {
+    "stylize: strength of styleid": {"picturebook": 0.6, "other": 1.0},
+    "stylize: damping of the startpoint by structure": {"picturebook": 0.0, "other": 0.6},
+    "attention_masks: power": {"picturebook": 1, "other": 4},
+}
+"""Setting of a task -> family -> number; "other" is what the papers use, the picture book's are measured there."""
+
+
+def measured(setting: str, family: str) -> float:
+    """The default of a task's setting on a family."""
+    rows = NUMBERS[setting]
+    return rows.get(family, rows["other"])
+
+
 def default(rule: str, family: str, guided: bool) -> Default:
     """The default of a rule on a family, its `scale` the one for guidance on or off."""
     rows = DEFAULTS[rule]

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
+import test_families as families
 import tiny
+import tiny_families
 import tiny_transformers
 import torch
 from PIL import Image
 from torch._dynamo.utils import counters
+from torch._inductor import config as inductor
+from torch._inductor import cpp_builder
+from torch._inductor.exc import InvalidCxxCompiler
 
 import diffgraft as dg
+from diffgraft.pipelines.families import adapters_for
+from diffgraft.pipelines.families.hear import blocks
 
 PICTURE = Image.new("RGB", (32, 32), "teal")
 MASK = Image.new("L", (32, 32))
@@ -22,18 +31,27 @@ PLUGINS = {
     "styleid": lambda: dg.StyleInjection(PICTURE, start=0.3),
     "stylealigned": lambda: dg.StyleInjection(PICTURE, method="stylealigned", start=0.3),
     "startpoint": lambda: dg.StartpointFilter(),
+    "rows": lambda: dg.NegativeAway("red", form="rows", start=0.3),
+    "concept": lambda: dg.ConceptBlock("ball", threshold=-2, start=0.3),
+    "concept nasa": lambda: dg.ConceptBlock("ball", threshold=-2, rule="nasa", start=0.3),
 }
 
 
 class Counted:
-    """A backend that counts graphs by the code that they are made of, and runs them as they are."""
+    """A backend that runs graphs as they are, and counts how many there are and how often they ran."""
 
     def __init__(self):
-        self.graphs = 0
+        self.graphs = self.runs = 0
 
     def __call__(self, graph, inputs):
         self.graphs += 1
-        return graph.forward
+
+        def run(*given):
+            assert not torch.is_grad_enabled()  # a probe is never compiled code
+            self.runs += 1
+            return graph.forward(*given)
+
+        return run
 
 
 @pytest.fixture(autouse=True)
@@ -87,25 +105,153 @@ def check(pipe, how, plugin, call, steps=10):
     return before, grafted
 
 
-@pytest.mark.parametrize("plugin", PLUGINS)
-def test_compiled_blocks_stay_compiled(sd15, plugin):
+@pytest.fixture(scope="module")
+def small():
+    """The smallest UNet in which rows join on the way and every kind of layer is there."""
+    down, up = ("DownBlock2D", "CrossAttnDownBlock2D"), ("CrossAttnUpBlock2D", "UpBlock2D")
+    return tiny.sd15(unet=tiny.unet(layers_per_block=1, down_block_types=down, up_block_types=up))
+
+
+@pytest.mark.parametrize("plugin", [name for name in PLUGINS if name not in ("nag", "concept")])  # further down
+def test_compiled_blocks_stay_compiled(small, plugin):
     """Before the window a block is compiled with nothing to do and in it with its work; a block without edits again
     where rows are joined to the batch.
     """
-    before, grafted = check(sd15, "compile_repeated_blocks", PLUGINS[plugin], {"guidance_scale": 1.0}, steps=4)
+    steps = 10 if plugin in ("nasa", "redirection") else 4
+    before, grafted = check(small, "compile_repeated_blocks", PLUGINS[plugin], {"guidance_scale": 1.0}, steps)
     assert grafted <= (3 if plugin.startswith("style") else 2) * before
 
 
 @pytest.mark.parametrize(("how", "plugin"), [("torch.compile", "nasa"), ("module.compile", "redirection")])
-def test_a_model_that_is_compiled_whole_stays_compiled(how, plugin):
-    down, up = ("DownBlock2D", "CrossAttnDownBlock2D"), ("CrossAttnUpBlock2D", "UpBlock2D")
-    pipe = tiny.sd15(unet=tiny.unet(layers_per_block=1, down_block_types=down, up_block_types=up))
-    before, grafted = check(pipe, how, PLUGINS[plugin], {"guidance_scale": 1.0}, steps=4)
+def test_a_model_that_is_compiled_whole_stays_compiled(small, how, plugin):
+    before, grafted = check(small, how, PLUGINS[plugin], {"guidance_scale": 1.0}, steps=4)
     assert before == 1 and grafted <= 2
 
 
 def test_joint_attention_stays_compiled_block_by_block():
     """The negative rides in the sequence, so a block is compiled for the longer one as well."""
-    pipe = tiny_transformers.flux()
-    before, grafted = check(pipe, "compile_repeated_blocks", PLUGINS["nag"], {"guidance_scale": 1.0})
+    before, grafted = check(
+        tiny_transformers.flux(), "compile_repeated_blocks", PLUGINS["nag"], {"guidance_scale": 1.0}, steps=4
+    )
     assert 0 < grafted <= 2 * before
+
+
+@pytest.mark.parametrize(("name", "form"), [
+    ("ZImageTransformer2DModel", "rows"), ("WanTransformer3DModel", "streams"), ("PRXTransformer2DModel", "streams")
+])  # fmt: skip
+def test_blocks_stay_compiled_wherever_text_meets_image(name, form):
+    """In one sequence, across, and as keys of both."""
+    texts, model, backend = families.texts_of(name, (7, 7)), tiny_families.denoiser(name), Counted()
+    plugin = families.away(name, texts[1], form=form, scale=0.5)
+    adapter = adapters_for(tiny_families.bare(name))[0]
+    compiled = [block for meet in adapter.spec.meets for block in blocks(model, meet)]
+    eager, _ = families.steered(name, texts, plugin)
+    try:
+        for block in compiled:
+            block.compile(backend=backend, fullgraph=True)
+        with torch.no_grad():
+            model(**families.TINY[name].call(texts[:1]))
+        before = backend.graphs, backend.runs
+        got, _ = families.steered(name, texts, plugin)
+    finally:
+        for block in compiled:
+            block._compiled_call_impl = None
+    assert backend.graphs - before[0] <= 2 * before[0] and backend.runs == 2 * before[1] > 0
+    assert not counters["graph_break"] and (got - eager).abs().max() <= 1e-5 * eager.abs().max()
+
+
+def seen(pipe, plugins, steps=3):
+    """Latents under compiled blocks, how often compiled code ran, and the latents without it; plain code before and
+    after is the same.
+    """
+    backend, call = Counted(), {"num_inference_steps": steps, "guidance_scale": 1.0}
+    undo = compile_by(pipe, "compile_repeated_blocks", backend)
+    try:
+        plain = tiny.sample(pipe, **call)
+        before, graphs = backend.runs, backend.graphs
+        with dg.graft(pipe, *plugins()):
+            compiled = tiny.sample(pipe, **call)
+        runs, made = backend.runs - before, backend.graphs
+        assert torch.equal(tiny.sample(pipe, **call), plain) and backend.graphs == made
+        assert backend.runs == 2 * before + runs and made <= 3 * graphs
+    finally:
+        undo()
+    with dg.graft(pipe, *plugins()):
+        eager = tiny.sample(pipe, **call)
+    assert not torch.equal(eager, plain) and torch.allclose(eager, compiled, rtol=0, atol=1e-5)
+    assert not counters["graph_break"]
+    return runs, before
+
+
+@pytest.mark.parametrize(("previous", "compiled"), [("pre", 3), ("post", 1)])
+def test_probes_for_gradients_run_eager_and_the_prediction_compiled(small, previous, compiled):
+    """The probes have gradients on, which the backend refuses. "post" records maps in the first two predictions."""
+    plugins = lambda: [dg.AttentionSegregation(["ball", "star"], previous=previous), dg.NegativeAway("red")]  # noqa: E731
+    runs, plain = seen(small, plugins)
+    assert runs == plain * compiled // 3
+
+
+class Halved(dg.Edit):
+    def selects(self, layer):
+        return layer.kind == "cross" and layer.place == "up"
+
+    def out(self, call, out):
+        return out / 2
+
+
+class Half(dg.Plugin):
+    def edits(self):
+        return [Halved()]
+
+
+def test_an_edit_that_says_nothing_runs_eager_in_its_own_blocks_only(small):
+    up = sum(name.startswith("up") for name, x in small.unet.named_modules() if name.endswith("transformer_blocks.0"))
+    every = sum(name.endswith("transformer_blocks.0") for name, _ in small.unet.named_modules())
+    runs, plain = seen(small, lambda: [Half()])
+    assert 0 < runs == plain * (every - up) // every
+
+
+def test_the_first_step_of_a_blocked_concept_runs_eager(small):
+    runs, plain = seen(small, lambda: [PLUGINS["concept"]()])
+    assert runs == plain * 2 // 3  # before the window, and behind the first step in it
+
+
+def test_maps_are_captured_eager_and_leave_compiled_blocks_alone(small):
+    words, backend = ["ball", "star"], Counted()
+    call = {"seed": 1, "steps": 2, "height": 32, "width": 32}
+    eager = dg.attention_maps(small, "a red ball and a blue star", words, **call)
+    undo = compile_by(small, "compile_repeated_blocks", backend)
+    try:
+        plain = tiny.sample(small, num_inference_steps=2)
+        runs, graphs = backend.runs, backend.graphs
+        compiled = dg.attention_maps(small, "a red ball and a blue star", words, **call)
+        assert backend.runs == runs
+        assert torch.equal(tiny.sample(small, num_inference_steps=2), plain) and backend.graphs == graphs
+    finally:
+        undo()
+    assert all(torch.equal(compiled[word], eager[word]) for word in words)
+
+
+def compiler():
+    """The C++ compiler that inductor would use, None without one."""
+    with contextlib.suppress(InvalidCxxCompiler):
+        return cpp_builder.get_cpp_compiler()
+    return None
+
+
+@pytest.mark.skipif(compiler() is None, reason="inductor finds no C++ compiler here: apt-get install g++")
+def test_inductor_gives_what_the_eager_graft_gives(small):
+    """One layer is enough: it is the layer that is edited. Without vectors, which take longest to be asked for."""
+    layer = next(x.module for x in dg.find_layers(small.unet) if x.kind == "cross")
+    call, plugin = {"num_inference_steps": 2, "guidance_scale": 1.0}, dg.NegativeAway("red", rule="nag")
+    plain = tiny.sample(small, **call)
+    with dg.graft(small, plugin):
+        eager = tiny.sample(small, **call)
+    layer.compile(fullgraph=True)
+    try:
+        with dg.graft(small, plugin), inductor.patch({"cpp.simdlen": 1, "cpp_cache_precompile_headers": False}):
+            compiled = tiny.sample(small, **call)
+    finally:
+        layer._compiled_call_impl = None
+    assert not counters["graph_break"] and counters["stats"]["unique_graphs"] == 1
+    assert torch.allclose(compiled, eager, rtol=0, atol=1e-5) and not torch.allclose(compiled, plain, rtol=0, atol=1e-4)

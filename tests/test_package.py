@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import os
+import re
 import subprocess
 import sys
 import sysconfig
@@ -15,6 +16,7 @@ from pathlib import Path
 import pytest
 
 import diffgraft
+from diffgraft.plugins import defaults
 
 ROOT = Path(diffgraft.__file__).parent
 INVENTORY = Path(__file__).parent / "api.json"
@@ -84,6 +86,17 @@ def test_no_two_files_import_each_other_in_a_circle(imports):
         for path in free:
             del left[path]
     assert not left, sorted(str(path.relative_to(ROOT)) for path in left)
+
+
+def test_numbers_by_family_stand_in_one_table():
+    """Nothing else asks for a family's name in order to choose a number."""
+    asking = r"\bfamily\s*(==|!=|in\b)|\"picturebook\""
+    rooms = (ROOT / "plugins", ROOT / "pipelines" / "tasks", ROOT / "pipelines" / "grafting")
+    found = {p.name for room in rooms for p in room.glob("*.py") if re.search(asking, p.read_text(encoding="utf-8"))}
+    assert found == {"defaults.py"}
+    tables = [*defaults.DEFAULTS.values(), *defaults.NUMBERS.values()]
+    assert all("other" in rows for rows in tables) and defaults.measured("attention_masks: power", "picturebook") == 1
+    assert defaults.measured("stylize: strength of styleid", "sdxl") == 1.0
 
 
 def test_arrows_go_down_only(imports):

@@ -11,7 +11,8 @@ from pathlib import Path
 
 TABLES = {
     "optimise_effect": "startpoints found on the student, drawn by the many-step model",
-    "overhead": "session overhead with no active edit",
+    "overhead": "what a graft costs in Python",
+    "compiled": "what a graft costs on a compiled model",
     "negative_cost": "FLOPs of negatives inside attention",
     "negative_effect": "what a negative removes from one-step and guided pictures",
     "concept_effect": "whether a blocked concept stays out, and everything else in",

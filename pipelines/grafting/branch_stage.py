@@ -43,10 +43,10 @@ def _name_rows(run: Run, branches: Sequence[Branch], one_for_all: bool) -> list[
                 "give them windows, start= and end=, that do not overlap"
             )
         source = range(rows[branch.like].start, rows[branch.like].stop)
-        copied = source[:1] if branch.shared and one_for_all else source
-        rows[branch.name] = slice(len(index), len(index) + len(copied))
+        count = branch.rows(len(source), one_for_all)
+        rows[branch.name] = slice(len(index), len(index) + count)
         likes[branch.name] = branch.like
-        index += copied
+        index += source[:count]
     return index
 
 

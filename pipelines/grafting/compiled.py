@@ -11,19 +11,20 @@ from torch import nn
 
 _LOCK = threading.RLock()
 _CALL = "_compiled_call_impl"
-Ask = Callable[[bool], bool]
-"""ask(whole): whether what this thread runs now, the whole denoiser or a part of it, must run eager."""
+Ask = Callable[[frozenset[int] | None], bool]
+"""ask(parts): whether what this thread runs now must run eager: the whole denoiser where `parts` is None, else the part
+of it that consists of the modules of these identities."""
 
 
 class Choice:
     """Stands in for a module's compiled call: runs it, or the module's eager one where somebody asks for that."""
 
-    def __init__(self, compiled: Callable[..., Any], eager: Callable[..., Any], whole: bool) -> None:
-        self.compiled, self.eager, self.whole = compiled, eager, whole
+    def __init__(self, compiled: Callable[..., Any], eager: Callable[..., Any], parts: frozenset[int] | None) -> None:
+        self.compiled, self.eager, self.parts = compiled, eager, parts
         self.asks: tuple[Ask, ...] = ()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return (self.eager if any(ask(self.whole) for ask in self.asks) else self.compiled)(*args, **kwargs)
+        return (self.eager if any(ask(self.parts) for ask in self.asks) else self.compiled)(*args, **kwargs)
 
 
 @contextmanager
@@ -48,7 +49,8 @@ def _put(module: nn.Module, name: str, denoiser: nn.Module, ask: Ask) -> None:
         if not isinstance(choice, Choice):
             own: Any = module
             whole = name != _CALL or module is denoiser
-            choice = module.__dict__[name] = Choice(choice, own._call_impl if name == _CALL else denoiser, whole)
+            parts = None if whole else frozenset(map(id, module.modules()))
+            choice = module.__dict__[name] = Choice(choice, own._call_impl if name == _CALL else denoiser, parts)
         choice.asks = (*choice.asks, ask)
 
 

@@ -321,11 +321,11 @@ class Graft:
             self._flying.discard(threading.get_ident())
         return self._calls.aborted(run) if output is None else self._calls.after(run, output)
 
-    def _eager(self, adapter: Adapter, whole: bool) -> bool:
+    def _eager(self, adapter: Adapter, parts: frozenset[int] | None) -> bool:
         """Whether what this thread runs of a denoiser, as a whole or a block of it, must not be compiled code."""
         run, placed = self._running(), self._calls.placed
-        if run is not None and not whole:
-            return run.step.probing or not run.traced
+        if run is not None and parts is not None:
+            return run.step.probing or not run.untraced.isdisjoint(parts)
         traced = placed.traced and not (placed.brings_texts and joins(adapter))
         return not traced and self.here if run is None else not traced or run.step.probing
 

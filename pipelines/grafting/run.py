@@ -74,20 +74,21 @@ class Run:
     stranded: bool = False
     tally: Tally = field(default_factory=Tally)
     plan: Plan = ()
-    _traced: bool | None = None
+    _untraced: frozenset[int] | None = None
     _mark: Any = None
 
     @property
-    def traced(self) -> bool:
-        """Whether torch.compile may trace all that layers do now."""
-        if self._traced is None:
-            self._traced = all(task.traced for _, task in self.plan)
-        return self._traced
+    def untraced(self) -> frozenset[int]:
+        """Identities of the modules whose work torch.compile may not trace."""
+        if self._untraced is None:
+            tasks = [task for _, task in self.plan if isinstance(task, Work) and not task.traced]
+            self._untraced = frozenset(id(task.layer.module) for task in tasks)
+        return self._untraced
 
     def lay(self, plan: Plan) -> None:
         """Give layers their work in this thread, in place of what they had."""
         clear(seam for seam, _ in self.plan)
-        self.plan, self._traced = plan, None
+        self.plan, self._untraced = plan, None
         lay_out(plan)
 
     def rejoin(self) -> None:

@@ -20,7 +20,6 @@ class Widen:
 
     index: torch.Tensor
     base: int
-    traced = True
 
     def run(self, forward: Callable[..., Any], names: tuple[str, ...], args: Any, kwargs: Any) -> Any:
         """Run a block at or behind the one where the rows join: whatever still has the pipeline's rows is widened."""

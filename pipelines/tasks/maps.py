@@ -19,6 +19,7 @@ from ...attention.regions import assign, propagate
 from ...attention.step import Rows, Step
 from ...plugins.base import Plugin, Session, finite
 from ...plugins.concepts import Concept, Found, find_concept
+from ...plugins.defaults import measured
 from ..families import adapter_for
 from ..families.base import has_ip_adapter
 from ..grafting.graft import graft
@@ -205,7 +206,7 @@ def attention_masks(
     """
     noise, margin = finite(noise, "noise", 1 / _IMG2IMG_STEPS, 1), finite(margin, "margin", 0, 1)
     if power is None:
-        power = 1 if adapter_for(pipe).family == "picturebook" else 4
+        power = int(measured("attention_masks: power", adapter_for(pipe).family))
     if isinstance(power, bool) or not isinstance(power, int) or power < 1:
         raise SettingError(f"power={power!r}: a whole number, 1 or more, is needed")
     watch, number = _Watch(_words(words), layers, affinity=True), resolve_seed(seed)

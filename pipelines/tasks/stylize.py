@@ -16,6 +16,7 @@ from ...attention.errors import SettingError, SettingTypeError, UnsupportedPipel
 from ...attention.pictures import as_rgb
 from ...attention.plain import plainly
 from ...plugins.base import Plugin, finite
+from ...plugins.defaults import measured
 from ...plugins.distillation import AttentionDistillation
 from ...plugins.startpoint import StartpointFilter
 from ...plugins.style_injection import StyleInjection
@@ -126,9 +127,9 @@ def stylize(
         raise SettingTypeError(f"prompt={prompt!r}: a text is needed")
     first, sampler = resolve_seed(seed), sampling_pipe(pipe)
     check_call(sampler, call, ("guidance_scale", "latents", "width", "height", "prompt_embeds"))
-    book = adapter_for(sampler).family == "picturebook"
+    family = adapter_for(sampler).family
     look = look_of(
-        book, method, finite(structure, "structure", 0, 1), strength, alpha, gamma, temperature, invert_style
+        family, method, finite(structure, "structure", 0, 1), strength, alpha, gamma, temperature, invert_style
     )
     inverting = Inverting(negative, finite(omega, "omega"), iterations, tolerance)
     recipe = Recipe(prompt, steps, finite(guidance, "guidance"), look, inverting, as_list(plugins), call)
@@ -141,11 +142,12 @@ def stylize(
 
 
 def look_of(
-    book: bool, method: How, structure: float, strength: float | None, alpha: float | None, gamma: float | None,
+    family: str, method: How, structure: float, strength: float | None, alpha: float | None, gamma: float | None,
     temperature: float, invert_style: bool,
 ) -> Look:  # fmt: skip
-    """What was given, and what is usual for the rest: on the picture book (`book`), or elsewhere."""
-    usual, damped = 0.6 if book and method == "styleid" else 1.0, 0.0 if book else 0.6 * structure
+    """What was given, and what is usual on this family for the rest."""
+    usual = measured("stylize: strength of styleid", family) if method == "styleid" else 1.0
+    damped = structure * measured("stylize: damping of the startpoint by structure", family)
     return Look(
         method, usual if strength is None else strength, structure, 1 - damped if alpha is None else alpha,
         0.5 + structure / 2 if gamma is None else gamma, temperature, invert_style,
