@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from .call import Kernel
+from .dispatched import backend_of
 from .errors import BackendError, SettingError
 
 NAMES = ("auto", "sdpa", "xformers")
@@ -22,15 +24,27 @@ class Backend:
     name: str
     kernel: Kernel
 
+    def seen(self, modules: Sequence[Any]) -> str:
+        """Its name, or those of the backends that these layers have of diffusers' dispatcher."""
+        held = {str(getattr(found, "value", found)) for module in modules if (found := backend_of(module)) is not None}
+        return ", ".join(sorted(held)) if held and self.kernel is F.scaled_dot_product_attention else self.name
+
+
+def _torchs_own(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **rest: Any) -> torch.Tensor:
+    return F.scaled_dot_product_attention(q, k, v, **rest)
+
 
 _SDPA = Backend("sdpa", F.scaled_dot_product_attention)
+_TORCHS_OWN = Backend("sdpa", _torchs_own)
+"""The same by another name, by which it is not taken for "whatever the pipeline has set"."""
 
 
 def select(name: str = "auto", *, device: torch.device | str = "cpu", strict: bool = False) -> Backend:
     """The backend of that name if it runs on `device`, else sdpa with one warning.
 
     Args:
-        name: "auto" (sdpa), "sdpa" or "xformers". On torch >= 2.10 xformers picks the same ATen kernels as sdpa.
+        name: "auto" (what `set_attention_backend` has set, else sdpa), "sdpa" or "xformers". On torch >= 2.10 xformers
+            picks the same ATen kernels as sdpa.
         device: where attention will run.
         strict: raise instead of falling back.
     Raises:
@@ -40,7 +54,7 @@ def select(name: str = "auto", *, device: torch.device | str = "cpu", strict: bo
     if name not in NAMES:
         raise SettingError(f"backend={name!r}: choose one of {', '.join(NAMES)}")
     if name != "xformers":
-        return _SDPA
+        return _SDPA if name == "auto" else _TORCHS_OWN
     try:
         return _probe_xformers(torch.device(device))
     except Exception as error:

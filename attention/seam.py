@@ -29,6 +29,7 @@ from torch.overrides import TorchFunctionMode
 
 from .call import AttentionCall, Kernel, Project, TextCall
 from .direct import direct
+from .dispatched import backend_of, caught, kernel_of
 from .edit import Edit, attend
 from .errors import AttentionNotReachedError
 from .layer import AttentionLayer
@@ -66,6 +67,7 @@ class Work:
         memo: keeps the products of an unchanged text.
         columns: where further texts stand beside the prompt's: one for all rows, or one a row where they differ.
         asks: how the layer asks its text. total: rows of the denoiser's batch, branches included; 0 where unknown.
+        backend: of diffusers' dispatcher, where that is not torch's own attention.
     """
 
     layer: AttentionLayer
@@ -78,6 +80,11 @@ class Work:
     columns: Sequence[Columns] = ()
     asks: TextCall = TextCall()
     total: int = 0
+    backend: Any = None
+
+    def on(self, backend: Any) -> Work:
+        """The same where the layer attends by this backend of diffusers' dispatcher, not by torch."""
+        return replace(self, backend=backend, kernel=kernel_of(backend) if self.kernel is _SDPA else self.kernel)
 
     @property
     def traced(self) -> bool:
@@ -243,7 +250,7 @@ def _listen(ear: _Listener, forward: Callable[..., Any], arguments: dict[str, An
         if short is not None:
             short(ear.attend, image, **rest)
         else:
-            with ear:
+            with ear, caught(ear.task.backend, ear):
                 forward(**arguments)
 
 
@@ -274,12 +281,14 @@ def run_edited(work: Work, forward: Callable[..., Any], names: tuple[str, ...], 
 
     heard: list[AttentionCall | None] = []
     tracing = torch.compiler.is_compiling()
+    if not tracing and (backend := backend_of(work.layer.module)) is not None:
+        work = work.on(backend)
     tap = Tap(work, project, _text_of(kwargs) if work.memo is not None and not tracing else None, heard)
     short = None if tracing else direct(forward, args, kwargs, work.memo)
     if short is not None:
         out = short(tap.attend, *args, **kwargs)
     else:
-        with tap:
+        with tap, caught(work.backend, tap):
             out = forward(*args, **kwargs)
     if not heard:
         raise AttentionNotReachedError(f"{work.layer.name} {_not_reached(work.layer)}")
@@ -292,21 +301,15 @@ _run_untraced = cast("Callable[..., Any]", torch.compiler.disable(run_edited))
 def _not_reached(layer: AttentionLayer) -> str:
     """Why a layer's attention was not caught, and what to do."""
     processor = getattr(layer.module, "processor", None)
-    name = type(processor).__name__
-    if hasattr(processor, "_attention_backend"):  # diffusers' dispatcher; a backend set on one model holds for all
-        from diffusers.models import attention_dispatch
-
-        own = getattr(processor, "_attention_backend", None)
-        registry: Any = getattr(attention_dispatch, "_AttentionBackendRegistry")  # noqa: B009
-        backend: Any = own or registry.get_active_backend()[0]
+    if (backend := backend_of(layer.module)) is not None:  # only code that was compiled with it
         return (
-            f"ran on the attention backend {getattr(backend, 'value', backend)!r}, where it cannot be edited: call "
-            "set_attention_backend('native') on the denoiser, or leave this layer out by layers="
+            f"ran on the attention backend {getattr(backend, 'value', backend)!r} in compiled code, where it cannot be "
+            "edited: call set_attention_backend('native') on the denoiser, or graft it before it is compiled"
         )
     return (
-        f"ran with {name}, which does not use torch's scaled_dot_product_attention, so it cannot be edited: call "
-        "pipe.disable_attention_slicing(), pipe.disable_xformers_memory_efficient_attention() or set the layer's "
-        "processor to AttnProcessor2_0"
+        f"ran with {type(processor).__name__}, which does not use torch's scaled_dot_product_attention, so it cannot "
+        "be edited: call pipe.disable_attention_slicing(), pipe.disable_xformers_memory_efficient_attention() or set "
+        "the layer's processor to AttnProcessor2_0"
     )
 
 

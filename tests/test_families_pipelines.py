@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+from contextlib import contextmanager
 
 import diffusers
 import numpy as np
@@ -12,6 +13,7 @@ import tiny_families as tf
 import tiny_family_pipelines as fp
 import tiny_transformers as tt
 import torch
+from diffusers.models import attention_dispatch
 from PIL import Image
 from plugins_for_tests import fingerprint
 from test_matrix import IMAGE, MASK
@@ -33,9 +35,9 @@ def pipe_of(name):
     return getattr(fp, name)()
 
 
-def run(pipe, *plugins, prompt="a blue ball", **call):
+def run(pipe, *plugins, prompt="a blue ball", backend="auto", **call):
     options = SMALL | {"generator": torch.Generator().manual_seed(0)} | call
-    with dg.graft(pipe, *plugins) as g:
+    with dg.graft(pipe, *plugins, backend=backend) as g:
         return pipe(prompt=prompt, **options)[0], g.report()
 
 
@@ -422,15 +424,68 @@ def test_an_edit_pipeline_encodes_the_negative_with_its_pictures(name, monkeypat
         dg.attention_maps(pipe, "a ball", ["ball"], image=call["image"], steps=2)
 
 
-def test_an_attention_backend_that_cannot_be_edited_is_named():
-    pipe = fp.wan()
-    call = {"num_frames": 5, "guidance_scale": 1.0}
-    pipe.transformer.set_attention_backend("native")
-    steered = run(pipe, dg.NegativeAway("red cat", scale=0.8), **call)[0]
-    assert torch.equal(run(fp.wan(), dg.NegativeAway("red cat", scale=0.8), **call)[0], steered)
-    pipe.transformer.set_attention_backend("flex")  # diffusers sets it for all models
+# -- attention backends ------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def on_backend(pipe, name):
+    """The pipeline on an attention backend; diffusers sets it for all models."""
+    pipe.transformer.set_attention_backend(name)
     try:
-        with pytest.raises(dg.AttentionNotReachedError, match=r"backend 'flex'.*set_attention_backend\('native'\)"):
-            run(pipe, dg.NegativeAway("red cat", scale=0.8), **call)
+        yield
     finally:
         pipe.transformer.set_attention_backend("native")
+
+
+BACKED = {"wan": {"guidance_scale": 1.0}, "klein": {"guidance_scale": 1.0}}
+
+
+@pytest.mark.parametrize("name", BACKED)
+def test_an_edited_layer_runs_on_the_backend_that_the_pipeline_has(name):
+    pipe, away, call = getattr(fp, name)(), dg.NegativeAway("red cat", scale=0.8), CALLS[name] | BACKED[name]
+    with on_backend(pipe, "native"):
+        plain, (steered, report) = run(pipe, **call)[0], run(pipe, away, **call)
+    assert report.backend == "sdpa"
+    with on_backend(pipe, "flex"):
+        flexed, report = run(pipe, away, **call)
+        ours = run(pipe, away, backend="sdpa", **call)[0]
+        torch.testing.assert_close(run(pipe, **call)[0], plain, rtol=0, atol=1e-5)
+    assert report.backend == "flex" and (steered - plain).abs().max() > 1e-4
+    torch.testing.assert_close(flexed, steered, rtol=0, atol=1e-5)
+    torch.testing.assert_close(ours, steered, rtol=0, atol=1e-5)
+    with on_backend(pipe, "_native_math"):
+        torch.testing.assert_close(run(pipe, away, **call)[0], steered, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["flash", "sage", "xformers", "_flash_3_hub"])
+def test_which_backend_each_layer_asks(backend, monkeypatch):
+    """Kernels that do not run here, by what the dispatcher is asked for: native ones answer."""
+    table, asked = attention_dispatch._AttentionBackendRegistry, []
+    name, native = attention_dispatch.AttentionBackendName(backend), table._backends["native"]
+
+    def answer(**given):
+        asked.append(given["key"].shape[1])
+        return native(**{k: v for k, v in given.items() if k in table._supported_arg_names["native"]})
+
+    pipe, call = fp.wan(), CALLS["wan"] | {"guidance_scale": 1.0, "num_inference_steps": 1}
+    steered = run(pipe, dg.NegativeAway("red cat", scale=0.8), **call)[0]
+    monkeypatch.setitem(table._backends, name, answer)
+    for layer in adapter_for(pipe).layers:
+        layer.module.processor._attention_backend = name
+    run(pipe, **call)
+    plain, _ = list(asked), asked.clear()
+    again, report = run(pipe, dg.NegativeAway("red cat", scale=0.8), **call)
+    assert torch.equal(again, steered) and report.backend == backend and table._backends[name] is answer
+    text = plain[1]  # self-attention, then attention to the text
+    assert sorted(asked) == sorted([*plain, *[text] * len(report.layers)]), "the prompt and the negative, on it both"
+    asked.clear()
+    run(pipe, dg.NegativeAway("red cat", scale=0.8, rule="vsf"), **call)  # wants the log-sum-exp
+    assert asked == [keys for keys in plain if keys != text], "layers that are not edited keep theirs"
+
+
+def test_a_backend_without_masks_is_named():
+    from diffgraft.attention.dispatched import kernel_of
+
+    q = tf.normal(1, 2, 4, 8)
+    with pytest.raises(dg.BackendError, match=r"'flash' takes no mask.*set_attention_backend\('native'\)"):
+        kernel_of(attention_dispatch.AttentionBackendName("flash"))(q, q, q, attn_mask=torch.zeros(1, 1, 4, 4))

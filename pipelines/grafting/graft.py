@@ -158,7 +158,8 @@ class Graft:
         """What was done since the last attach: layers, calls, backend, updates, skipped ones, displaced processors."""
         moved = [name for name, found in self._present().items() if found is not self._processors.get(name)]
         names = [layer.name for layer in self.layers]
-        return make_report(self.pipe, self.plugins, self.runs.tally(), self.backend.name, names, moved)
+        edited = [layer.module for _, layer in self._calls.placed.layers.values()]
+        return make_report(self.pipe, self.plugins, self.runs.tally(), self.backend.seen(edited), names, moved)
 
     # -- putting on and taking off -----------------------------------------------------------------------------
 
@@ -379,7 +380,8 @@ def graft(pipe: Any, *plugins: Plugin, backend: str = "auto", strict: bool = Fal
     Args:
         pipe: any supported diffusers pipeline that you loaded; it keeps its class, weights and call signature.
         plugins: instances, in the order in which edits of equal rank run.
-        backend: "auto" (torch's own attention), "sdpa" or "xformers", for edited layers.
+        backend: "auto" (what the denoiser's `set_attention_backend` has set, else torch's own attention), "sdpa" or
+            "xformers", for edited layers.
         strict: raise instead of falling back to another backend.
     Returns:
         a `Graft`: use it in a `with` statement, or call `attach()` and `detach()`.
