@@ -16,7 +16,8 @@ from diffusers.pipelines import auto_pipeline
 from torch import nn
 
 import diffgraft as dg
-from diffgraft.pipelines.families.family import Family, Refused
+from diffgraft.pipelines.families.family import Family, Refused, names_of
+from diffgraft.pipelines.families.loop import loop_for
 from diffgraft.pipelines.families.table import FAMILIES
 
 PARTS = r"unet|transformer|transformer_2|prior|prior_prior|prior_text|decoder|unconditional_\w+|dit|denoiser|model"
@@ -147,6 +148,13 @@ def test_a_subclass_of_diffusers_own_is_not_taken_for_its_base():
     if hasattr(diffusers, name):
         assert issubclass(getattr(diffusers, name), diffusers.UNet2DConditionModel)
     assert isinstance(FAMILIES[name], Refused)
+    unet = diffusers.UNet2DConditionModel
+    odd, mine = (type(name, (unet,), {"__module__": f"{place}.unets"}) for place in ("diffusers.models", "mine"))
+    for kind in (odd, type("Mine", (odd,), {"__module__": "mine"})):  # also where somebody goes on from such a class
+        pipe = tf.BareUNet(kind.__new__(kind), None)
+        with pytest.raises(dg.UnsupportedPipelineError, match="cannot be inverted"):
+            loop_for(pipe)
+    assert names_of(mine.__new__(mine)) == [name, "UNet2DConditionModel"]
 
 
 def test_a_family_that_a_user_declares(monkeypatch):

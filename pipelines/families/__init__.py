@@ -10,7 +10,7 @@ from torch import nn
 from ...attention.errors import UnsupportedPipelineError
 from .base import Adapter
 from .declared import DeclaredAdapter
-from .family import Family, Refused
+from .family import Family, Refused, names_of
 from .modular import is_modular
 from .table import FAMILIES
 
@@ -49,9 +49,7 @@ def adapter_for(pipe: Any) -> Adapter:
 
 def _family(pipe: Any, denoiser: nn.Module) -> Family:
     """What is said of this very class; of a subclass that somebody else made, what is said of the nearest base."""
-    kinds = type(denoiser).__mro__
-    own = type(denoiser).__module__.startswith("diffusers.")
-    said = next((FAMILIES[kind.__name__] for kind in kinds[: 1 if own else None] if kind.__name__ in FAMILIES), None)
+    said = next((FAMILIES[name] for name in names_of(denoiser) if name in FAMILIES), None)
     if isinstance(said, Refused):
         name = type(denoiser).__name__
         raise UnsupportedPipelineError(f"{type(pipe).__name__} with {name} is not supported: {said.reason}")

@@ -168,3 +168,17 @@ class Refused:
     """A denoiser class that cannot be edited, or not by that way, with the reason and what to do instead."""
 
     reason: str
+
+
+def names_of(denoiser: Any) -> list[str]:
+    """Class names under which something may be said of a denoiser, the nearest first.
+
+    A subclass that somebody made of a class of diffusers is called as that is; one of diffusers' own, such as DreamLite's
+    UNet, may be called in another way.
+    """
+    names: list[str] = []
+    for kind in type(denoiser).__mro__:
+        names.append(kind.__name__)
+        if kind.__module__.startswith("diffusers."):
+            break
+    return names

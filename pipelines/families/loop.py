@@ -11,6 +11,8 @@ from ...attention.errors import UnsupportedPipelineError
 from ...attention.layer import find_layers
 from ...plugins.startpoint import pack, unpack
 from .base import Inputs, has_ip_adapter
+from .family import names_of
+from .modular import is_modular
 from .words import own_words
 
 
@@ -163,13 +165,18 @@ def loop_for(pipe: Any) -> Loop:
     """
     denoiser = getattr(pipe, "unet", None) or getattr(pipe, "transformer", None)
     denoiser = getattr(denoiser, "_orig_mod", denoiser)
-    for base in type(denoiser).__mro__:
-        if base.__name__ in LOOPS:
-            loop = LOOPS[base.__name__](pipe, denoiser)
+    if is_modular(pipe):
+        raise UnsupportedPipelineError(
+            f"{type(pipe).__name__} is a modular pipeline, which graft() edits but no loop of ours runs: load it with "
+            "diffusers.DiffusionPipeline.from_pretrained"
+        )
+    for name in names_of(denoiser):
+        if name in LOOPS:
+            loop = LOOPS[name](pipe, denoiser)
             taken, channels = loop.denoiser.config.in_channels, loop.packed * pipe.vae.config.latent_channels
             if taken != channels:
                 raise UnsupportedPipelineError(
-                    f"the {base.__name__} takes {taken} channels where latents have {channels}, so it wants a mask or "
+                    f"the {name} takes {taken} channels where latents have {channels}, so it wants a mask or "
                     "a picture besides: invert with a text-to-image model"
                 )
             return loop

@@ -23,6 +23,7 @@ from ...attention.errors import (
 from ...attention.plain import plain, plainly
 from ...plugins.base import Plugin, finite
 from ..families.latents import unsaid_size
+from ..families.modular import is_modular
 from ..families.running import part_of
 from ..grafting.graft import graft
 
@@ -201,7 +202,10 @@ def check_call(pipe: Any, call: Mapping[str, Any], taken: Sequence[str] = ()) ->
         UnsupportedPipelineError: no pipeline. SettingTypeError: an argument that it does not have, or that is taken.
     """
     if not isinstance(pipe, DiffusionPipeline):
-        raise UnsupportedPipelineError(f"{type(pipe).__name__} is not a diffusers pipeline: load one with dg.load(...)")
+        fix = "graft() edits modular pipelines, tasks want one loaded" if is_modular(pipe) else "load one"
+        raise UnsupportedPipelineError(
+            f"{type(pipe).__name__} is not a DiffusionPipeline of diffusers: {fix} with dg.load(...)"
+        )
     for name in call:
         if name in _OURS:
             raise SettingTypeError(f"{name}=: here that is {_OURS[name]}=")
