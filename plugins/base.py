@@ -128,6 +128,11 @@ class Session(Protocol):
         ...
 
     @property
+    def rows_only(self) -> bool:
+        """Whether further texts can only be rows of the batch here."""
+        ...
+
+    @property
     def text_width(self) -> int:
         """Width of the text embeddings that the running call gives to the denoiser."""
         ...

@@ -187,6 +187,11 @@ class NegativeAway(Plugin):
                 "NegativeAway cannot steer a UNet whose layers attend to text and image at once, as those of "
                 "DeepFloyd IF and Kandinsky do: use a pipeline of Stable Diffusion or a transformer's"
             )
+        if self.form == "streams" and session.rows_only and not self.neutral:
+            raise UnsupportedPipelineError(
+                f"a negative cannot join {session.family}'s own call, since its text changes on the way: give "
+                "NegativeAway(..., form='rows'), the doubled form"
+            )
         for wanted in self.layers or ():
             if not any(_named(layer, wanted) for layer in session.layers if layer.kind in _TEXT_KINDS):
                 raise SettingError(f"layers: no text-attention layer is called {wanted!r} here")

@@ -10,9 +10,11 @@ import torch
 import torch.nn.functional as F
 from plugins_for_tests import fingerprint
 from tiny_families import normal
+from tiny_families_more import llama
 from torch.overrides import TorchFunctionMode
 
 import diffgraft as dg
+from diffgraft.plugins.base import Text
 
 TINY = tf.models()
 CASES = {
@@ -128,8 +130,12 @@ def steered(name, texts, plugin):
     return output, g.report()
 
 
+ROWS_ONLY = ["ErnieImageTransformer2DModel", "HiDreamImageTransformer2DModel"]
+JOINS = [(name, pair) for name, tiny in TINY.items() if name not in ROWS_ONLY for pair in tiny.lengths]
+
+
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize(("name", "lengths"), [(n, pair) for n, tiny in TINY.items() for pair in tiny.lengths], ids=str)
+@pytest.mark.parametrize(("name", "lengths"), JOINS, ids=str)
 def test_a_family_is_the_doubled_form(name, lengths, case):
     texts, settings = texts_of(name, lengths), CASES[case]
     expected, met = doubled(name, texts, settings)
@@ -142,7 +148,7 @@ def test_a_family_is_the_doubled_form(name, lengths, case):
     assert set(report.layers) == met
 
 
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("name", [name for name in TINY if name not in ROWS_ONLY])
 def test_a_family_comes_off_and_neutral_is_plain(name):
     texts = texts_of(name, TINY[name].lengths[0])
     call, pipe, model = TINY[name].call(texts[:1]), tf.bare(name), tf.denoiser(name)
@@ -158,7 +164,7 @@ FRAMES = ["UNetMotionModel"]
 
 
 @pytest.mark.parametrize("case", ["nasa", "vsf"])
-@pytest.mark.parametrize("name", [name for name in TINY if name not in POOLED + FRAMES])
+@pytest.mark.parametrize("name", [name for name in TINY if name not in POOLED + FRAMES + ROWS_ONLY])
 def test_rows_of_its_own_are_the_doubled_form_too(name, case):
     """As a row of the batch, with the model's own forward for both; the pooled text given is the prompt's."""
     texts, settings = texts_of(name, TINY[name].lengths[0]), CASES[case]
@@ -166,6 +172,34 @@ def test_rows_of_its_own_are_the_doubled_form_too(name, case):
     found, report = steered(name, texts, away(name, texts[1], form="rows", **settings))
     assert (found - expected).abs().max() <= TINY[name].error * expected.abs().max()
     assert set(report.layers) == met and report.rows == [2]
+
+
+class Encoded(dg.NegativeAway):
+    """A negative as all of HiDream's encoders give it; of others as embeddings."""
+
+    def __init__(self, text, name, **settings):
+        super().__init__(text[None], **settings)
+        more = {"encoder_hidden_states_llama3": llama(text)[None]} if name.startswith("HiDream") else {}
+        self.text = Text(text[None], None, more, {"pooled_embeds": text.mean(0)[None]} if more else {})
+
+    def _texts(self, session):
+        return [self.text], [1.0]
+
+
+@pytest.mark.parametrize("case", ["nasa", "nasa-full", "nag", "vsf"])
+@pytest.mark.parametrize(("name", "lengths"), [(n, pair) for n in ROWS_ONLY for pair in TINY[n].lengths], ids=str)
+def test_families_that_only_rows_serve_are_the_doubled_form(name, lengths, case):
+    texts, settings = texts_of(name, lengths), CASES[case]
+    plain = outcome(tf.denoiser(name)(**TINY[name].call(texts[:1])))
+    expected, met = doubled(name, texts, settings)
+    found, report = steered(name, texts, Encoded(texts[1], name, form="rows", **settings))
+    size = float(expected.abs().max())
+    print(name, lengths, case, float((found - expected).abs().max()) / size, float((found - plain).abs().max()) / size)
+    assert (found - expected).abs().max() <= TINY[name].error * size and set(report.layers) == met
+    assert (found - plain).abs().max() > 1e-3 * size
+    assert torch.equal(steered(name, texts, Encoded(texts[1], name, form="rows", scale=0))[0], plain)
+    with pytest.raises(dg.UnsupportedPipelineError, match="form='rows'"):
+        steered(name, texts, Encoded(texts[1], name))
 
 
 def test_rows_of_its_own_are_refused_where_every_frame_has_a_text():

@@ -212,7 +212,7 @@ def test_families_without_a_declaration_can_do_nothing():
     from diffgraft.pipelines.families.support import unable
 
     assert unable("UNet2DConditionModel") == {}
-    assert {*unable("Unheard")} == {*unable("HiDreamImageTransformer2DModel")} >= {"erase", "NegativeAway"}
+    assert {*unable("Unheard")} == {*unable("BriaFiboTransformer2DModel")} >= {"erase", "NegativeAway"}
     assert "NegativeAway" not in unable("WanTransformer3DModel") and "films" in unable("WanTransformer3DModel")["erase"]
     assert "order" in unable("GlmImageTransformer2DModel")["AttentionSegregation"]
     assert "self-attention" in unable("FluxTransformer2DModel")["stylize"]

@@ -127,7 +127,42 @@ def cosmos(n: int, lengths: list[int], longest: int) -> dict[str, Any]:
 UNEVEN = ((7, 7), (12, 5), (4, 9))
 FILM = (4, 2, 8, 8)
 
+def ernie(spec: Tiny, texts: list[torch.Tensor], image: torch.Tensor) -> dict[str, Any]:
+    longest = max(map(len, texts))
+    rows = torch.stack([torch.nn.functional.pad(text, (0, 0, 0, longest - len(text))) for text in texts])
+    lengths = torch.tensor([len(text) for text in texts])
+    return {
+        "hidden_states": image.expand(len(texts), *image.shape), "timestep": torch.full((len(texts),), 700.0),
+        "text_bth": rows, "text_lens": lengths, "return_dict": False,
+    }  # fmt: skip
+
+
+def llama(text: torch.Tensor) -> torch.Tensor:
+    """Two layers of a language model for a text [L, 16]."""
+    return torch.stack([text[:, :12] * 0.9, text[:, 4:] - 0.1])
+
+
+def hidream(spec: Tiny, texts: list[torch.Tensor], image: torch.Tensor) -> dict[str, Any]:
+    return {
+        "hidden_states": image.expand(len(texts), *image.shape), "timesteps": torch.full((len(texts),), 700.0),
+        "encoder_hidden_states_t5": torch.stack(texts), "pooled_embeds": torch.stack([text.mean(0) for text in texts]),
+        "encoder_hidden_states_llama3": torch.stack([llama(text) for text in texts], 1), "return_dict": False,
+    }  # fmt: skip
+
+
 MORE: dict[str, Tiny] = {
+    "ErnieImageTransformer2DModel": Tiny(
+        {"hidden_size": 32, "num_attention_heads": 2, "num_layers": 2, "ffn_hidden_size": 32, "in_channels": 4,
+         "out_channels": 4, "patch_size": 1, "text_in_dim": 16, "rope_axes_dim": (4, 6, 6)},
+        (4, 4, 6), (16,), r"layers\.\d+\.self_attention", "IT", 24, inputs=ernie, lengths=((7, 7), (9, 4), (4, 9)),
+    ),
+    "HiDreamImageTransformer2DModel": Tiny(
+        {"patch_size": 2, "in_channels": 4, "num_layers": 2, "num_single_layers": 2, "attention_head_dim": 8,
+         "num_attention_heads": 2, "caption_channels": [16, 12], "text_emb_dim": 16, "num_routed_experts": 2,
+         "num_activated_experts": 1, "axes_dims_rope": (4, 2, 2), "max_resolution": (8, 8),
+         "llama_layers": [0, 1, 1, 0], "force_inference_output": True},
+        (4, 8, 8), (16,), r".*_stream_blocks\.\d+\.block\.attn1", "IT", 16, inputs=hidream, pad=lambda n: 3 * n,
+    ),
     "WanTransformer3DModel": Tiny(WAN, FILM, (16,), CROSS, "cross", 0),
     "WanTransformer3DModel with a picture": Tiny(
         WAN | {"image_dim": 16, "added_kv_proj_dim": 24}, FILM, (16,), CROSS, "cross", 0, picture, own=1,

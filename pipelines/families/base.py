@@ -34,7 +34,7 @@ class Adapter:
         sample, timestep, text: names of those arguments of the denoiser's `forward`.
         positional: names of its positional arguments in order.
         batched: arguments (tensors, or nests of them) whose tensors have the batch as first dimension.
-        modular: arguments and what modular pipelines call them, see `Family`.
+        modular, rows_at, rows_only: see `Family`.
     """
 
     sample = "sample"
@@ -43,6 +43,8 @@ class Adapter:
     positional: tuple[str, ...] = ()
     batched: tuple[str, ...] = ()
     modular: Mapping[str, str] = MappingProxyType({})
+    rows_at: Mapping[str, int] = MappingProxyType({})
+    rows_only = False
 
     def __init__(self, pipe: Any, denoiser: nn.Module) -> None:
         self.pipe, self.denoiser = pipe, denoiser
@@ -62,7 +64,9 @@ class Adapter:
             batched = isinstance(value, torch.Tensor) and value.ndim and len(value) == batch
             return value[rows] if batched else value
 
-        return {name: tree_map(pick, value) if name in self.batched else value for name, value in inputs.items()}
+        taken = {name: tree_map(pick, value) if name in self.batched else value for name, value in inputs.items()}
+        moved = {name: inputs[name].movedim(dim, 0) for name, dim in self.rows_at.items() if name in inputs}
+        return taken | {name: pick(value).movedim(0, self.rows_at[name]) for name, value in moved.items()}
 
     def prediction(self, output: Any) -> torch.Tensor:
         """The predicted tensor of a denoiser's output, whichever form it has."""
@@ -189,10 +193,13 @@ class Adapter:
         index = torch.arange(rows.start, rows.stop, device=self.device(inputs))
         changed = self.with_text(self.take(inputs, index), mine)
         changed |= {name: value[own] for name, value in text.pooled.items()}
-        names = {self.text, *text.more, *text.pooled, *self.text_arguments}
-        return inputs | {
-            n: replaced(inputs.get(n), rows, changed.get(n), self.batch(inputs)) for n in names & {*changed}
-        }
+        names = {self.text, *text.more, *text.pooled, *self.text_arguments} & {*changed}
+        for name in names & {*self.rows_at}:
+            dim = self.rows_at[name]
+            whole = replaced(inputs[name].movedim(dim, 0), rows, changed[name].movedim(dim, 0), self.batch(inputs))
+            changed[name] = whole.movedim(0, dim)
+        rest = {n: replaced(inputs.get(n), rows, changed[n], self.batch(inputs)) for n in names - {*self.rows_at}}
+        return inputs | rest | {name: changed[name] for name in names & {*self.rows_at}}
 
     @property
     def text_arguments(self) -> tuple[str, ...]:

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from ...attention.call import TextCall
@@ -41,6 +42,7 @@ class DeclaredAdapter(Adapter):
             for name in self.positional
             if name not in _NOT_BATCHED and not name.endswith(("kwargs", "_scale", "_pos"))
         )
+        self.rows_at, self.rows_only = family.rows_at, family.rows_only
         self._asks = {layer.module: _asks(denoiser, family, layer) for layer in self.layers}
         self.layers = _kinds(self.layers, family)
 
@@ -213,6 +215,12 @@ class DeclaredAdapter(Adapter):
             changed[spec.ids[0]] = positions(inputs[spec.ids[0]], text.embeddings.shape[1], spec.ids[1])
         return changed
 
+    def with_words(self, inputs: Inputs, rows: slice, text: Text) -> Inputs:
+        words, longer = inputs[self.text], text.embeddings.shape[1]
+        if self.spec.widens and words.shape[1] < longer:
+            inputs = inputs | {self.text: F.pad(words, (0, 0, 0, longer - words.shape[1]))}
+        return super().with_words(inputs, rows, text)
+
     def _refuse_padding(self) -> None:
         raise SettingError(
             f"{type(self.denoiser).__name__} masks no padding: leave mask= out, and cut the padding off the negative's "
@@ -221,7 +229,7 @@ class DeclaredAdapter(Adapter):
 
     @property
     def text_arguments(self) -> tuple[str, ...]:
-        return () if self.spec.mask is None else (self.spec.mask,)
+        return self.spec.texts if self.spec.mask is None else (*self.spec.texts, self.spec.mask)
 
     # -- encoding ----------------------------------------------------------------------------------------------
 

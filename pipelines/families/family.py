@@ -100,6 +100,9 @@ class Family:
         text_first: order of text and image in the joint sequence. registers: tokens of the model's own before the text.
         cut: the model counts its text before the blocks, so further texts must leave behind the last one.
         residuals: arguments that are added to the whole sequence behind blocks, as ControlNets do.
+        rows_only: a heard text cannot join, so that only `form="rows"` serves.
+        rows_at: arguments whose rows are not their first dimension, with the one that they are.
+        widens: padding behind a text is masked by its length, so that a batch may be padded for a longer one.
         masked: the model wants its text mask even where it hides nothing.
         alone: (beginning of layer names, kind) for layers that see text or image alone.
         still: the text's way to the blocks depends on no timestep, so it is heard once a call.
@@ -136,6 +139,9 @@ class Family:
     registers: int = 0
     cut: bool = False
     residuals: tuple[str, ...] = ()
+    rows_only: bool = False
+    rows_at: Mapping[str, int] = field(default_factory=dict[str, int])
+    widens: bool = False
     masked: bool = False
     alone: tuple[tuple[str, Alone], ...] = ()
     still: bool = True
@@ -173,8 +179,8 @@ class Refused:
 def names_of(denoiser: Any) -> list[str]:
     """Class names under which something may be said of a denoiser, the nearest first.
 
-    A subclass that somebody made of a class of diffusers is called as that is; one of diffusers' own, such as DreamLite's
-    UNet, may be called in another way.
+    A subclass that somebody made of a class of diffusers is called as that is; one of diffusers' own, such as
+    DreamLite's UNet, may be called in another way.
     """
     names: list[str] = []
     for kind in type(denoiser).__mro__:

@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
-from ...attention.errors import UnsupportedPipelineError
+from ...attention.errors import SettingError, UnsupportedPipelineError
 from ...plugins.base import Text
 from .modular import is_modular, stacked, text_block
 
@@ -67,6 +68,43 @@ def krea_place(inputs: Inputs, text: Text) -> Inputs:
     place = torch.cat([ids.new_zeros(text.embeddings.shape[1], ids.shape[-1]), ids[-image:]])
     name = "encoder_hidden_states"
     return {**inputs, name: text.embeddings, "encoder_attention_mask": mask, "position_ids": place}
+
+
+def ernie_place(inputs: Inputs, text: Text) -> Inputs:
+    """ERNIE-Image is told how long its texts are; shorter ones are padded."""
+    words = text.embeddings
+    lengths = torch.full((len(words),), words.shape[1]) if text.mask is None else text.mask.sum(1)
+    words = F.pad(words, (0, 0, 0, max(0, inputs["text_bth"].shape[1] - words.shape[1])))
+    return {**inputs, "text_bth": words, "text_lens": lengths.to(inputs["text_lens"])}
+
+
+def ernie_encode(adapter: Any, texts: list[str], running: Any) -> Text:
+    """The pipeline's list of rows of several lengths."""
+    found = adapter.encode_prompt(running, texts)
+    return stacked([row.squeeze(1) if row.ndim == 3 else row for row in found])
+
+
+def hidream_place(inputs: Inputs, text: Text) -> Inputs:
+    """HiDream's language model gives a text for each block, whose rows are the second dimension."""
+    llama = text.more.get("encoder_hidden_states_llama3")
+    if llama is None:
+        raise SettingError(
+            "HiDream takes texts of several encoders: give the negative as a string, not as the embeddings of one"
+        )
+    words = {"encoder_hidden_states_t5": text.embeddings, "encoder_hidden_states_llama3": llama.transpose(0, 1)}
+    return {**inputs, **words}
+
+
+def hidream_encode(adapter: Any, texts: list[str], running: Any) -> Text:
+    """All four encoders' texts."""
+    t5, _, llama, _, pooled, _ = adapter.encode_prompt(running, *[texts] * 4)
+    return Text(t5, None, {"encoder_hidden_states_llama3": llama.transpose(0, 1)}, {"pooled_embeds": pooled})
+
+
+def hidream_lengths(adapter: Any, inputs: Mapping[str, Any]) -> list[int]:
+    """T5's columns, the language model's last layer's and the block's own."""
+    llama = inputs["encoder_hidden_states_llama3"]
+    return [inputs["encoder_hidden_states_t5"].shape[1] + 2 * llama.shape[2]] * len(inputs["hidden_states"])
 
 
 def kandinsky_place(inputs: Inputs, text: Text) -> Inputs:

@@ -67,7 +67,8 @@ def _row(name: str, family: Family) -> str:
     film = family.latent.layout == "film"
     cells = (
         name, family.name, _HOW[family.how], _GUIDANCE[family.guidance],
-        "once a call" if family.still else "once a step", "yes" if family.columns and not film else "no",
+        "rows only" if family.rows_only else "once a call" if family.still else "once a step",
+        "yes" if family.columns and not film else "no",
         "film: NegativeAway only" if film else family.latent.layout,
     )  # fmt: skip
     return f"| {' | '.join(cells)} |"

@@ -130,6 +130,15 @@ FAMILIES: dict[str, Family | Refused] = {
         mask="encoder_hidden_states_mask", encoded={TEXT: 0, "encoder_hidden_states_mask": 1}, guidance="apart",
         latent=Latent("packed", cells=True),
     ),
+    "HiDreamImageTransformer2DModel": Family(
+        "hidream", (Meet("double_stream_blocks"), Meet("single_stream_blocks")), rows_only=True, timestep="timesteps",
+        text="encoder_hidden_states_t5", rows_at={"encoder_hidden_states_llama3": 1}, text_first=False, columns=False,
+        encode=odd.hidream_encode, place=odd.hidream_place, lengths=odd.hidream_lengths, tokens=odd.patches,
+    ),
+    "ErnieImageTransformer2DModel": Family(
+        "ernie-image", (Meet("layers", text=None, sequence="x"),), rows_only=True, text="text_bth", widens=True,
+        texts=("text_lens",), text_first=False, encode=odd.ernie_encode, place=odd.ernie_place, columns=False,
+    ),
     # -- films ---------------------------------------------------------------------------------------------------
     "WanTransformer3DModel": Family("wan", _WAN, _EXPERTS, guidance="apart", latent=_FILM),
     "WanVACETransformer3DModel": Family("wan-vace", _WAN, _EXPERTS, guidance="apart", latent=_FILM),
@@ -168,10 +177,6 @@ FAMILIES: dict[str, Family | Refused] = {
         "animatediff", sample="sample", denoisers=("unet",), latent=_FILM, adapter=UNetAdapter
     ),
     # -- refused, with the reason ----------------------------------------------------------------------------------
-    "HiDreamImageTransformer2DModel": Refused(
-        "it puts a fresh layer of its language model's text into every block, where a negative heard once is not; use "
-        "its guided form with negative_prompt"
-    ),
     "BriaFiboTransformer2DModel": Refused(
         "it gives each block another layer of its language model's text; use negative_prompt and guidance"
     ),
@@ -193,9 +198,6 @@ FAMILIES: dict[str, Family | Refused] = {
         "it attends row by row to texts of which the padding was taken out; use negative_prompt and guidance"
     ),
     "EasyAnimateTransformer3DModel": Refused("its second text encoder's tokens follow the first's inside of the model"),
-    "ErnieImageTransformer2DModel": Refused(
-        "its sequence lies in the first dimension with a modulation for each token; use negative_prompt and guidance"
-    ),
     "JoyImageEditTransformer3DModel": Refused(
         "its pictures stand inside of the prompt; use negative_prompt and guidance"
     ),

@@ -59,6 +59,10 @@ class RunSession:
         return self._run.adapter.family
 
     @property
+    def rows_only(self) -> bool:
+        return self._run.adapter.rows_only
+
+    @property
     def text_width(self) -> int:
         return self._run.adapter.text_shape(self._run.inputs)[-1]
 
