@@ -6,6 +6,7 @@ import asyncio
 import ctypes
 import gc
 import html
+import inspect
 import io
 import json
 import threading
@@ -29,7 +30,8 @@ from gradio_client.utils import QueueError
 from PIL import Image
 
 import diffgraft as dg
-from diffgraft.app.demo import checks, drawing, make_shown, menu, preview, server, visit
+from diffgraft.app.demo import checks, drawing, forms, make_shown, menu, preview, server, visit
+from diffgraft.app.demo.arguments import arguments
 from diffgraft.app.demo.painting import telling_words
 from diffgraft.app.demo.restore import restored
 from diffgraft.app.demo.seeds import SeedsPart, picked
@@ -44,6 +46,7 @@ from diffgraft.app.demo.tab_style import StyleTab
 from diffgraft.app.demo.told import told
 from diffgraft.app.demo.uploads import drawn
 from diffgraft.app.metadata import encode_png, read_settings
+from diffgraft.app.techniques import techniques
 
 PROMPT = "a red ball and a blue star"
 QUICK = {"steps": 2, "width": 64, "height": 64}
@@ -394,6 +397,44 @@ def test_a_rough_look_shows_the_picture_before_it_is_decoded(studio):
     assert guess is not None and np.corrcoef(look.ravel(), np.asarray(made, float).ravel())[0, 1] > 0.8
     assert preview.learn(type("Pipe", (), {"vae": None})()) is None
     assert "data:image/png" in preview.as_html("<b>", seen[-1]) and "<b>" not in preview.as_html("<b>", None)
+
+
+# -- Compose's forms ------------------------------------------------------------------------------------------------
+
+
+def test_every_documented_argument_of_every_technique_has_a_field_or_is_for_json():
+    for name, kind in techniques().items():
+        found = {one.name: one for one in arguments(name)}
+        assert all(one.about for one in found.values()), name
+        left = {*inspect.signature(kind).parameters} - {*found}
+        assert left <= {
+            "mask", "style", "layout", "content", "generator", "attributes", "refine", "layers", "negative_2",
+            "negative_3",
+        }, (name, left)  # fmt: skip
+    rule = next(one for one in arguments("NegativeAway") if one.name == "rule")
+    assert (rule.kind, rule.default, rule.choices[:2]) == ("choice", "nasa", ("nasa", "nag"))
+    kinds = {one.name: one.kind for one in arguments("AttentionSegregation")}
+    assert kinds["concepts"] == "words" and kinds["every"] == "whole" and kinds["size"] == "number"
+    assert arguments("SelfAttentionRedirection")[0].about.startswith("guidance away from the plain prediction")
+
+
+def test_a_field_writes_what_it_says_and_its_default_says_nothing():
+    text = '[{"plugin": "AttentionSegregation", "concepts": ["a"]}, {"plugin": "NegativeAway", "negative": "blue"}]'
+    by_name = {one.name: one for name in ("AttentionSegregation", "NegativeAway") for one in arguments(name)}
+
+    def put(name, place, value, text=text):
+        return read_specs(forms._writing(place, by_name[name])(text, value))
+
+    assert put("concepts", 0, "ball, star ,")[0]["concepts"] == ["ball", "star"]
+    assert put("every", 0, 2.0)[0]["every"] == 2 and "every" not in put("every", 0, 1)[0]
+    assert put("size", 0, 0.1)[0]["size"] == 0.1 and "size" not in put("size", 0, None)[0]
+    assert put("rule", 1, "vsf")[1]["rule"] == "vsf" and "rule" not in put("rule", 1, "")[1]
+    assert put("negative", 1, "")[1]["negative"] == "" and put("negative", 7, "x") == read_specs(text)
+    with pytest.raises(gr.Error, match="whole number"):
+        put("every", 0, 1.5)
+    listed, names, drawn = forms._changing(lambda specs: forms._swapped(specs, 0, 1))(text, 3)
+    assert names == ["NegativeAway", "AttentionSegregation"] and drawn == 4
+    assert [spec["plugin"] for spec in read_specs(listed)] == names == forms.redrawn(listed, 0)[0]
 
 
 # -- limits hold without the page ----------------------------------------------------------------------------------

@@ -119,6 +119,7 @@ CSS = """
 .dg-look p { margin: 0; }
 .gradio-container .dg-strip .grid-container { grid-template-columns: repeat(auto-fill, 92px) !important; }
 .gradio-container .dg-seeds .grid-container { grid-template-columns: repeat(auto-fill, minmax(76px, 1fr)) !important; }
+.gradio-container .dg-strip .empty { min-height: 96px !important; }
 .gradio-container .dg-strip .caption-label { font-size: .62rem; padding: 1px 4px; }
 .report textarea { font-family: monospace; font-size: .8rem; }
 @media (max-width: 480px) {

@@ -10,6 +10,7 @@ import gradio as gr
 
 from ...pipelines.families.support import unable
 from ..models import ONE_STEP, PICTUREBOOK, TRANSFORMER, embedded, suits
+from ..techniques import techniques
 from .parts import MODEL, Laid, visitor
 from .studio import Studio
 from .told import told
@@ -36,6 +37,7 @@ def wire(which: gr.Dropdown, studio: Studio, tabs: Sequence[Laid]) -> None:
     greyed = [part for tab in tabs for part, _ in tab.needs]
     notes = [tab.note for tab in tabs]
     turned = [part for tab in tabs if tab.knobs for part in (tab.knobs.steps, tab.knobs.guidance)]
+    lists = [tab.techniques for tab in tabs if tab.techniques]
     usual = [part.value for part in turned]
 
     def choose(name: str, request: gr.Request, progress: gr.Progress = gr.Progress()) -> list[Any]:  # noqa: B008
@@ -45,17 +47,18 @@ def wire(which: gr.Dropdown, studio: Studio, tabs: Sequence[Laid]) -> None:
         keys = ["steps", "guidance"] * (len(turned) // 2)
         knobs = [gr.update(value=suited.get(key, value)) for key, value in zip(keys, usual, strict=True)]
         parts = [gr.update(interactive=need not in lacks) for tab in tabs for _, need in tab.needs]
-        return [*parts, *[said(tab, lacks) for tab in tabs], *knobs]
+        left = gr.update(choices=[name for name in techniques() if name not in lacks])
+        return [*parts, *[said(tab, lacks) for tab in tabs], *knobs, *[left] * len(lists)]
 
     which.change(
-        told(choose), which, [*greyed, *notes, *turned], concurrency_id=MODEL, concurrency_limit=1,
+        told(choose), which, [*greyed, *notes, *turned, *lists], concurrency_id=MODEL, concurrency_limit=1,
         api_visibility="private", show_progress_on=[which],
     )  # fmt: skip
 
 
 def said(tab: Laid, lacks: dict[str, str]) -> Any:
     """The note of a tab: what is greyed out there, and why."""
-    needs = dict.fromkeys(need for _, need in tab.needs) if tab.needs else lacks
+    needs = dict.fromkeys(techniques() if tab.techniques else [need for _, need in tab.needs])
     reasons = {need: lacks[need] for need in needs if need in lacks}
     lines = "".join(f"<li><b>{name}</b>: {html.escape(reason)}</li>" for name, reason in reasons.items())
     text = f"This model cannot do everything here:<ul>{lines}</ul>" if reasons else ""

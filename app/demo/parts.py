@@ -51,6 +51,7 @@ class Laid:
         needs: what is of no use where a model cannot do it: (component, plugin or task).
         note: where it is said what the model cannot do.
         knobs: of which steps and guidance follow the model; None where they do not.
+        techniques: where techniques are chosen. again: the event that follows when the fields were filled.
     """
 
     name: str
@@ -60,6 +61,8 @@ class Laid:
     needs: list[tuple[Any, str]]
     note: gr.HTML
     knobs: Knobs | None = None
+    techniques: gr.Dropdown | None = None
+    again: dict[str, Any] | None = None
 
 
 def knobs(*, steps: int, guidance: float, seed: int, count: int = 1) -> Knobs:

@@ -28,16 +28,17 @@ STARTS: Mapping[str, Mapping[str, Any]] = {
 
 def starting_specs(names: list[str]) -> str:
     """The specs of techniques with settings to start from, as JSON, one a line."""
-    return _lines([{"plugin": name, **STARTS.get(name, {})} for name in names])
+    return as_lines([{"plugin": name, **STARTS.get(name, {})} for name in names])
 
 
 def rewritten(names: list[str], specs: str) -> str:
     """The specs after the choice of techniques changed: what was written for the others stays."""
     known: dict[str, Any] = {spec["plugin"]: spec for spec in read_specs(specs)}
-    return _lines([known.get(name) or {"plugin": name, **STARTS.get(name, {})} for name in names])
+    return as_lines([known.get(name) or {"plugin": name, **STARTS.get(name, {})} for name in names])
 
 
-def _lines(specs: list[dict[str, Any]]) -> str:
+def as_lines(specs: list[dict[str, Any]]) -> str:
+    """Specs as a JSON list, one a line."""
     return "[\n" + ",\n".join(f"  {json.dumps(spec, ensure_ascii=False)}" for spec in specs) + "\n]"
 
 

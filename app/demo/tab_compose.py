@@ -11,6 +11,7 @@ from ...pipelines.grafting.graft import Graft, graft
 from ...plugins.base import Plugin
 from ..techniques import build, techniques
 from . import checks, parts
+from .forms import REDRAWING, forms, redrawn
 from .painting import paint
 from .parts import Laid, Runs, Shown, keep
 from .shown import shown
@@ -43,9 +44,15 @@ class ComposeTab:
                 )  # fmt: skip
                 specs = gr.Code(
                     starting_specs(FIRST), language="json", label="Their settings, as in a batch row", lines=6,
-                    max_lines=16, wrap_lines=True, show_line_numbers=False, buttons=["copy"],
+                    max_lines=16, wrap_lines=True, show_line_numbers=False, buttons=["copy"], render=False,
                 )  # fmt: skip
-                chosen.input(told(rewritten), [chosen, specs], specs, api_visibility="private", queue=False)
+                drawn = forms(specs, chosen)
+                with gr.Accordion("The same as JSON, with every argument", open=False):
+                    specs.render()
+                again = {"fn": redrawn, "inputs": [specs, drawn], "outputs": [chosen, drawn], **REDRAWING}
+                specs.blur(**again | {"fn": told(redrawn)})
+                turned = chosen.input(told(rewritten), [chosen, specs], specs, api_visibility="private", queue=False)
+                turned.success(**again)
                 with gr.Accordion('Pictures for "upload"', open=False), gr.Row():
                     mask, style = parts.upload("ball-mask", "Mask"), parts.upload("mosaic", "Style")
                 run, halt = parts.buttons("Paint")
@@ -67,7 +74,8 @@ class ComposeTab:
         runs.offer(self.compose, outputs)
         runs.close()
         names = ["prompt", "plugins", "mask", "style", "steps", "guidance", "count", "seed", "model"]
-        return Laid(self.name, pictures, [painted], dict(zip(names, inputs, strict=True)), [], note, knobs)
+        fields = dict(zip(names, inputs, strict=True))
+        return Laid(self.name, pictures, [painted], fields, [], note, knobs, chosen, again)
 
     def compose(
         self,

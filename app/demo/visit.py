@@ -55,7 +55,10 @@ def strip(tabs: Sequence[Laid], switch: gr.Tabs) -> None:
         updates = {by_name[name].fields[field]: value for field, value in values.items()}
         return {**updates, switch: gr.Tabs(selected=name), dropped: None}
 
-    dropped.upload(told(restore), dropped, list(dict.fromkeys([*fields, switch, dropped])), **_SOON)
+    filled = dropped.upload(told(restore), dropped, list(dict.fromkeys([*fields, switch, dropped])), **_SOON)
+    for tab in tabs:
+        if tab.again:
+            filled.success(**tab.again)
 
 
 def remember(before: Shown | None, made: Any) -> tuple[Shown, int, str, Any, Any]:
