@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 from contextlib import contextmanager
@@ -39,6 +40,13 @@ def run(pipe, *plugins, prompt="a blue ball", backend="auto", **call):
     options = SMALL | {"generator": torch.Generator().manual_seed(0)} | call
     with dg.graft(pipe, *plugins, backend=backend) as g:
         return pipe(prompt=prompt, **options)[0], g.report()
+
+
+def draw(pipe, *plugins, **call):
+    """As `run`, of a pipeline without the usual arguments."""
+    size = {name: SMALL[name] for name in ("num_inference_steps", "height", "width", "output_type")}
+    with dg.graft(pipe, *plugins) as g:
+        return pipe("a blue ball", generator=torch.Generator().manual_seed(0), **size | call)[0], g.report()
 
 
 def calls_of(pipe, *plugins, **call):
@@ -308,6 +316,22 @@ def test_rows_of_its_own_where_nothing_is_pooled_are_the_streams():
         torch.testing.assert_close(made[1], made[0], rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("guidance", [1.0, 4.0])
+@pytest.mark.parametrize("name", ["ernie", "hidream"])
+def test_pipelines_that_only_rows_serve(name, guidance):
+    own = {"ernie": {"use_pe": False}, "hidream": {"max_sequence_length": 16}}
+    pipe, call = pipe_of(name), own[name] | {"guidance_scale": guidance}
+    plain, before = draw(pipe, **call)[0], fingerprint(pipe)
+    for negative in ("cat", " ".join(["red cat"] * 4)):  # shorter and longer than the prompt
+        steered, report = draw(pipe, dg.NegativeAway(negative, form="rows", scale=0.8), **call)
+        assert steered.isfinite().all() and (steered - plain).abs().max() > 1e-4
+        assert report.rows == [2 if guidance == 1 else 3] and report.calls == 2
+    assert torch.equal(draw(pipe, dg.NegativeAway("cat", form="rows", scale=0), **call)[0], plain)
+    with pytest.raises(dg.UnsupportedPipelineError, match="form='rows'"), dg.graft(pipe, dg.NegativeAway("cat")):
+        pass
+    assert fingerprint(pipe) == before
+
+
 def test_rows_of_its_own_take_the_negatives_pooled_text():
     pipe = tt.flux()
     text, pooled = pipe.encode_prompt("red cat", "red cat", max_sequence_length=16)[:2]
@@ -422,6 +446,50 @@ def test_an_edit_pipeline_encodes_the_negative_with_its_pictures(name, monkeypat
     assert steered.isfinite().all() and (steered - plain).abs().max() > 1e-4
     with pytest.raises(dg.UnsupportedPipelineError, match="reads pictures with its prompt"):
         dg.attention_maps(pipe, "a ball", ["ball"], image=call["image"], steps=2)
+
+
+# -- what people put on a model ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["z_image", "klein"])
+def test_a_lora_reaches_the_negative_too(name):
+    """An adapter is what its weights added to the model's own are: heard, joined and projected."""
+    from peft import LoraConfig
+
+    pipe, call = getattr(fp, name)(), CALLS[name] | {"guidance_scale": 0.0}
+    pipe.transformer = copy.deepcopy(pipe.transformer)
+    away = dg.NegativeAway("red cat", scale=0.8)
+    without = run(pipe, away, **call)[0]
+    modules = ["to_k", "to_v", "to_out.0", "linear_in"]
+    config = LoraConfig(r=2, lora_alpha=4, target_modules=modules, init_lora_weights=False)
+    torch.manual_seed(3)
+    pipe.transformer.add_adapter(config)
+    plain, steered = run(pipe, **call)[0], run(pipe, away, **call)[0]
+    assert (steered - without).abs().max() > 1e-4 and (steered - plain).abs().max() > 1e-4
+    pipe.transformer.fuse_lora()
+    torch.testing.assert_close(run(pipe, away, **call)[0], steered, rtol=0, atol=1e-5)
+    pipe.transformer.unfuse_lora()
+    pipe.transformer.disable_adapters()
+    torch.testing.assert_close(run(pipe, away, **call)[0], without, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["z_image", "wan"])
+@pytest.mark.parametrize("way", ["sequential", "group"])
+def test_offloaded_weights_change_nothing(name, way):
+    """By accelerate's hooks and by diffusers' groups, both to the CPU itself, which has no other device."""
+    from accelerate import cpu_offload
+
+    pipe, call = getattr(fp, name)(), CALLS[name] | {"guidance_scale": 0.0}
+    pipe.transformer = copy.deepcopy(pipe.transformer)
+    away = dg.NegativeAway("red cat", scale=0.8)
+    before, plain = run(pipe, away, **call)[0], run(pipe, **call)[0]
+    if way == "sequential":
+        cpu_offload(pipe.transformer, torch.device("cpu"))
+    else:
+        device = torch.device("cpu")
+        pipe.transformer.enable_group_offload(device, device, "block_level", num_blocks_per_group=1)
+    steered, report = run(pipe, away, **call)
+    assert torch.equal(steered, before) and torch.equal(run(pipe, **call)[0], plain) and report.layers
 
 
 # -- attention backends ------------------------------------------------------------------------------------------------

@@ -11,6 +11,8 @@ import tiny_transformers as tt
 import torch
 from tokenizers import pre_tokenizers
 from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
     PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
@@ -178,3 +180,38 @@ def qwen(cls: Any = diffusers.QwenImagePipeline) -> Any:
     if cls is diffusers.QwenImagePipeline:
         parts.pop("processor")
     return tiny.quiet(cls(**parts))
+
+
+def ernie() -> Any:
+    """Its text encoder gives each prompt its own length."""
+    torch.manual_seed(1)
+    config = tf.models()["ErnieImageTransformer2DModel"].config | {"in_channels": 16, "out_channels": 16}
+    return tiny.quiet(diffusers.ErnieImagePipeline(
+        transformer=tt.lively(diffusers.ErnieImageTransformer2DModel(**config)), vae=klein().vae, scheduler=tt.flow(),
+        text_encoder=qwen3(), tokenizer=tt.tokenizer(),
+    ))  # fmt: skip
+
+
+def hidream() -> Any:
+    """Two CLIPs for its pooled text, T5, and a language model of which each block has a layer."""
+    torch.manual_seed(1)
+    config = tf.models()["HiDreamImageTransformer2DModel"].config | {
+        "caption_channels": [32, 16], "text_emb_dim": 2 * tiny.WIDTH
+    }  # fmt: skip
+    encoders = [tiny.text_encoder(seed, projection=True) for seed in (2, 3)]
+    made = tiny.quiet(diffusers.HiDreamImagePipeline(
+        transformer=tt.lively(diffusers.HiDreamImageTransformer2DModel(**config)), vae=tt.vae(), scheduler=tt.flow(),
+        text_encoder=encoders[0], tokenizer=tiny.tokenizer(), text_encoder_2=encoders[1], tokenizer_2=tiny.tokenizer(),
+        text_encoder_3=tt.t5(), tokenizer_3=tt.tokenizer(), text_encoder_4=llama(), tokenizer_4=tt.tokenizer(),
+    ))  # fmt: skip
+    made.default_sample_size = 16  # to which it brings every size
+    return made
+
+
+def llama(seed: int = 5) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, pad_token_id=0,
+        output_hidden_states=True,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).eval()
