@@ -50,19 +50,29 @@ class _Remembering:
     """A layer as its processor sees it, whose products of one text are remembered."""
 
     def __init__(self, module: Any, memo: TextMemo, text: torch.Tensor) -> None:
-        self._module, self._memo, self._text = module, memo, text
+        vars(self).update(vars(module))  # what a module has is quicker found here than asked of it each time
+        vars(self).update(module._modules)
+        self._layer, self._memo, self._text = module, memo, text
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._module, name)
+        return getattr(self._layer, name)
 
-    def to_k(self, given: torch.Tensor) -> torch.Tensor:
+    @property
+    def to_k(self) -> Callable[[torch.Tensor], torch.Tensor]:
+        return self._keys
+
+    @property
+    def to_v(self) -> Callable[[torch.Tensor], torch.Tensor]:
+        return self._values
+
+    def _keys(self, given: torch.Tensor) -> torch.Tensor:
         return self._projected("to_k", given)
 
-    def to_v(self, given: torch.Tensor) -> torch.Tensor:
+    def _values(self, given: torch.Tensor) -> torch.Tensor:
         return self._projected("to_v", given)
 
     def _projected(self, name: str, given: torch.Tensor) -> torch.Tensor:
-        linear = self._module._modules[name]
+        linear = self._layer._modules[name]
         if given is not self._text:
             return linear(given)
         return self._memo.linear(name, F.linear, (given, linear.weight, linear.bias), {})
@@ -70,9 +80,11 @@ class _Remembering:
 
 def _is_plain(module: Any) -> bool:
     """Whether calling the module is a matrix product and nothing else: no LoRA, hook, offloading, compiled code."""
+    if type(module) is not nn.Linear:
+        return False
     own = vars(module)
-    more = any(own.get(name) for name in ("_forward_hooks", "_forward_pre_hooks", "_compiled_call_impl", "forward"))
-    return type(module) is nn.Linear and not more
+    hooked = own["_forward_hooks"] or own["_forward_pre_hooks"]
+    return not (hooked or "forward" in own or own.get("_compiled_call_impl"))
 
 
 def direct(forward: Callable[..., Any], args: Any, kwargs: Any, memo: TextMemo | None) -> Callable[..., Any] | None:
@@ -92,7 +104,8 @@ def direct(forward: Callable[..., Any], args: Any, kwargs: Any, memo: TextMemo |
         return None
     code, text = _rebound(AttnProcessor2_0.__call__), kwargs.get("encoder_hidden_states")
     if memo is not None and isinstance(text, torch.Tensor):
-        if not (_is_plain(module.to_k) and _is_plain(module.to_v)):
+        parts = module._modules
+        if not (_is_plain(parts.get("to_k")) and _is_plain(parts.get("to_v"))):
             return None
         module = _Remembering(module, memo, text)
     return None if code is None else functools.partial(_run, code, processor, module)

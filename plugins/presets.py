@@ -31,15 +31,15 @@ CHOICES: dict[str, tuple[str, ...]] = {
 }
 
 
-def preset_named(name: str | None) -> dict[str, Any]:
-    """The values of a preset.
+def filled(preset: str | None, **given: Any) -> dict[str, Any]:
+    """The values of a preset, but those that are given.
 
     Raises:
         SettingError: no preset of that name.
     """
-    if name not in (None, *PRESETS):
-        raise SettingError(f"preset={name!r}: choose one of {', '.join(PRESETS)}")
-    return PRESETS[name or "measured"]
+    if preset not in (None, *PRESETS):
+        raise SettingError(f"preset={preset!r}: choose one of {', '.join(PRESETS)}")
+    return PRESETS[preset or "measured"] | {name: value for name, value in given.items() if value is not None}
 
 
 def check_refine(refine: Any) -> dict[int, float]:

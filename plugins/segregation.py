@@ -27,7 +27,7 @@ from .moves import (
     shuffled,
     step_factor,
 )
-from .presets import Route, Units, check_choices, check_refine, preset_named
+from .presets import Route, Units, check_choices, check_refine, filled
 from .retention import Regions, Rule, read_layout
 
 _MAX_REFINEMENTS = 20
@@ -117,33 +117,19 @@ class AttentionSegregation(Plugin):
         candidates: int = 1,
         loss_scale: float | None = None,
     ) -> None:
-        chosen = preset_named(preset)
-
-        def default(name: str, given: Any) -> Any:
-            return chosen[name] if given is None else given
-
+        chosen = filled(
+            preset, smoothing=smoothing, rule=rule, size=size, decay=decay, lowpass=lowpass, route=route,
+        )  # fmt: skip
         last: float = 1.0 if finite(start, "start") >= chosen["end"] else chosen["end"]
         super().__init__(start=start, end=last if end is None else end)
         self.concepts = check_concepts(concepts)
         self.attributes = attributes_by_prompt(attributes)
-        self.retention = finite(retention, "retention", 0)
-        usual = 0.0 if self.retention and layout is not None and not isinstance(layout, str) else 1.0
-        self.segregation = finite(usual if segregation is None else segregation, "segregation", 0)
-        self.binding = finite(binding, "binding", 0)
-        self.preset, self.loss = preset, loss
-        self._loss = find_loss(loss)
-        sharp = self._loss is attend_and_excite  # a map divided by its maximum has no maximum left to raise
-        self.normalisation: Normalisation = normalisation or ("ae" if sharp else chosen["normalisation"])
-        self.smoothing: Smoothing = default("smoothing", smoothing)
-        self.rule: Units = default("rule", rule)
-        self.size = finite(default("size", size), "size", 0, 1 if self.rule == "relative" else 1e6)
-        self.decay = finite(default("decay", decay), "decay", 0, 1)
-        self.lowpass: int | None = default("lowpass", lowpass)
         self.layers: LayerChoice = layers
-        self.route: Route = default("route", route)
         self.threshold, self.level, self.previous, self.layout = threshold, level, previous, layout
-        self.every, self.refine, self.candidates = every, check_refine(refine), candidates
-        self.loss_scale = None if loss_scale is None else finite(loss_scale, "loss_scale", 1)
+        self._set_loss(loss, segregation, retention, binding)
+        self.preset, self.candidates = preset, candidates
+        self._set_maps(chosen, normalisation)
+        self._set_moves(chosen, every, refine, loss_scale)
         check_choices(self)
         if candidates > 1 and start > 0:
             raise SettingError("candidates= are compared before the first step: leave start=0, or candidates=1")
@@ -151,6 +137,32 @@ class AttentionSegregation(Plugin):
         masks = read_layout(layout, self.concepts)
         self._regions = self._watched = Regions(threshold, level, previous, masks)
         self._probed: MapCapture | None = None
+
+    def _set_loss(self, loss: str | Loss, segregation: float | None, retention: float, binding: float) -> None:
+        """What is asked of the maps. A layout of masks asks for retention alone unless it is told more."""
+        self.retention = finite(retention, "retention", 0)
+        usual = 0.0 if self.retention and self.layout is not None and not isinstance(self.layout, str) else 1.0
+        self.segregation = finite(usual if segregation is None else segregation, "segregation", 0)
+        self.binding = finite(binding, "binding", 0)
+        self.loss, self._loss = loss, find_loss(loss)
+
+    def _set_maps(self, chosen: Mapping[str, Any], normalisation: Normalisation | None) -> None:
+        """How maps are made comparable."""
+        sharp = self._loss is attend_and_excite  # a map divided by its maximum has no maximum left to raise
+        self.normalisation: Normalisation = normalisation or ("ae" if sharp else chosen["normalisation"])
+        self.smoothing: Smoothing = chosen["smoothing"]
+
+    def _set_moves(
+        self, chosen: Mapping[str, Any], every: int, refine: Mapping[int, float] | None, loss_scale: float | None
+    ) -> None:
+        """How the loss moves the latent."""
+        self.rule: Units = chosen["rule"]
+        self.size = finite(chosen["size"], "size", 0, 1 if self.rule == "relative" else 1e6)
+        self.decay = finite(chosen["decay"], "decay", 0, 1)
+        self.lowpass: int | None = chosen["lowpass"]
+        self.route: Route = chosen["route"]
+        self.every, self.refine = every, check_refine(refine)
+        self.loss_scale = None if loss_scale is None else finite(loss_scale, "loss_scale", 1)
 
     def _check_attributes(self) -> None:
         named = {str(concept) for group in self.concepts for concept in group}

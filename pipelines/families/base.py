@@ -49,6 +49,7 @@ class Adapter:
     def __init__(self, pipe: Any, denoiser: nn.Module) -> None:
         self.pipe, self.denoiser = pipe, denoiser
         self.layers: list[AttentionLayer] = find_layers(denoiser)
+        self._modules: list[nn.Module] = []
 
     # -- inputs and outputs ------------------------------------------------------------------------------------
 
@@ -300,7 +301,9 @@ class Adapter:
         Raises:
             UnsupportedPipelineError: names what was found and how to switch it off.
         """
-        found = _obstacle(self.denoiser)
+        if not self._modules:
+            self._modules = list(self.denoiser.modules())  # what is switched on later is switched on in these
+        found = _obstacle(self.denoiser, self._modules)
         if found:
             raise UnsupportedPipelineError(f"{type(self.denoiser).__name__} has {found}, then attach again")
 
@@ -344,10 +347,10 @@ def _of_encoder(text: Any, i: int) -> str:
     return text if isinstance(text, str) else text[min(i, len(text) - 1)]
 
 
-def _obstacle(denoiser: Any) -> str | None:
+def _obstacle(denoiser: Any, modules: Sequence[nn.Module]) -> str | None:
     if getattr(denoiser, "is_cache_enabled", False):
         return "a cache that skips layers: call disable_cache() on it"
-    for module in denoiser.modules():
+    for module in modules:
         own = module.__dict__  # what a module lacks costs it an exception to say, and this runs before every picture
         hooks = _hooks_of(module) if "_diffusers_hook" in own else []
         if any("cache" in name or "pyramid_attention" in name or "layer_skip" in name for name in hooks):

@@ -8,7 +8,7 @@ import time
 import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack
-from types import FrameType, TracebackType
+from types import TracebackType
 from typing import Any, Self
 from weakref import WeakSet
 
@@ -17,14 +17,12 @@ import torch
 from ...attention.backends import select
 from ...attention.edit import Edit
 from ...attention.errors import AlreadyGraftedError, GraftError, SettingTypeError
-from ...attention.hook import in_call, in_use
 from ...attention.seam import Task, seam_on
 from ...plugins.base import Plugin
 from ..families import adapters_for
 from ..families.base import Adapter, Inputs
-from ..families.running import Running, find_running
 from ..families.words import in_turn
-from .blocks import Block, block_here, complaint, holders, is_suspended
+from .blocks import Block, block_here, complaint, holders
 from .calls import Calls
 from .compiled import choosing
 from .gradients import run_again_for
@@ -32,11 +30,12 @@ from .hooks import hook_denoiser
 from .plan import Placed, place
 from .report import Report, make_report
 from .run import Run
-from .runs import Local, Runs
+from .runs import Runs
 from .scheduler_link import follow, leave
 from .session import RunSession
 from .stream_stage import hook_meetings, joins
 from .text import Texts
+from .visits import Visits
 
 _INSTALLED: WeakSet[Graft] = WeakSet()  # weak: a forgotten attached graft goes with its model
 _LOCK = threading.RLock()
@@ -57,7 +56,6 @@ class Graft:
         plugins: in the order given.
         layers: every attention layer of the denoiser in execution order; of a second denoiser behind the first's,
             their names under its own.
-        runs: the state of threads and blocks that are alive; it goes with them.
     """
 
     def __init__(self, pipe: Any, plugins: Sequence[Plugin], backend: str, strict: bool) -> None:
@@ -70,12 +68,8 @@ class Graft:
         self.layers = [layer for adapter in self.adapters for layer in adapter.layers]
         self.texts = Texts(self.adapter)
         self.backend = select(backend, device=_device(pipe), strict=strict)
-        self.runs = Runs()
-        self._local = Local()
+        self._visits = Visits(self, self.adapters)
         self._stack: ExitStack | None = None
-        self._everywhere: Block | None = None
-        self._blocks: list[Block] = []
-        self._flying: set[int] = set()
         self._links: WeakSet[Any] = WeakSet()
         self._processors = self._present()
         self._calls = Calls(Placed(), self.texts, self.backend.kernel, self.link)
@@ -93,42 +87,38 @@ class Graft:
             GraftError: a plugin's settings do not fit the pipeline.
         """
         with _LOCK:
-            if self._everywhere is None:
+            if self._visits.everywhere is None:
                 self._put_on()
-                self._everywhere = Block(self, self.adapter.denoiser, self.run)
+                self._visits.everywhere = Block(self, self.adapter.denoiser, self.run)
         return self
 
     def detach(self) -> None:
         """Take everything off that `attach` or a block around this put on; idempotent."""
         with _LOCK:
-            everywhere, self._everywhere = self._everywhere, None
-            while (block := self._block()) is not None:
-                self._close(block)
+            everywhere, self._visits.everywhere = self._visits.everywhere, None
+            while (block := self._visits.block()) is not None:
+                self._visits.close(block)
         self._take_off()
         if everywhere is not None:
             self._complain(everywhere, crossed=False, closing=True)
 
     def __enter__(self) -> Self:
         with _LOCK:
-            outer = self._block()
             self._put_on()
-            home = self._new_run() if outer is None and self._everywhere is None else self.run
-            block = Block(self, self.adapter.denoiser, home, holders(), outer)
-            self._blocks.append(block)
-            block.open()
+            self._visits.enter(holders())
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        frames = holders()
+        frames, visits = holders(), self._visits
         with _LOCK:
-            block = self._leaving(frames)
+            block = visits.leaving(frames)
             if block is None:  # detach() was first
                 return
-            crossed = not self._close(block)
-        outermost = block.outer is None and self._everywhere is None
-        stranded = outermost and any(run.pending is not None or run.stranded for run in self._own(block))
+            crossed = not visits.close(block)
+        outermost = block.outer is None and visits.everywhere is None
+        stranded = outermost and any(run.pending is not None or run.stranded for run in visits.own(block))
         self._take_off()
         if stranded and kind is None:
             raise GraftError(
@@ -137,6 +127,21 @@ class Graft:
             )
         if block.outer is None and kind in (None, GeneratorExit):
             self._complain(block, crossed, closing=kind is not None)
+
+    @property
+    def runs(self) -> Runs:
+        """The state of threads and blocks that are alive; it goes with them."""
+        return self._visits.runs
+
+    @property
+    def run(self) -> Run:
+        """The state of what runs here."""
+        return self._visits.run
+
+    @property
+    def here(self) -> bool:
+        """Whether what runs here is edited now."""
+        return self._visits.here() is not None
 
     @property
     def attached(self) -> bool:
@@ -182,10 +187,10 @@ class Graft:
 
     def _take_off(self) -> None:
         """Take everything off, unless somebody has a block open; waits for the calls that still run under the graft."""
-        while not self._wanted and any(in_use(adapter.denoiser, self._flying) for adapter in self.adapters):
+        while not self._visits.wanted and self._visits.flying:
             time.sleep(_WAIT)
         with _LOCK:
-            if self._wanted:
+            if self._visits.wanted:
                 return
             stack, self._stack = self._stack, None
             for run in self.runs:
@@ -193,40 +198,17 @@ class Graft:
             if stack is not None:
                 stack.close()
 
-    @property
-    def _wanted(self) -> bool:
-        return self._everywhere is not None or bool(self._blocks)
-
     def _refuse_second(self) -> None:
         here = block_here(self.adapter.denoiser)
         owner = None if here is None else here[0].owner
         for other in list(_INSTALLED):
             # Grafts of other threads are inert here; only one that this context would also run is a conflict.
             same = other is not self and bool(other.denoisers & self.denoisers)
-            if same and (other._everywhere is not None or owner is other):
+            if same and (other._visits.everywhere is not None or owner is other):
                 raise AlreadyGraftedError(
                     f"the {type(self.adapter.denoiser).__name__} already carries a graft here: give all plugins to one "
                     "graft(pipe, a, b), or detach() the other first"
                 )
-
-    def _block(self) -> Block | None:
-        """The innermost block of this graft that holds here."""
-        here = block_here(self.adapter.denoiser)
-        return here[0] if here is not None and here[0].owner is self else None
-
-    def _leaving(self, frames: Sequence[FrameType]) -> Block | None:
-        """The block that is left: the last one of these frames, else of this context, else of all."""
-        own = [block for block in self._blocks if set(block.frames) & set(frames)]
-        last = self._block()
-        return own[-1] if own else last if last is not None else self._blocks[-1] if self._blocks else None
-
-    def _close(self, block: Block) -> bool:
-        self._blocks.remove(block)
-        if not any(in_call(adapter.denoiser) for adapter in self.adapters):
-            self._local.calls.clear()  # an interrupt may have left some; inside of a call a generator was collected
-            for run in self._own(block):
-                run.end()
-        return block.close()
 
     def _bind(self, stack: ExitStack) -> None:
         self.adapters = adapters_for(self.pipe)
@@ -235,8 +217,8 @@ class Graft:
         self.adapter = self.adapters[0]
         self.layers = [layer for adapter in self.adapters for layer in adapter.layers]
         self.texts.adapter = self.adapter
-        self._homes = {layer.name: adapter for adapter in self.adapters for layer in adapter.layers}
-        self.runs, self._local, self._processors = Runs(), Local(), self._present()
+        self._visits.renew(self.adapters)
+        self._processors = self._present()
         for plugin in self.plugins:
             stack.callback(plugin.unbind)
             plugin.bind(RunSession(self.run, self.texts))
@@ -250,7 +232,7 @@ class Graft:
             denoiser = adapter.denoiser
             before = functools.partial(self._before, adapter)
             stack.callback(hook_denoiser(denoiser, adapter.positional, before, self._after))
-            for undo in hook_meetings(adapter, self._running) if placed.brings_texts else ():
+            for undo in hook_meetings(adapter, self._visits.running) if placed.brings_texts else ():
                 stack.callback(undo)
             for name, block in adapter.late_blocks() if placed.brings_rows else ():
                 seams[name] = stack.enter_context(seam_on(block))
@@ -260,71 +242,28 @@ class Graft:
 
     # -- what hooks ask ----------------------------------------------------------------------------------------
 
-    @property
-    def run(self) -> Run:
-        """The state of what runs here."""
-        here = self._visiting()
-        return self._thread_run() if here is None else here[1]
-
-    @property
-    def here(self) -> bool:
-        """Whether what runs here is edited now."""
-        return self._visiting() is not None
-
-    def _thread_run(self) -> Run:
-        if self._local.run is None:
-            self._local.run = self._new_run()
-        return self._local.run
-
-    def _new_run(self) -> Run:
-        return self.runs.add(Run(self.adapter, Running(self.pipe, False)))
-
-    def _own(self, block: Block) -> list[Run]:
-        """The runs that a block of this thread may have used."""
-        return [run for run in (block.home, self._local.run) if run is not None]
-
-    def _visiting(self) -> tuple[Block, Run] | None:
-        """The block that holds for what runs here, with its state; None where this graft is not in force."""
-        here = block_here(self.adapter.denoiser)
-        if here is not None:
-            block, held = here
-            return (block, block.home if held else self._thread_run()) if block.owner is self else None
-        everywhere = None if is_suspended() else self._everywhere
-        return None if everywhere is None else (everywhere, self._thread_run())
-
-    def _running(self) -> Run | None:
-        """The run whose denoiser call this thread is in."""
-        calls = self._local.calls
-        return calls[-1] if calls else None
-
     def _before(self, adapter: Adapter, args: tuple[Any, ...], kwargs: Inputs) -> Inputs | None:
-        run, calls = self._running(), self._local.calls
+        run = self._visits.running()
         if run is not None and run.step.probing:
             return None
-        here = self._visiting()
-        if here is None:
-            calls.append(None) if calls else self._note_stray()
-            return None
-        here[0].count()
-        here[1].adapter = adapter
-        calls.append(here[1])
-        self._flying.add(threading.get_ident())
-        return self._calls.before(here[1], args, kwargs)
-
-    def _after(self, output: Any) -> Any:
-        run, calls = self._running(), self._local.calls
-        if not calls or (run is not None and run.step.probing):
-            return None
-        calls.pop()
+        run = self._visits.arrive()
         if run is None:
             return None
-        if not calls:
-            self._flying.discard(threading.get_ident())
+        run.adapter = adapter
+        return self._calls.before(run, args, kwargs)
+
+    def _after(self, output: Any) -> Any:
+        run = self._visits.running()
+        if run is not None and run.step.probing:
+            return None
+        run = self._visits.depart()
+        if run is None:
+            return None
         return self._calls.aborted(run) if output is None else self._calls.after(run, output)
 
     def _eager(self, adapter: Adapter, parts: frozenset[int] | None) -> bool:
         """Whether what this thread runs of a denoiser, as a whole or a block of it, must not be compiled code."""
-        run, placed = self._running(), self._calls.placed
+        run, placed = self._visits.running(), self._calls.placed
         if run is not None and parts is not None:
             return run.step.probing or not run.untraced.isdisjoint(parts)
         traced = placed.traced and not (placed.brings_texts and joins(adapter))
@@ -349,20 +288,11 @@ class Graft:
         self._links.clear()
 
     def _stepped(self, sample: Any) -> Any:
-        here = self._visiting()
+        here = self._visits.here()
         if here is None:
             return sample
         here[0].stepped += 1
         return self._calls.stepped(here[1], sample)
-
-    # -- what went by ------------------------------------------------------------------------------------------
-
-    def _note_stray(self) -> None:
-        """A call of the pipeline itself, plain because it is made elsewhere; whose a loop by hand is nobody knows."""
-        if self._blocks and not is_suspended():
-            running = find_running(self.adapter.denoiser, self.pipe)
-            for block in tuple(self._blocks) if running.found and running.pipe is self.pipe else ():
-                block.strays += not block.idle
 
     def _complain(self, block: Block, crossed: bool, closing: bool) -> None:
         """Say so where the plugins changed nothing though the pipeline ran."""
