@@ -16,6 +16,9 @@ from .step import Rows, Step
 Kernel = Callable[..., torch.Tensor]
 """Anything with the signature of `torch.nn.functional.scaled_dot_product_attention`."""
 
+PLAIN = "plain kernel"
+"""In `AttentionCall.aside`: the kernel that `call.kernel` took the place of, for calls of other queries or keys."""
+
 Project = Callable[[torch.Tensor, Mapping[str, Any]], "AttentionCall"]
 """project(text [n, L, C], other arguments of the layer, such as its mask): the call that it would make for that."""
 
@@ -58,6 +61,7 @@ class AttentionCall:
             attending; its k and v are what matters, its q belongs to one token.
         aside: notes that an edit keeps from one stage to the next.
         streams: columns of further texts in a joint sequence, in front of the prompt's.
+        picture: of its group's pictures the one that this row is of, where rows run one at a time; None elsewhere.
     """
 
     layer: AttentionLayer
@@ -75,6 +79,7 @@ class AttentionCall:
     project: Project | None = None
     aside: dict[Any, Any] = field(default_factory=_nothing)
     streams: tuple[slice, ...] = ()
+    picture: int | None = None
 
     @property
     def rows(self) -> Rows:
@@ -92,6 +97,27 @@ class AttentionCall:
         tokens = self.q.shape[-2] - (self.text.stop - self.text.start if joint and self.text else 0)
         return level_grid(tokens, self.step.size)
 
+    @property
+    def image(self) -> slice:
+        """Columns among the keys of the picture's own tokens, row by row; padding or other pictures may stand behind.
+
+        Raises:
+            UnsupportedPipelineError: the layer has fewer tokens than the picture.
+        """
+        start = self.text.stop if self.text is not None and self.text.start == 0 else 0
+        if self.layer.place != "block":
+            return slice(start, self.k.shape[-2])
+        tokens = self.step.size[0] * self.step.size[1]
+        if self.k.shape[-2] < start + tokens:
+            level_grid(self.k.shape[-2] - start, self.step.size)  # says what is wrong
+        return slice(start, start + tokens)
+
+    @property
+    def asked(self) -> slice:
+        """The picture's own tokens among the queries; in layers of kind "keys" the text is no query."""
+        image = self.image
+        return slice(0, image.stop - image.start) if self.layer.kind == "keys" else image
+
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         """Attention by the chosen kernel with this call's scale: q [B, H, Lq, D], k and v [B, H, Lk, D]."""
         extra = {"enable_gqa": True} if self.gqa else {}
@@ -104,5 +130,5 @@ class AttentionCall:
             mask = mask[rows]
         return AttentionCall(
             self.layer, self.q[rows], self.k[rows], self.v[rows], mask, self.scale, self.number, self.step, self.text,
-            self.causal, self.gqa, self.kernel, self.project, self.aside, self.streams,
+            self.causal, self.gqa, self.kernel, self.project, self.aside, self.streams, self.picture,
         )  # fmt: skip

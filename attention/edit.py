@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 
 from .call import AttentionCall
+from .errors import SettingError
 from .layer import AttentionLayer
 from .step import Step
 
@@ -28,6 +30,9 @@ class Edit:
         owns: group whose attention this edit computes itself, in `attention`, instead of the kernel.
         traced: True says that torch.compile may trace its stages: they read nothing that changes from step to step,
             by layer or by thread, but what `planned` put into it. With other edits a compiled model runs eager.
+        ragged: what it takes of rows of a joint sequence whose texts differ in length: "" refuses them, "behind" reads
+            the image's columns alone, which are the same where texts stand behind it, "any" takes one row at a time
+            too.
     """
 
     order: int = 0
@@ -37,6 +42,7 @@ class Edit:
     keeps_text: bool = False
     owns: str | None = None
     traced: bool = False
+    ragged: Literal["", "behind", "any"] = ""
 
     def selects(self, layer: AttentionLayer) -> bool:
         """Which layers the edit is put on; asked once, when the graft is attached."""
@@ -97,6 +103,11 @@ def _attend_owned(call: AttentionCall, edits: Sequence[Edit]) -> torch.Tensor:
     """Attention where edits compute that of their groups themselves."""
     present = call.rows
     owned = sorted(((present[e.owns], e) for e in edits if e.owns in present), key=lambda pair: pair[0].start)
+    if len({rows.start for rows, _ in owned}) < len(owned):
+        raise SettingError(
+            "two plugins compute the attention of the same rows in one layer: graft one, or give them windows, start= "
+            "and end=, or layers that do not overlap"
+        )
     out = _attend_shared(call, edits, [rows for rows, _ in owned])
     for rows, edit in owned:
         own = edit.attention(call.narrow(rows))

@@ -149,8 +149,10 @@ def _by_row(
         own = dict(given, attn_mask=_mask_of(given.get("attn_mask"), row, kept))
         own |= {name: given[name][row : row + 1, :, kept] for name in ("query", "key", "value")}
         call = _call(work, own, number, project)
-        rows = {name: slice(0, 1) for name, held in work.step.rows.items() if held.start <= row < held.stop}
-        call.step, call.text, call.streams = replace(work.step, rows=rows), whole.text, whole.streams
+        held = {name: rows for name, rows in work.step.rows.items() if rows.start <= row < rows.stop}
+        call.step = replace(work.step, rows=dict.fromkeys(held, slice(0, 1)))
+        call.text, call.streams = whole.text, whole.streams
+        call.picture = next((row - rows.start for rows in held.values()), None)
         out = attend(call, edits)
         place = torch.tensor(kept, device=out.device)
         padded = out.new_zeros(1, out.shape[1], given["query"].shape[-2], out.shape[-1])

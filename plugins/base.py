@@ -14,6 +14,7 @@ from ..attention.errors import SettingError, SettingTypeError
 from ..attention.layer import AttentionLayer
 from ..attention.plain import plain, plainly
 from ..attention.step import Rows, Step
+from .rotary import Rotary
 
 Made = TypeVar("Made")
 Probe = Callable[[torch.Tensor], torch.Tensor | None]
@@ -120,6 +121,11 @@ class Session(Protocol):
     @property
     def prompt(self) -> Prompt:
         """The running call's prompt."""
+        ...
+
+    @property
+    def rotary(self) -> Rotary | None:
+        """How the model turns queries and keys by position; None where it does not, or nobody said."""
         ...
 
     @property

@@ -1,5 +1,5 @@
 """Attention distillation (arXiv 2502.20235): the latent is moved until its self-attention gives what it would give with
-the keys and values of a style picture.
+the keys and values of a style picture. Where text and image are one sequence, that is the image's attention to itself.
 """
 
 from __future__ import annotations
@@ -162,13 +162,13 @@ class _Look(Edit):
     """Keeps what layers attend with while a reference is looked at, and sums the losses while the latent is."""
 
     order = 900  # behind the edits that change what is attended with
-    traced = True  # it runs in probes only, which are eager
+    traced, ragged = True, "behind"  # it runs in probes only, which are eager
 
     def __init__(self, plugin: AttentionDistillation, chosen: set[str]) -> None:
         self.plugin, self.chosen = plugin, chosen
 
     def selects(self, layer: AttentionLayer) -> bool:
-        return layer.kind == "self" and layer.name in self.chosen
+        return layer.name in self.chosen
 
     def active(self, layer: AttentionLayer, step: Step) -> bool:
         return step.phase == "latent" and bool(self.plugin.call(step).seen.role)
@@ -176,15 +176,19 @@ class _Look(Edit):
     def out(self, call: AttentionCall, out: torch.Tensor) -> torch.Tensor:
         name, seen = call.layer.name, self.plugin.call(call.step).seen
         seen.dtype = call.q.dtype
+        q, k, v, mask, mine = call.q, call.k, call.v, call.mask, out
+        if call.layer.kind == "joint":  # the image's part: its attention to itself
+            q, k, v, mask = q[:, :, call.asked], k[:, :, call.image], v[:, :, call.image], None
         if seen.role == "style":
-            seen.keys[name] = call.k, call.v
+            seen.keys[name] = k, v
         elif seen.role == "content":
-            seen.queries[name] = call.q
+            seen.queries[name] = q
         elif call.step.probing:  # gradient checkpointing runs the layer again, after the loss is known
+            mine = call.attend(q, k, v, mask) if call.layer.kind == "joint" else out
             if torch.is_grad_enabled():
-                need_gradients([call.q, out])
-            ideal = call.attend(call.q.detach(), *seen.keys[name], call.mask)
-            seen.style = seen.style + difference(out, ideal)
+                need_gradients([q, mine])
+            ideal = call.attend(q.detach(), *seen.keys[name], mask)
+            seen.style = seen.style + difference(mine, ideal)
             if name in seen.queries:
-                seen.content = seen.content + difference(call.q, seen.queries[name])
+                seen.content = seen.content + difference(q, seen.queries[name])
         return out

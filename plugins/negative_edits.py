@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..attention.call import AttentionCall, Kernel
+from ..attention.call import PLAIN, AttentionCall, Kernel
 from ..attention.edit import Edit
 from ..attention.layer import AttentionLayer
 from ..attention.partial import Partial, attend_with_lse, merge, sum_weighted
@@ -271,6 +271,7 @@ class CutStreams(_TextEdit):
         call.q, call.k, call.v = (without(t, cut, -2) for t in (call.q, call.k, call.v))
         call.mask = _cut_mask(call.mask, cut)
         call.text, call.streams = slice(start, start + text.stop - text.start), ()
+        call.aside[PLAIN] = call.kernel
         call.kernel = _sharing_image(call)
 
 

@@ -1,4 +1,7 @@
-"""Self-attention redirection: what nothing attends to disappears (Attentive Eraser, arXiv 2412.12974)."""
+"""Self-attention redirection: what nothing attends to disappears (Attentive Eraser, arXiv 2412.12974).
+
+On transformers the same happens in the sequence that the image shares with the text, see `redirection_joint`.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +13,12 @@ import torch
 
 from ..attention.call import AttentionCall
 from ..attention.edit import Edit
-from ..attention.errors import MaskError, SettingError, SettingTypeError, UnsupportedPipelineError
+from ..attention.errors import MaskError, SettingTypeError
 from ..attention.layer import AttentionLayer
 from ..attention.masks import Bools, as_masks, halved, level_mask
 from ..attention.step import Rows, Step
 from .base import Branch, Plugin, Session, finite, listed
+from .redirection_joint import choose_layers, redirected
 
 BRANCH = "redirected"
 SCARCE = 0.02
@@ -54,7 +58,8 @@ class SelfAttentionRedirection(Plugin):
             The paper uses 0.3.
         suppression_steps: how many of the first steps it holds for. The paper uses 10 of 50.
         layers: "up" (as published), "mid", "down", "all", or a list of layer names, prefixes of names or positions in
-            execution order. Everything before the first one is computed once for both branches.
+            execution order. Everything before the first one is computed once for both branches. A transformer has no
+            decoder: there "up" is all layers, "early" and "late" are its halves.
         start, end: fractions of the steps; outside them nothing is computed twice.
 
     Raises:
@@ -99,7 +104,7 @@ class SelfAttentionRedirection(Plugin):
         levels = self.coverage(session.layers, step.size)
         masked = [round(float(one.mean()), 4) for one in self._masks]
         told = {"masked pixels": masked, "masked tokens (largest share)": levels}
-        step.notes[self] = session.latent_channels
+        step.notes[self] = session
         self.tell(session, lambda: told)
 
     def coverage(self, layers: Sequence[AttentionLayer], size: tuple[int, int]) -> dict[str, float]:
@@ -121,9 +126,9 @@ class SelfAttentionRedirection(Plugin):
     def combine(self, step: Step, prediction: torch.Tensor, rows: Rows) -> torch.Tensor | None:
         if BRANCH not in rows:
             return None
-        channels: int = step.notes[self]
-        plain, redirected = (prediction[rows[group], :channels] for group in ("cond", BRANCH))
-        delta = guide(plain, redirected, self.scale)
+        if prediction.ndim == 4:  # a learned variance may follow; tokens have none
+            prediction = prediction[:, : step.notes[self].latent_channels]
+        delta = guide(prediction[rows["cond"]], prediction[rows[BRANCH]], self.scale)
         for row, mask in enumerate(spread(self._masks, len(delta))):
             if not mask.any():
                 delta[row] = 0
@@ -131,16 +136,18 @@ class SelfAttentionRedirection(Plugin):
 
     def alone(self, step: Step) -> bool:
         """Whether the redirected prediction is all that is wanted: at scale 1 without a second guidance."""
-        return self.scale == 1 and "uncond" not in step.rows
+        apart = self in step.notes and step.notes[self].prompt.guided
+        return self.scale == 1 and "uncond" not in step.rows and not apart
 
     def tokens(self, grid: tuple[int, int], step: Step, device: torch.device | None) -> Tokens:
-        """(indices of background tokens, masked [N]) of each picture on a grid of tokens."""
+        """(indices of background tokens, of masked ones, masked [N]) of each picture on a grid of tokens."""
         kept: dict[Any, Tokens] = step.notes.setdefault((self, "tokens"), {})
         key = step.size, grid, device
         if key not in kept:
             masks = [level_mask(mask, step.size, grid).flatten() for mask in self._masks]
-            pairs = [((~mask).nonzero()[:, 0], mask) for mask in masks]  # counted on the CPU: a GPU would wait
-            kept[key] = [(index.to(device), mask.to(device)) for index, mask in pairs]
+            # counted on the CPU: a GPU would wait
+            parts = [((~mask).nonzero()[:, 0], mask.nonzero()[:, 0], mask) for mask in masks]
+            kept[key] = [(a.to(device), b.to(device), c.to(device)) for a, b, c in parts]
         return kept[key]
 
     def selects(self, layer: AttentionLayer) -> bool:
@@ -148,13 +155,13 @@ class SelfAttentionRedirection(Plugin):
         return layer.name in self._chosen
 
 
-Tokens = list[tuple[torch.Tensor, torch.Tensor]]
+Tokens = list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
 
 
 class _Redirect(Edit):
     """Computes the attention of its group; only one of the two groups is active at a step."""
 
-    traced = True
+    traced, ragged = True, "any"
 
     def __init__(self, plugin: SelfAttentionRedirection, group: str) -> None:
         self.plugin, self.owns = plugin, group
@@ -171,12 +178,14 @@ class _Redirect(Edit):
         return self._on(_grid_at(layer.level, step.size), step, step.device)
 
     def attention(self, call: AttentionCall) -> torch.Tensor:
-        return self._on(call.grid, call.step, call.q.device).attention(call)
+        return self._on(_grid_at(call.layer.level, call.step.size), call.step, call.q.device).attention(call)
 
     def _on(self, grid: tuple[int, int], step: Step, device: torch.device | None) -> _Redirected:
         early = step.index < self.plugin.suppression_steps and self.plugin.suppression != 1
         tokens = self.plugin.tokens(grid, step, device)
-        return _Redirected(str(self.owns), tokens, self.plugin.suppression if early else None)
+        group = str(self.owns)
+        rows = step.rows.get(group, slice(0, 0))
+        return _Redirected(group, tokens, self.plugin.suppression if early else None, rows.stop - rows.start)
 
 
 class _Redirected(Edit):
@@ -184,25 +193,33 @@ class _Redirected(Edit):
 
     Args:
         tokens: see `SelfAttentionRedirection.tokens`. suppression: factor of masked queries' logits, None for none.
+        pictures: rows of the group.
     """
 
-    traced = True
+    traced, ragged = True, "any"
 
-    def __init__(self, group: str, tokens: Tokens, suppression: float | None) -> None:
-        self.owns, self.tokens, self.suppression = group, tokens, suppression
+    def __init__(self, group: str, tokens: Tokens, suppression: float | None, pictures: int) -> None:
+        self.owns, self.tokens, self.suppression, self.pictures = group, tokens, suppression, pictures
 
     def attention(self, call: AttentionCall) -> torch.Tensor:
         # One picture after the other: a padded batch needs a mask, which keeps the flash kernel away.
         if len(self.tokens) == 1:
             return self._redirected(call, *self.tokens[0])
+        if call.picture is not None:
+            of_one = self.pictures // len(self.tokens)
+            return self._redirected(call, *self.tokens[call.picture // of_one])
         size = len(call.q) // len(self.tokens)
         groups = (call.narrow(slice(i * size, (i + 1) * size)) for i in range(len(self.tokens)))
         outs = [self._redirected(group, *picture) for group, picture in zip(groups, self.tokens, strict=True)]
         return torch.cat(outs)
 
-    def _redirected(self, call: AttentionCall, kept: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
-        if len(kept) == len(masked):
+    def _redirected(
+        self, call: AttentionCall, kept: torch.Tensor, hidden: torch.Tensor, masked: torch.Tensor
+    ) -> torch.Tensor:
+        if not len(hidden):
             return call.attend(call.q, call.k, call.v, call.mask)
+        if call.layer.place == "block":
+            return redirected(call, kept, hidden, self.suppression)
         q = call.q if self.suppression is None else suppress(call.q, masked, self.suppression)
         mask = None if call.mask is None else call.mask.index_select(-1, kept)
         return call.attend(q, background(call.k, kept), background(call.v, kept), mask)
@@ -211,34 +228,6 @@ class _Redirected(Edit):
 def spread(masks: Sequence[Bools], pictures: int) -> list[Bools]:
     """The mask of each picture; prompts' pictures lie together, as diffusers orders them."""
     return [mask for mask in masks for _ in range(pictures // len(masks))]
-
-
-def choose_layers(layers: Sequence[AttentionLayer], wanted: str | Sequence[str | int]) -> list[AttentionLayer]:
-    """Self-attention layers by place, name, prefix of names, or position in execution order.
-
-    Raises:
-        SettingError: nothing of that name or number; the message lists what there is.
-        UnsupportedPipelineError: not a UNet.
-    """
-    own = [layer for layer in layers if layer.kind == "self" and layer.place != "block"]
-    if not own:
-        raise UnsupportedPipelineError("there is no UNet with self-attention here: use a SD1, SD2 or SDXL pipeline")
-    if wanted == "all":
-        return own
-    if not wanted:
-        raise SettingError("layers is empty: leave it at 'up', or scale=0 to switch redirection off")
-    asked = [wanted] if isinstance(wanted, str) else wanted
-    for item in asked:
-        if not any(_matches(layer, item) for layer in own):
-            names = ", ".join(f"{layer.index} {layer.name}" for layer in own)
-            raise SettingError(f"no self-attention layer {item!r}; choose up, mid, down, all or among: {names}")
-    return [layer for layer in own if any(_matches(layer, item) for item in asked)]
-
-
-def _matches(layer: AttentionLayer, item: str | int) -> bool:
-    if isinstance(item, int):
-        return not isinstance(item, bool) and layer.index == item
-    return item in (layer.place, layer.name) or layer.name.startswith(f"{item}.")
 
 
 def _grid_at(level: int, size: tuple[int, int]) -> tuple[int, int]:

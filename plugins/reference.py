@@ -90,7 +90,7 @@ class Sight:
         """Its latents [1 or n, C, h, w] at a step, in the scheduler's space."""
         n = self.session.prompt.pictures
         if self.path is not None:
-            latent = self.path.at(step.timestep)
+            latent = self.path.at(_scheduled(step))
         else:
             assert self.clean is not None and self.noise is not None
             alpha, sigma = self.session.signal(step)
@@ -103,6 +103,12 @@ class Sight:
                 f"{self.role} at the size that is sampled"
             )
         return latent
+
+
+def _scheduled(step: Step) -> Any:
+    """The step's timestep as the scheduler counts it; some denoisers are told another one."""
+    told = torch.as_tensor(step.timestep).flatten()[:1]
+    return step.timestep if step.time in (None, float(told)) else torch.tensor([step.time])
 
 
 def _named(size: Sequence[int]) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 
@@ -18,49 +18,16 @@ from ..attention.edit import Edit
 from ..attention.errors import SettingError, SettingTypeError, UnsupportedPipelineError
 from ..attention.layer import AttentionLayer, Place
 from ..attention.step import Rows, Step
-from .base import Branch, Plugin, Probe, Session, finite, listed
+from .base import Branch, Plugin, Probe, Session, Text, finite, listed
 from .reference import Reference, Sight
+from .rotary import Rotary
+from .style_forms import Operands, adain, preserved_query, shared_attention
+from .style_joint import JointStyle, Manner
 
 Method = Literal["styleid", "stylealigned", "ip_adapter"]
 Layers = Literal["decoder", "up", "all"] | Sequence[int]
 STYLE_BLOCK = "up_blocks.0.attentions.1"
 """Where an IP-Adapter passes on style (InstantStyle, arXiv 2404.02733)."""
-Operands = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]
-"""Query, keys, values and mask of one attention."""
-
-# -- the equations -------------------------------------------------------------------------------------------------
-
-
-def adain(x: torch.Tensor, reference: torch.Tensor, dims: tuple[int, ...] = (-2, -1)) -> torch.Tensor:
-    """(x - mean) / std * std_ref + mean_ref over `dims`: latents by channel (StyleID, eq. 8), tokens by feature."""
-    z, ref = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (x, reference))
-    mean, mean_ref = z.mean(dims, keepdim=True), ref.mean(dims, keepdim=True)
-    std, std_ref = (t.std(dims, keepdim=True, correction=0) for t in (z, ref))
-    return ((z - mean) * (std_ref / std.clamp(min=1e-12)) + mean_ref).to(x.dtype)
-
-
-def preserved_query(q: torch.Tensor, content: torch.Tensor, gamma: float) -> torch.Tensor:
-    """gamma * q_content + (1 - gamma) * q, equation 6 of StyleID; gamma = 1 keeps the content's query alone."""
-    return content if gamma == 1 else torch.lerp(q, content, gamma)
-
-
-def shared_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
-    q_ref: torch.Tensor, k_ref: torch.Tensor, v_ref: torch.Tensor, shift: float,
-) -> Operands:  # fmt: skip
-    """Query, keys, values and additive mask of StyleAligned (equations 3 and 4), all [B, H, L, D].
-
-    Args:
-        shift: added to the logits of the reference's keys; the paper's code adds log 2 for real pictures.
-    """
-    if not k_ref.shape[-2]:
-        return q, k, v, None
-    q, k = adain(q, q_ref, (-2,)), adain(k, k_ref, (-2,))
-    mask = torch.zeros(k.shape[-2] + k_ref.shape[-2], dtype=q.dtype, device=q.device)
-    mask[k.shape[-2] :] = shift
-    return q, torch.cat([k, k_ref], -2), torch.cat([v, v_ref], -2), mask.expand(1, 1, q.shape[-2], -1)
-
-
 # -- the edits -----------------------------------------------------------------------------------------------------
 
 
@@ -135,6 +102,13 @@ class _Rows:
         keys = torch.where(own, torch.arange(len(each), device=device), style)
         return cls(style, keys, content, own[:, None, None, None])
 
+    @classmethod
+    def leading(cls, rows: Rows, device: torch.device | None) -> _Rows:
+        """Of groups in which the first row is the reference of all."""
+        ordered = sorted(rows.values(), key=lambda own: own.start)
+        first = torch.tensor([own.start for own in ordered for _ in range(own.start, own.stop)], device=device)
+        return cls(first, first, None, torch.zeros_like(first)[:, None, None, None])
+
 
 class _Restyle(Edit):
     """The edit of StyleID and StyleAligned: `styled` says what the rows attend with."""
@@ -148,6 +122,11 @@ class _Restyle(Edit):
     def selects(self, layer: AttentionLayer) -> bool:
         return layer.kind == "self" and layer.name in self.plugin.chosen
 
+    def active(self, layer: AttentionLayer, step: Step) -> bool:
+        if not self.plugin.leads:
+            return step.phase == "predict" and "style" in step.rows
+        return step.phase == "predict" and any(rows.stop - rows.start > 1 for rows in step.rows.values())
+
     def planned(self, layer: AttentionLayer, step: Step) -> Edit | None:
         if not self.active(layer, step):
             return None
@@ -155,7 +134,7 @@ class _Restyle(Edit):
         key = tuple((name, rows.start, rows.stop) for name, rows in step.rows.items())
         if key not in made:  # one for all layers
             made[key] = type(self)(self.plugin)
-            made[key].batch = _Rows.of(step.rows, step.device)
+            made[key].batch = self.rows_in(step.rows, step.device)
         return made[key]
 
     def qkv(self, call: AttentionCall) -> None:
@@ -172,7 +151,11 @@ class _Restyle(Edit):
 
     def rows_of(self, call: AttentionCall) -> _Rows:
         """Which row goes with which; known beforehand where the edit was planned."""
-        return _Rows.of(call.rows, call.q.device) if self.batch is None else self.batch
+        return self.rows_in(call.rows, call.q.device) if self.batch is None else self.batch
+
+    def rows_in(self, rows: Rows, device: torch.device | None) -> _Rows:
+        """The same for groups of rows."""
+        return _Rows.leading(rows, device) if self.plugin.leads else _Rows.of(rows, device)
 
 
 class _StyleID(_Restyle):
@@ -195,11 +178,11 @@ class _StyleAligned(_Restyle):
 
 @dataclass(frozen=True)
 class Call:
-    """The references in one pipeline call, and the text of their rows [1, L, D]."""
+    """The references in one pipeline call, and the text of their rows."""
 
     style: Sight
     content: Sight | None
-    text: torch.Tensor
+    text: Text
 
 
 # -- the plugin ----------------------------------------------------------------------------------------------------
@@ -210,7 +193,8 @@ class StyleInjection(Plugin):
 
     Args:
         style: a picture or its path, latents [1 or n, C, h, w], or an `Inversion` with its trajectory, on the timesteps
-            that will be sampled. A picture needs no inversion: its row is the picture under noise (`generator`).
+            that will be sampled. A picture needs no inversion: its row is the picture under noise (`generator`). None
+            with "stylealigned": the call's pictures are a set in one style, and the first one leads.
         method: "styleid" (keys and values of the style), "stylealigned" (shared with it) or "ip_adapter" (what the
             pipeline's IP-Adapter adds is kept in its style block only; pass `ip_adapter_image=style` to the call).
         content: an `Inversion` with trajectory whose queries keep the layout (styleid), or like `style` a picture or
@@ -218,11 +202,17 @@ class StyleInjection(Plugin):
         strength: 0 ... 1 between own and styled attention; 0 is neutral.
         gamma: share of the content's query, 0 ... 1 (styleid). Larger keeps more of the content.
         temperature: factor on the logits (styleid), above 0.
-        shift: added to the logits of the reference (stylealigned).
+        shift: added to the logits of the reference (stylealigned); None is log 2 for a picture, 0 for a set, as the
+            paper's program has it.
         scale: of the IP-Adapter in its style block.
         start_adain: the initial latents get the style's mean and deviation in each channel; None: for styleid only.
         layers: "decoder" (without its coarsest level where there are three), "up", "all", or numbers of self-attention
-            layers.
+            layers. On a transformer those two are its later half. None is "decoder", and "all" for a set and where
+            text and image are one sequence.
+        apart: widths of the picture by which the reference is moved aside, 0 for none: where positions are rotary, a
+            reference's token attracts the one at the same place, and its content leaks (AlignedGen, arXiv 2509.17088).
+        key_weights: factors of the reference's keys at the highest and the lowest rotary frequencies, such as
+            (0.5, 1.2), None for none (arXiv 2602.05013). Both need rotary positions.
         prompt: the text of the reference row.
         generator: draws the noise of a style or a content that is a picture; without it that is always the same.
         start, end: fractions of the steps.
@@ -233,27 +223,35 @@ class StyleInjection(Plugin):
 
     def __init__(
         self, style: Any = None, *, method: Method = "styleid", content: Any = None,
-        strength: float = 1.0, gamma: float = 0.75, temperature: float = 1.5, shift: float = math.log(2),
-        scale: float = 1.0, start_adain: bool | None = None, layers: Layers = "decoder", prompt: str = "",
+        strength: float = 1.0, gamma: float = 0.75, temperature: float = 1.5, shift: float | None = None,
+        scale: float = 1.0, start_adain: bool | None = None, layers: Layers | None = None, prompt: str = "",
+        apart: float = 0.0, key_weights: tuple[float, float] | None = None,
         generator: torch.Generator | None = None, start: float = 0.0, end: float = 1.0,
     ) -> None:  # fmt: skip
         super().__init__(start=start, end=end)
         if method not in ("styleid", "stylealigned", "ip_adapter"):
             raise SettingError(f"method={method!r}: choose styleid, stylealigned or ip_adapter")
-        if style is None and (method != "ip_adapter" or start_adain):
+        if style is None and (method == "styleid" or start_adain or content is not None):
             raise SettingError(f"method={method!r}{' with start_adain' * bool(start_adain)} needs a style picture")
         if not isinstance(prompt, str):
             raise SettingTypeError(f"prompt={prompt!r}: a text is needed")
         self.method, self.prompt = method, prompt
-        self.layers: Layers = layers if isinstance(layers, str) else listed(layers)
+        self.layers: Layers | None = layers if layers is None or isinstance(layers, str) else listed(layers)
         self.strength, self.gamma = finite(strength, "strength", 0, 1), finite(gamma, "gamma", 0, 1)
-        self.temperature, self.shift = finite(temperature, "temperature", 1e-3), finite(shift, "shift")
+        self.leads = style is None and method == "stylealigned"
+        usual = 0.0 if self.leads else math.log(2)
+        self.temperature = finite(temperature, "temperature", 1e-3)
+        self.shift = usual if shift is None else finite(shift, "shift")
+        self.apart = finite(apart, "apart")
+        self.key_weights = None if key_weights is None else _pair(key_weights)
         self.scale = finite(scale, "scale")
         self.start_adain = method == "styleid" if start_adain is None else bool(start_adain)
         self._style = None if style is None else Reference(style, generator)
         self._content = None if content is None else Reference(content, generator, "content")
         self._block = ""
         self.chosen: set[str] = set()
+        self._joint = False
+        self._rotary: Rotary | None = None
 
     @property
     def neutral(self) -> bool:
@@ -264,13 +262,20 @@ class StyleInjection(Plugin):
             if not any(ImagePrompt({}).selects(layer) for layer in session.layers):
                 raise UnsupportedPipelineError("no IP-Adapter: pipe.load_ip_adapter(...), or use method='styleid'")
             self._block = block_of(session.layers, "up", STYLE_BLOCK)
-        else:
-            self.chosen = choose_layers(session.layers, self.layers)
+            return
+        self._joint = any(layer.kind == "joint" for layer in session.layers)
+        self._rotary = session.rotary
+        if (self.apart or self.key_weights) and not (self._joint and self._rotary):
+            raise UnsupportedPipelineError(
+                "apart= and key_weights= move a reference's rotary positions, which this model has not: leave them out"
+            )
+        layers = self.layers or ("all" if self.leads or self._joint else "decoder")
+        self.chosen = choose_layers(session.layers, layers)
 
     def begin(self, session: Session, step: Step) -> None:
         if self._style is not None:
             content = None if self._content is None else self._content.begin(session)
-            step.notes[self] = Call(self._style.begin(session), content, session.encode_text([self.prompt]))
+            step.notes[self] = Call(self._style.begin(session), content, session.encode([self.prompt]))
 
     def call(self, step: Step) -> Call:
         """What the pipeline call of this step holds; only where there is a style picture."""
@@ -279,17 +284,27 @@ class StyleInjection(Plugin):
     def edits(self) -> Sequence[Edit]:
         if self.method == "ip_adapter":
             return (ImagePrompt({self._block: self.scale * self.strength}),)
+        if self._joint:
+            return self._joint_edits()
         return (_StyleID(self) if self.method == "styleid" else _StyleAligned(self),)
 
+    def _joint_edits(self) -> Sequence[Edit]:
+        manner = Manner(
+            self.method, self.strength, self.gamma, self.temperature, self.shift, self.apart, self.key_weights,
+            self._rotary,
+        )  # fmt: skip
+        return [JointStyle(group, self.chosen, manner, self.leads) for group in ("cond", "uncond")]
+
     def branches(self, step: Step) -> Sequence[Branch]:
-        if self.method == "ip_adapter":
+        if self.method == "ip_adapter" or self.leads:
             return ()
         call = self.call(step)
         own = {"style": call.style.at(step)}
         if call.content is not None and self.method == "styleid" and self.gamma > 0:
             own["content"] = call.content.at(step)
+        told: dict[str, Any] = {"words": call.text} if self._joint else {"text": call.text.embeddings}
         return [
-            Branch(name, latent=lambda _, latent=latent: latent, text=call.text, shared=len(latent) == 1)
+            Branch(name, latent=lambda _, latent=latent: latent, shared=len(latent) == 1, **told)
             for name, latent in own.items()
         ]
 
@@ -306,13 +321,15 @@ def choose_layers(layers: Sequence[AttentionLayer], which: Layers) -> set[str]:
     Raises:
         SettingError: unknown word or number.
     """
-    own = [layer for layer in layers if layer.kind == "self"]
-    if not own:
+    joint = any(layer.kind == "joint" for layer in layers)
+    kinds = ("joint", "self") if joint else ("self",)
+    own = [layer for layer in layers if layer.kind in kinds and not (joint and "refiner" in layer.name)]
+    if not own or any("Linear" in type(getattr(layer.module, "processor", None)).__name__ for layer in own):
         raise UnsupportedPipelineError("the model has no self-attention layer of its own, where style is injected")
     if not isinstance(which, str):
-        if not set(which) <= {layer.index for layer in own}:
+        if not set(which) <= set(range(len(own))):
             raise SettingError(f"layers={which!r}: there are self-attention layers 0 ... {len(own) - 1}")
-        return {layer.name for layer in own if layer.index in which}
+        return {layer.name for number, layer in enumerate(own) if number in which}
     if which not in ("decoder", "up", "all"):
         raise SettingError(f"layers={which!r}: choose decoder, up, all, or numbers")
     up = [layer for layer in own if layer.place == "up"] or own[len(own) // 2 :]  # a transformer has no decoder
@@ -333,3 +350,10 @@ def block_of(layers: Sequence[AttentionLayer], place: Place, preferred: str) -> 
 
 def _block(layer: AttentionLayer) -> str:
     return ".".join(layer.name.split(".")[:2])
+
+
+def _pair(given: Any) -> tuple[float, float]:
+    if not isinstance(given, (list, tuple)) or len(cast("Sequence[Any]", given)) != 2:
+        raise SettingTypeError(f"key_weights={given!r}: two numbers are needed, or None")
+    high, low = (finite(one, "key_weights", 0) for one in cast("Sequence[Any]", given))
+    return high, low

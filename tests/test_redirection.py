@@ -8,7 +8,6 @@ import diffusers
 import numpy as np
 import pytest
 import tiny
-import tiny_transformers
 import torch
 from plugins_for_tests import Scaled, fingerprint
 from test_matrix import load_ip_adapter
@@ -533,15 +532,6 @@ def test_settings_outside_their_range(wrong):
     with pytest.raises(dg.GraftError) as caught:
         dg.SelfAttentionRedirection(BOX, **wrong)
     assert isinstance(caught.value, (ValueError, TypeError)) and next(iter(wrong)) in str(caught.value)
-
-
-@pytest.mark.parametrize("layers", ["up", "all"])
-@pytest.mark.parametrize("family", ["pixart", "sd3", "flux"])
-def test_a_transformer_is_refused(family, layers):
-    pipe = getattr(tiny_transformers, family)()
-    with pytest.raises(dg.UnsupportedPipelineError, match="UNet"):
-        dg.graft(pipe, dg.SelfAttentionRedirection(BOX, layers=layers)).attach()
-    assert not any(module._forward_pre_hooks for module in pipe.transformer.modules())
 
 
 def test_composes_with_lora_freeu_controlnet_and_another_technique(sd15):

@@ -12,7 +12,15 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import diffgraft as dg
 from diffgraft.app.bench.configs import SD15, SDXL, meta_pipe
-from diffgraft.app.bench.redirection_cost import Recorder, denoiser_flops, layer_memory, square
+from diffgraft.app.bench.negative_cost import flux
+from diffgraft.app.bench.redirection_cost import (
+    Recorder,
+    denoiser_flops,
+    joint_flops,
+    joint_layer_memory,
+    layer_memory,
+    square,
+)
 from diffgraft.attention.call import AttentionCall
 from diffgraft.attention.edit import attend
 from diffgraft.attention.layer import AttentionLayer
@@ -116,3 +124,15 @@ def predictions(pipe, *plugins):
     with dg.graft(pipe, *plugins, Watch()):
         tiny.sample(pipe, num_inference_steps=1)
     return found
+
+
+def test_on_a_transformer_one_row_costs_no_more_than_plain_and_a_branch_no_more_than_two():
+    """FLUX.1-dev at 1024 in shape, with one block of each kind: its layers are alike."""
+    found = joint_flops(flux("FLUX.1-dev 1024", 64, 512, None, guidance=True, layers=1), 0.1)
+    assert found["one row"] <= 1.02 and found["branch"] <= 2.0
+
+
+def test_a_redirected_layer_of_a_transformer_holds_little():
+    """FLUX.1 at 1024: 24 heads of 512 + 4096 tokens in bfloat16; heads are alike, so one is measured, in float32."""
+    seen = joint_layer_memory(1, 64, 512, 128, 0.1, torch.float32)
+    assert 0 < 24 * seen.bytes / 2 < 120e6 and seen.largest <= 4608 * 128

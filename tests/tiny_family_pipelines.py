@@ -79,6 +79,21 @@ def lumina2() -> Any:
     ))  # fmt: skip
 
 
+def wide_lumina2() -> Any:
+    """With an autoencoder of the factor that its pipeline counts on, whatever that really is."""
+    made = lumina2()
+    made.vae = tiny.vae(levels=4)
+    made.vae.register_to_config(shift_factor=0.1)
+    return made
+
+
+def deep_klein() -> Any:
+    """With a text encoder of as many layers as the pipeline's usual choice wants."""
+    made = klein()
+    made.text_encoder = qwen3(8, layers=28)
+    return made
+
+
 def klein() -> Any:
     """Three layers of its text encoder are its text; its autoencoder has batch-norm statistics."""
     torch.manual_seed(1)

@@ -131,8 +131,8 @@ def qwen(seed: int = 1) -> Any:
     )  # fmt: skip
     torch.manual_seed(seed)
     vae = diffusers.AutoencoderKLQwenImage(
-        base_dim=8, z_dim=4, dim_mult=[1, 1], num_res_blocks=1, temperal_downsample=[False], latents_mean=[0.0] * 4,
-        latents_std=[1.0] * 4,
+        base_dim=8, z_dim=4, dim_mult=[1, 1], num_res_blocks=1, temperal_downsample=[False],
+        latents_mean=[0.1, -0.2, 0.3, 0.0], latents_std=[1.5, 0.8, 1.0, 2.0],
     )  # fmt: skip
     return tiny.quiet(diffusers.QwenImagePipeline(
         transformer=lively(transformer), vae=vae, scheduler=flow(), text_encoder=None, tokenizer=None

@@ -82,12 +82,15 @@ def pixart(name: str, side: int, tokens: int) -> Shape:
     return Shape(name, make, inputs, tokens, 4096)
 
 
-def flux(name: str, side: int, tokens: int, later: float | None, *, guidance: bool) -> Shape:
-    """FLUX.1 at `side` x `side` image tokens."""
+def flux(
+    name: str, side: int, tokens: int, later: float | None, *, guidance: bool, layers: int | None = None
+) -> Shape:
+    """FLUX.1 at `side` x `side` image tokens; with `layers` blocks of each kind, None for all."""
+    fewer = {} if layers is None else {"num_layers": layers, "num_single_layers": layers}
 
     def make() -> Any:
         with torch.device("meta"):
-            model = FluxTransformer2DModel(guidance_embeds=guidance)
+            model = FluxTransformer2DModel(guidance_embeds=guidance, **fewer)
         return around(FluxPipeline, model)
 
     def inputs(pipe: Any) -> dict[str, Any]:

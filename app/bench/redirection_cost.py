@@ -17,6 +17,7 @@ from ...attention.edit import attend
 from ...attention.layer import AttentionLayer
 from ...attention.step import Step
 from .configs import SD15, SDXL, meta_inputs, meta_pipe
+from .negative_cost import SHAPES, Shape, count
 
 MODELS = {"SD1.5 512": (SD15, 64), "SD1.5 768": (SD15, 96), "SDXL 1024": (SDXL, 128)}
 
@@ -56,6 +57,29 @@ class Recorder(TorchDispatchMode):
         return out
 
 
+def joint_flops(shape: Shape, share: float) -> dict[str, float]:
+    """FLOPs of a step under a hole of this share, over the plain one's: at scale 1, where one row is all, and with a
+    branch in every layer, both while masked queries are suppressed.
+    """
+    pipe, mask = shape.make(), square(1024, share)
+    (plain, *_) = count(shape, pipe)
+    ours = {name: count(shape, pipe, SelfAttentionRedirection(mask, scale=scale))[0] for name, scale in ROWS.items()}
+    return {"plain": plain} | {name: found / plain for name, found in ours.items()}
+
+
+ROWS = {"one row": 1.0, "branch": 9.0}
+
+
+def joint_layer_memory(heads: int, side: int, text: int, width: int, share: float, dtype: torch.dtype) -> Recorder:
+    """Allocations of one redirected layer of a transformer at a suppressed step: one row, text before the image."""
+    layer = AttentionLayer("transformer_blocks.0.attn", None, "joint", "block", 0)
+    step = Step(0, 50, size=(side, side), rows={"cond": slice(0, 1)})
+    q, k, v = (torch.randn(1, heads, text + side * side, width).to(dtype) for _ in "qkv")
+    plugin = SelfAttentionRedirection(square(side * 16, share), scale=1)
+    call = AttentionCall(layer, q, k, v, None, width**-0.5, 0, step, slice(0, text))
+    return _recorded(call, plugin)
+
+
 def layer_memory(heads: int, side: int, width: int, share: float, dtype: torch.dtype) -> Recorder:
     """Allocations of one redirected layer at a suppressed step: a plain row and a redirected one, real tensors."""
     layer = AttentionLayer("up_blocks.1.attentions.0.attn1", None, "self", "up", 0)
@@ -63,15 +87,20 @@ def layer_memory(heads: int, side: int, width: int, share: float, dtype: torch.d
     step = Step(0, 50, size=(side, side), rows=rows, likes={"redirected": "cond"})
     q, k, v = (torch.randn(2, heads, side * side, width).to(dtype) for _ in "qkv")
     call = AttentionCall(layer, q, k, v, None, width**-0.5, 0, step)
-    edits = [e for e in SelfAttentionRedirection(square(side * 8, share)).edits() if e.active(layer, step)]
-    attend(call, edits)  # the tokens of each level are found once a run
-    with Recorder() as recorder:
-        attend(call, edits)
+    return _recorded(call, SelfAttentionRedirection(square(side * 8, share)))
+
+
+def _recorded(call: AttentionCall, plugin: SelfAttentionRedirection) -> Recorder:
+    edits = [edit for edit in plugin.edits() if edit.active(call.layer, call.step)]
+    with torch.no_grad():
+        attend(call, edits)  # the tokens of each level are found once a run
+        with Recorder() as recorder:
+            attend(call, edits)
     return recorder
 
 
 def run(full: bool) -> None:
-    """Print both tables."""
+    """Print all tables."""
     write = sys.stdout.write
     write("| model | hole | plain row | two rows | with redirection | ratio |\n|---|---|---|---|---|---|\n")
     for name, (config, latent) in MODELS.items():
@@ -87,3 +116,10 @@ def run(full: bool) -> None:
     for name, heads, side, width in (("SDXL 1024, 64x64", 10, 64, 64), ("SD1.5 768, 96x96", 8, 96, 40)):
         seen = layer_memory(heads, side, width, 0.1, torch.bfloat16)
         write(f"| {name} | {seen.bytes / 2**20:.0f} MiB | {seen.largest:,} | {heads * side**4:,} |\n")
+    seen = joint_layer_memory(24, 64, 512, 128, 0.1, torch.bfloat16)
+    write(f"| FLUX.1 1024, 512 + 64x64 | {seen.bytes / 2**20:.0f} MiB | {seen.largest:,} | {24 * 4608**2:,} |\n")
+    write("\n| transformer, 10% hole | plain row | one row (`scale=1`) | with a branch |\n|---|---|---|---|\n")
+    for shape in (one for one in SHAPES if one.name.startswith(("FLUX", "SD3", "Z-Image"))):
+        found = joint_flops(shape, 0.1)
+        ratios = " | ".join(f"{found[name]:.3f}" for name in ROWS)
+        write(f"| {shape.name} | {found['plain'] / 1e12:.2f} T | {ratios} |\n")

@@ -16,6 +16,7 @@ from ...attention.errors import SettingError, UnsupportedPipelineError
 from ...attention.layer import AttentionLayer, find_layers
 from ...attention.step import Rows
 from ...plugins.base import Text
+from ...plugins.rotary import Rotary
 from .modular import encoders as modular_encoders
 from .modular import is_modular
 from .rows import looks_guided
@@ -93,6 +94,11 @@ class Adapter:
         config: Any = self.denoiser.config
         return min(config.in_channels, config.out_channels)
 
+    @property
+    def picture_channels(self) -> int:
+        """Channels of a latent [n, C, h, w], where the denoiser's own are those of cells."""
+        return self.latent_channels
+
     def latent_of(self, sample: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
         """The latent [n, C, h, w] in a denoiser's sample; `size` is that of its token grid."""
         return sample[:, : self.latent_channels]
@@ -106,6 +112,21 @@ class Adapter:
         channels, copies = self.latent_channels, len(sample) // len(latent)
         new = latent.to(sample.dtype).repeat(copies, *[1] * (latent.ndim - 1))
         return new if sample.shape[1] == channels else torch.cat([new, sample[:, channels:]], 1)
+
+    def with_rows(self, inputs: Inputs, rows: slice, latent: torch.Tensor) -> Inputs:
+        """The same call in which some rows have another latent [n, C, h, w]."""
+        sample = inputs[self.sample].clone()
+        sample[rows, : self.latent_channels] = latent.to(sample)
+        return {**inputs, self.sample: sample}
+
+    def only_latents(self, inputs: Inputs, size: tuple[int, int]) -> bool:
+        """Whether the sample holds latents alone, no mask and no other picture; `size` is that of the token grid."""
+        return inputs[self.sample].shape[1] == self.latent_channels
+
+    @property
+    def rotary(self) -> Rotary | None:
+        """How the denoiser turns queries and keys by position, as far as that is said."""
+        return None
 
     def groups(self, inputs: Inputs, running: Running) -> Rows:
         """Row groups of the batch that the pipeline made; without "cond" in a second call of the same step."""
@@ -150,8 +171,12 @@ class Adapter:
 
     # -- text in the sequence ----------------------------------------------------------------------------------
 
-    def text_slice(self, layer: AttentionLayer, inputs: Inputs) -> slice | None:
-        """Columns of the text in a joint layer's sequence, None in other layers."""
+    def text_slice(self, layer: AttentionLayer, inputs: Inputs, image_only: bool = False) -> slice | None:
+        """Columns of the text in a joint layer's sequence, None in other layers.
+
+        Args:
+            image_only: nobody asks where the texts are: those behind images may be of different lengths.
+        """
         return None
 
     def text_call(self, layer: AttentionLayer) -> TextCall:

@@ -8,7 +8,6 @@ from dataclasses import replace
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from ...attention.call import TextCall
@@ -16,6 +15,7 @@ from ...attention.errors import SettingError, UnsupportedPipelineError
 from ...attention.layer import AttentionLayer
 from ...attention.step import Rows
 from ...plugins.base import Text
+from ...plugins.rotary import Rotary
 from ...plugins.startpoint import pack, unpack
 from .base import Adapter, Inputs
 from .family import Family, Meet
@@ -91,6 +91,10 @@ class DeclaredAdapter(Adapter):
             return inner
         return min(inner, outer) if self.spec.latent.layout == "grid" else outer
 
+    @property
+    def picture_channels(self) -> int:
+        return self.latent_channels // 4 if self.spec.latent.layout == "packed" else self.latent_channels
+
     def latent_of(self, sample: Any, size: tuple[int, int]) -> torch.Tensor:
         layout = self.spec.latent.layout
         if layout == "grid":
@@ -120,6 +124,31 @@ class DeclaredAdapter(Adapter):
             return super().with_latent(sample, latent)
         copies = len(sample) // len(latent)
         return torch.cat([latent.to(sample.dtype).repeat(copies, 1, 1), sample[..., self.latent_channels :]], -1)
+
+    def with_rows(self, inputs: Inputs, rows: slice, latent: torch.Tensor) -> Inputs:
+        layout, sample = self.spec.latent.layout, inputs[self.sample]
+        if layout == "grid":
+            return super().with_rows(inputs, rows, latent)
+        if layout == "list":
+            new = list(latent.to(sample[0].dtype).expand(rows.stop - rows.start, -1, -1, -1)[:, :, None])
+            return {**inputs, self.sample: [*sample[: rows.start], *new, *sample[rows.stop :]]}
+        tokens, sample = self.as_sample(latent), sample.clone()
+        sample[rows, : tokens.shape[1], : tokens.shape[2]] = tokens.to(sample)
+        return {**inputs, self.sample: sample}
+
+    def only_latents(self, inputs: Inputs, size: tuple[int, int]) -> bool:
+        layout, sample = self.spec.latent.layout, inputs[self.sample]
+        if layout in ("packed", "tokens"):
+            return sample.shape[1] == size[0] * size[1] and sample.shape[2] == self.latent_channels
+        return layout == "list" or super().only_latents(inputs, size)
+
+    @property
+    def rotary(self) -> Rotary | None:
+        said, config = self.spec.rotary, cast("Any", self.denoiser.config)
+        if said is None:
+            return None
+        axes, theta = said
+        return Rotary(tuple(getattr(config, axes)), float(getattr(config, theta) if isinstance(theta, str) else theta))
 
     def grid(self, inputs: Inputs, running: Running) -> tuple[int, int]:
         sample, latent, config = inputs[self.sample], self.spec.latent, cast("Any", self.denoiser.config)
@@ -181,10 +210,12 @@ class DeclaredAdapter(Adapter):
         height, width = self.grid(inputs, Running(self.pipe, False))
         return height * width
 
-    def text_slice(self, layer: AttentionLayer, inputs: Inputs) -> slice | None:
+    def text_slice(self, layer: AttentionLayer, inputs: Inputs, image_only: bool = False) -> slice | None:
         if layer.kind not in ("joint", "keys"):
             return None
         lengths = self.lengths(inputs)
+        if image_only and not self.spec.text_first:  # all images stand in front, padding behind the shorter texts
+            return slice(-max(lengths), None)
         if len(set(lengths)) > 1:
             raise UnsupportedPipelineError(
                 f"{type(self.pipe).__name__} has texts of different lengths in one batch, where words have no common "
@@ -216,9 +247,17 @@ class DeclaredAdapter(Adapter):
         return changed
 
     def with_words(self, inputs: Inputs, rows: slice, text: Text) -> Inputs:
-        words, longer = inputs[self.text], text.embeddings.shape[1]
-        if self.spec.widens and words.shape[1] < longer:
-            inputs = inputs | {self.text: F.pad(words, (0, 0, 0, longer - words.shape[1]))}
+        text = self.to_denoiser(text, inputs)
+        spec, embeddings = self.spec, inputs[self.text]
+        here, there = (embeddings.shape[1] if isinstance(embeddings, torch.Tensor) else 0), text.embeddings.shape[1]
+        if spec.widens and here < there:
+            inputs = inputs | {self.text: _padded(embeddings, there)}
+        elif spec.mask is not None and spec.place is None and here not in (0, there):  # padded, and masked there
+            length, own = max(here, there), inputs.get(spec.mask)
+            own = embeddings.new_ones(embeddings.shape[:2], dtype=torch.bool) if own is None else own
+            mask = text.embeddings.new_ones(text.embeddings.shape[:2]).bool() if text.mask is None else text.mask
+            inputs = {**inputs, self.text: _padded(embeddings, length), spec.mask: _padded(own, length)}
+            text = replace(text, embeddings=_padded(text.embeddings, length), mask=_padded(mask, length))
         return super().with_words(inputs, rows, text)
 
     def _refuse_padding(self) -> None:
@@ -290,6 +329,12 @@ class DeclaredAdapter(Adapter):
     def check(self) -> None:
         super().check()
         self.check_inputs({})
+
+
+def _padded(value: torch.Tensor, length: int) -> torch.Tensor:
+    """[n, L, ...] with zeros behind, up to a length."""
+    more = value.new_zeros(len(value), length - value.shape[1], *value.shape[2:])
+    return torch.cat([value, more], 1)
 
 
 def positions(like: torch.Tensor, length: int, axes: Sequence[int]) -> torch.Tensor:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from ...attention.errors import SettingError, SettingTypeError
+from .solve import Solve
 
 How = Literal["joint", "cross", "keys"]
 Alone = Literal["text", "self"]
@@ -71,11 +72,14 @@ class Latent:
             [C, 1, h, w]; "film" for anything with frames, where plugins for pictures are refused.
         patch: what the sides of latents must be multiples of.
         cells: the config's `out_channels` are those of a cell of the latent and not of a token.
+        scale: from the autoencoder's latents to the scheduler's: its config's shift and factor, mean and deviation of
+            each "channel" of an autoencoder for films, or cells of 2 x 2 in one token by "batch norm" statistics.
     """
 
     layout: Literal["grid", "packed", "tokens", "list", "film"] = "grid"
     patch: int = 2
     cells: bool = False
+    scale: Literal["config", "channel", "batch norm"] = "config"
 
 
 @dataclass(frozen=True)
@@ -113,8 +117,13 @@ class Family:
         columns: the tokenizer's columns are the text's; False where texts are put in another order.
         tokenizer: the pipeline's attribute, prompt: the call's argument whose tokens the columns are.
         latent: how latents lie in the sample.
+        linear: the image attends to itself linearly, so that there are no logits to edit.
+        rotary: (config's name of the features of each axis: a first one, rows, columns; base of the frequencies or its
+            name in the config) where neighbouring features of queries and keys are turned by position.
         refuse: (predicate of the pipeline and the inputs, sentence) for what cannot be served.
         adapter: the class that says what no field can, None for none.
+        solve: how the pipeline's loop calls the denoiser, for tasks with a loop of their own (`invert`, `erase`,
+            `stylize`); None where that is not known.
     """
 
     name: str
@@ -154,8 +163,11 @@ class Family:
     tokenizer: str = "tokenizer"
     prompt: str = "prompt"
     latent: Latent = Latent()
+    linear: bool = False
+    rotary: tuple[str, float | str] | None = None
     refuse: tuple[tuple[Callable[[Any, Mapping[str, Any]], bool], str], ...] = ()
     adapter: Any = None
+    solve: Solve | None = None
 
     def __post_init__(self) -> None:
         if not self.name or not isinstance(self.name, str):

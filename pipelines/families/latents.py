@@ -9,11 +9,14 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 from ...attention.errors import NonFiniteError, SettingError
 from ...attention.pictures import as_rgb
 from ...attention.step import Step
+from .family import Family, names_of
+from .table import FAMILIES
 
 _WIDE = threading.RLock()
 _SIZED_BY_DECODER = ("ZImageTransformer2DModel",)
@@ -32,16 +35,67 @@ def encode_image(pipe: Any, image: Any, size: tuple[int, int] | None = None) -> 
     Raises:
         SettingTypeError, SettingError: not a picture, unreadable, or of several sizes.
     """
-    vae, factor = pipe.vae, pipe.vae_scale_factor
+    vae, factor = pipe.vae, pixels_of(pipe)
     height, width = (None, None) if size is None else (size[0] * factor, size[1] * factor)
     pixels = _pixels(image, _processor(factor * (1 if size else patch(pipe))), height, width)
     channels = getattr(vae.config, "in_channels", 3)
     if pixels.ndim != 4 or pixels.shape[1] != channels or not pixels.isfinite().all():
         raise SettingError(f"pictures of shape {list(pixels.shape)}: [n, {channels}, h, w] of finite values is needed")
     with torch.no_grad(), _wide_enough(vae):
-        encoded = vae.encode(pixels.to(device=pipe._execution_device, dtype=vae.dtype))
-        mode = _mode(encoded)
-    return ((mode - (getattr(vae.config, "shift_factor", None) or 0.0)) * vae.config.scaling_factor).to(vae.dtype)
+        pixels = pixels.to(device=pipe._execution_device, dtype=vae.dtype)
+        mode = _mode(vae.encode(pixels[:, :, None] if _scale(pipe) == "channel" else pixels))
+    return scaled(pipe, mode).to(vae.dtype)
+
+
+def scaled(pipe: Any, latents: torch.Tensor) -> torch.Tensor:
+    """What the autoencoder gives in the scheduler's space, [n, C, h, w]."""
+    shift, factor = _statistics(pipe, latents)
+    if _scale(pipe) == "channel":
+        latents = latents[:, :, 0]
+    elif _scale(pipe) == "batch norm":
+        latents = F.pixel_unshuffle(latents, 2)
+    return (latents - shift) * factor
+
+
+def unscaled(pipe: Any, latents: torch.Tensor) -> torch.Tensor:
+    """The reverse of `scaled`."""
+    shift, factor = _statistics(pipe, latents)
+    latents = latents / factor + shift
+    if _scale(pipe) == "channel":
+        return latents[:, :, None]
+    return F.pixel_shuffle(latents, 2) if _scale(pipe) == "batch norm" else latents
+
+
+def _statistics(pipe: Any, like: torch.Tensor) -> tuple[Any, Any]:
+    """(shift, factor): scheduler's = (autoencoder's - shift) * factor."""
+    vae, how = pipe.vae, _scale(pipe)
+    if how == "config":
+        return getattr(vae.config, "shift_factor", None) or 0.0, vae.config.scaling_factor
+    if how == "channel":
+        mean, deviation = (torch.tensor(given).to(like) for given in (vae.config.latents_mean, vae.config.latents_std))
+    else:
+        mean = vae.bn.running_mean.to(like)
+        deviation = torch.sqrt(vae.bn.running_var + vae.config.batch_norm_eps).to(like)
+    return mean.view(1, -1, 1, 1), 1 / deviation.view(1, -1, 1, 1)
+
+
+def _scale(pipe: Any) -> str:
+    """How the family's latents are scaled."""
+    denoiser = getattr(pipe, "transformer", None)
+    said = (FAMILIES.get(name) for name in names_of(getattr(denoiser, "_orig_mod", denoiser)))
+    return next((one.latent.scale for one in said if isinstance(one, Family)), "config")
+
+
+def channels_of(pipe: Any) -> int:
+    """Channels of a pipeline's latents [n, C, h, w]."""
+    config = pipe.vae.config
+    channels = config.z_dim if hasattr(config, "z_dim") else config.latent_channels
+    return channels * 4 if _scale(pipe) == "batch norm" else channels
+
+
+def pixels_of(pipe: Any) -> int:
+    """Pixels, in each direction, of one of a pipeline's latents [n, C, h, w]."""
+    return pipe.vae_scale_factor * (2 if _scale(pipe) == "batch norm" else 1)
 
 
 def _mode(encoded: Any) -> torch.Tensor:
@@ -89,9 +143,9 @@ def _wide_enough(vae: Any) -> Generator[None]:
 def decode_latents(pipe: Any, latents: torch.Tensor, output_type: str = "pil") -> Any:
     """Pictures of latents [n, C, h, w]: a list of PIL images, or "pt" / "np" arrays."""
     vae = pipe.vae
-    latents = latents / vae.config.scaling_factor + (getattr(vae.config, "shift_factor", None) or 0.0)
     with torch.no_grad():
-        pixels = vae.decode(latents.to(vae.dtype), return_dict=False)[0]
+        pixels = vae.decode(unscaled(pipe, latents).to(vae.dtype), return_dict=False)[0]
+    pixels = pixels[:, :, 0] if pixels.ndim == 5 else pixels
     return _processor(pipe.vae_scale_factor).postprocess(pixels, output_type=output_type)
 
 
@@ -126,12 +180,12 @@ def unsaid_size(pipe: Any) -> dict[str, int]:
 
 def side_multiple(pipe: Any) -> int:
     """What the sides of a picture must be multiples of; pipelines ask for 8 whatever their autoencoder does."""
-    return patch(pipe) * max(8, pipe.vae_scale_factor)
+    return patch(pipe) * max(8, pixels_of(pipe))
 
 
 def patch(pipe: Any) -> int:
     """What the sides of latents must be multiples of."""
-    return 1 if hasattr(pipe, "unet") else 2
+    return 1 if hasattr(pipe, "unet") or _scale(pipe) == "batch norm" else 2
 
 
 def signal(scheduler: Any, step: Step) -> tuple[float, float]:

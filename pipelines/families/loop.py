@@ -9,10 +9,14 @@ import torch
 
 from ...attention.errors import UnsupportedPipelineError
 from ...attention.layer import find_layers
-from ...plugins.startpoint import pack, unpack
+from ...plugins.startpoint import unpack
 from .base import Inputs, has_ip_adapter
-from .family import names_of
+from .declared import DeclaredAdapter
+from .family import Family, names_of
+from .latents import channels_of, pixels_of
 from .modular import is_modular
+from .solve import Solve
+from .table import FAMILIES
 from .words import own_words
 
 
@@ -82,79 +86,60 @@ class Loop:
             return pipe.encode_prompt(list(texts), device=device, num_images_per_prompt=1, **options)
 
 
-class PixArtLoop(Loop):
-    """PixArt: a text mask, one timestep a row, and a learned variance behind the prediction."""
+class DeclaredLoop(Loop):
+    """A transformer, as its family's `solve` describes it."""
+
+    def __init__(self, pipe: Any, denoiser: Any, family: Family, solve: Solve) -> None:
+        super().__init__(pipe, denoiser)
+        self.adapter, self.solve = DeclaredAdapter(pipe, denoiser, family), solve
+        self.layers = self.adapter.layers
+        self.packed = 4 if family.latent.layout == "packed" else 1
+
+    @property
+    def pixels(self) -> int:
+        """Pixels, in each direction, of a latent."""
+        return pixels_of(self.pipe)
 
     def conditions(self, texts: Sequence[str], size: tuple[int, int]) -> Inputs:
-        embeddings, mask, *_ = self._encode(texts, do_classifier_free_guidance=False)
-        sizes: Inputs = {"resolution": None, "aspect_ratio": None}
-        if getattr(self.denoiser, "use_additional_conditions", False):
-            pixels = torch.tensor([[self.pipe.vae_scale_factor * side for side in size]] * len(texts))
-            ratio = torch.full((len(texts), 1), size[0] / size[1])
-            sizes = {"resolution": pixels.to(embeddings), "aspect_ratio": ratio.to(embeddings)}
-        return {"encoder_hidden_states": embeddings, "encoder_attention_mask": mask, "added_cond_kwargs": sizes}
+        return self.solve.inputs(self.pipe, self.denoiser, texts, size)
+
+    def with_images(self, inputs: Inputs, pictures: Sequence[Any] | None) -> Inputs:
+        return inputs
 
     def predict(self, latents: torch.Tensor, timestep: torch.Tensor, inputs: Inputs) -> torch.Tensor:
-        output = self.denoiser(latents, timestep=timestep.expand(len(latents)), **inputs, return_dict=False)[0]
-        return output[:, : latents.shape[1]]
+        spec, sample = self.adapter.spec, self.adapter.as_sample(latents)
+        given: Inputs = {spec.sample: sample, spec.timestep: self._time(timestep.expand(len(latents)), latents)}
+        if spec.latent.layout == "list":
+            given[spec.sample] = list(latents[:, :, None])
+        output = self.denoiser(**given, **inputs, return_dict=False)[0]
+        return self._latent(output, latents) * (-1 if self.solve.negated else 1)
 
+    def _time(self, timestep: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+        how = self.solve.time
+        if how == "unit":
+            return timestep.to(latents.dtype) / 1000
+        if how == "rising":
+            return (1000 - timestep) / 1000
+        return timestep * self.denoiser.config.timestep_scale if how == "scaled" else timestep
 
-class SD3Loop(Loop):
-    """Stable Diffusion 3: flow matching on spatial latents."""
-
-    def conditions(self, texts: Sequence[str], size: tuple[int, int]) -> Inputs:
-        encoded = self._encode(texts, prompt_2=None, prompt_3=None, do_classifier_free_guidance=False)
-        return {"encoder_hidden_states": encoded[0], "pooled_projections": encoded[2]}
-
-    def predict(self, latents: torch.Tensor, timestep: torch.Tensor, inputs: Inputs) -> torch.Tensor:
-        return self.denoiser(latents, timestep=timestep.expand(len(latents)), **inputs, return_dict=False)[0]
-
-    def timing(self, size: tuple[int, int], steps: int, scheduler: Any) -> dict[str, Any]:
-        if not scheduler.config.get("use_dynamic_shifting"):
-            return {}
-        patch = self.denoiser.config.patch_size
-        return {"mu": dynamic_shift((size[0] // patch) * (size[1] // patch), scheduler, 1.16)}
-
-
-class FluxLoop(Loop):
-    """FLUX.1: packed latents. A guidance-distilled model runs at guidance 1, where inversion is stable."""
-
-    packed = 4
-
-    def conditions(self, texts: Sequence[str], size: tuple[int, int]) -> Inputs:
-        embeddings, pooled, text_ids = self._encode(texts)
-        device, grid = self.pipe._execution_device, (size[0] // 2, size[1] // 2)
-        ids = self.pipe._prepare_latent_image_ids(1, *grid, device, embeddings.dtype)
-        guided = self.denoiser.config.guidance_embeds
-        guidance = torch.ones(len(texts), device=device) if guided else None
-        return {
-            "encoder_hidden_states": embeddings,
-            "pooled_projections": pooled,
-            "txt_ids": text_ids,
-            "img_ids": ids,
-            "guidance": guidance,
-        }
-
-    def predict(self, latents: torch.Tensor, timestep: torch.Tensor, inputs: Inputs) -> torch.Tensor:
+    def _latent(self, output: Any, latents: torch.Tensor) -> torch.Tensor:
+        """A prediction as [B, C, h, w]."""
         height, width = latents.shape[-2:]
-        time = timestep.expand(len(latents)).to(latents.dtype) / 1000
-        output = self.denoiser(hidden_states=pack(latents), timestep=time, **inputs, return_dict=False)[0]
-        return unpack(output, (height // 2, width // 2))
+        layout = self.adapter.spec.latent.layout
+        if layout == "packed":
+            return unpack(output, (height // 2, width // 2))
+        if layout == "tokens":
+            return output.mT.unflatten(-1, (height, width))
+        return torch.stack(output)[:, :, 0] if layout == "list" else output[:, : latents.shape[1]]
 
     def timing(self, size: tuple[int, int], steps: int, scheduler: Any) -> dict[str, Any]:
-        sigmas = [1 - i / steps for i in range(steps)]
-        return {"sigmas": sigmas, "mu": dynamic_shift((size[0] // 2) * (size[1] // 2), scheduler, 1.15)}
+        solve = self.solve
+        given: dict[str, Any] = {"sigmas": [1 - i / steps for i in range(steps)]} if solve.sigmas else {}
+        shift = None if solve.shift is None else solve.shift(self.pipe, scheduler, size, steps)
+        return given if shift is None else given | {"mu": shift}
 
     def hand_over(self, latents: torch.Tensor) -> torch.Tensor:
-        return pack(latents)
-
-
-LOOPS: dict[str, type[Loop]] = {
-    "UNet2DConditionModel": Loop,
-    "PixArtTransformer2DModel": PixArtLoop,
-    "SD3Transformer2DModel": SD3Loop,
-    "FluxTransformer2DModel": FluxLoop,
-}
+        return self.adapter.as_sample(latents) if self.solve.handed == "packed" else latents
 
 
 def loop_for(pipe: Any) -> Loop:
@@ -163,32 +148,37 @@ def loop_for(pipe: Any) -> Loop:
     Raises:
         UnsupportedPipelineError: a family without one, or a model for inpainting and the like.
     """
-    denoiser = getattr(pipe, "unet", None) or getattr(pipe, "transformer", None)
-    denoiser = getattr(denoiser, "_orig_mod", denoiser)
     if is_modular(pipe):
         raise UnsupportedPipelineError(
             f"{type(pipe).__name__} is a modular pipeline, which graft() edits but no loop of ours runs: load it with "
             "diffusers.DiffusionPipeline.from_pretrained"
         )
-    for name in names_of(denoiser):
-        if name in LOOPS:
-            loop = LOOPS[name](pipe, denoiser)
-            taken, channels = loop.denoiser.config.in_channels, loop.packed * pipe.vae.config.latent_channels
-            if taken != channels:
-                raise UnsupportedPipelineError(
-                    f"the {name} takes {taken} channels where latents have {channels}, so it wants a mask or "
-                    "a picture besides: invert with a text-to-image model"
-                )
-            return loop
-    raise UnsupportedPipelineError(f"{type(denoiser).__name__} cannot be inverted; {', '.join(LOOPS)} can")
+    denoiser = getattr(pipe, "unet", None) or getattr(pipe, "transformer", None)
+    denoiser = getattr(denoiser, "_orig_mod", denoiser)
+    for name in filter(can_loop, names_of(denoiser)):
+        said: Any = FAMILIES[name]
+        loop = Loop(pipe, denoiser) if said.solve is None else DeclaredLoop(pipe, denoiser, said, said.solve)
+        taken, channels = loop.denoiser.config.in_channels, loop.packed * channels_of(pipe)
+        if taken != channels:
+            raise UnsupportedPipelineError(
+                f"the {name} takes {taken} channels where latents have {channels}, so it wants a mask or "
+                "a picture besides: invert with a text-to-image model"
+            )
+        return loop
+    able = ", ".join(filter(can_loop, FAMILIES))
+    raise UnsupportedPipelineError(f"{type(denoiser).__name__} cannot be inverted; {able} can")
 
 
-def dynamic_shift(tokens: int, scheduler: Any, most: float) -> float:
-    """The time shift `mu` of the pipelines: linear in the number of image tokens."""
-    config = scheduler.config
-    few, many = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
-    low, high = config.get("base_shift", 0.5), config.get("max_shift", most)
-    return low + (high - low) * (tokens - few) / (many - few)
+def solve_of(denoiser: Any) -> Solve | None:
+    """How the loop of a transformer's pipelines calls it; None where that is not known."""
+    said = (FAMILIES.get(name) for name in names_of(getattr(denoiser, "_orig_mod", denoiser)))
+    return next((one.solve for one in said if isinstance(one, Family) and one.solve is not None), None)
+
+
+def can_loop(name: str) -> bool:
+    """Whether a loop of our own can call the denoiser class of this name."""
+    said = FAMILIES.get(name)
+    return isinstance(said, Family) and (said.solve is not None or name == "UNet2DConditionModel")
 
 
 def _image_shape(projection: torch.nn.Module) -> tuple[int, ...]:

@@ -6,7 +6,6 @@ import sys
 from collections.abc import Iterator
 
 from .family import Family, Refused
-from .loop import LOOPS
 from .table import FAMILIES
 
 _HOW = {
@@ -18,13 +17,13 @@ _GUIDANCE = {"apart": "two calls", "uncond, cond": "[uncond, cond]", "cond, unco
 _WORDS = ("AttentionSegregation", "attention_maps")
 _STYLE = ("StyleInjection", "AttentionDistillation", "stylize")
 _REMOVAL = ("SelfAttentionRedirection", "erase")
-_ALL = ("NegativeAway", *_WORDS, "ConceptBlock", *_REMOVAL, *_STYLE, "StartpointFilter")
+_ALL = ("NegativeAway", *_WORDS, "ConceptBlock", *_REMOVAL, *_STYLE, "StartpointFilter", "invert")
 
 
 def unable(denoiser: str) -> dict[str, str]:
     """What cannot be done on a denoiser class, as its family says: {plugin or task: the reason}, empty if all can be.
 
-    A yes is no promise: a single model may lack what its family has, such as SD3 the self-attention of SD3.5 medium.
+    A yes is no promise: a single model may lack what its family has.
     """
     said = FAMILIES.get(denoiser)
     if not isinstance(said, Family):
@@ -40,12 +39,17 @@ def _refusals(denoiser: str, family: Family) -> Iterator[tuple[str, str]]:
         yield from dict.fromkeys(_WORDS, f"{denoiser} puts its text in another order, so words have no columns").items()
     if not across:
         yield "ConceptBlock", "it works in cross-attention, which this family does not have"
-    if not unet:
-        yield from dict.fromkeys(_REMOVAL, "it needs a UNet with self-attention: SD1, SD2 or SDXL").items()
-    if denoiser not in LOOPS:
-        yield from dict.fromkeys(_STYLE, f"pictures are inverted for it, which is not known for {denoiser}").items()
-    elif not (across or family.meets[0].layers):
-        yield from dict.fromkeys(_STYLE, "this family has no self-attention layer of its own").items()
+    if not (unet or family.solve):
+        yield from dict.fromkeys(("stylize", "invert"), f"how its pipeline loops is not known of {denoiser}").items()
+    if not (unet or (family.solve and family.solve.pipelines)):
+        yield "erase", f"no pipeline of {denoiser} is known that hands out its latents while it samples"
+    if family.how == "keys":
+        yield from dict.fromkeys(_STYLE, "its image attends to itself and the text over keys of both at once").items()
+    if family.lengths is not None and family.text_first:
+        where = "each row's image stands behind its own text, where no other row finds it"
+        yield from dict.fromkeys(_STYLE, where).items()
+    if family.linear:
+        yield from dict.fromkeys((*_REMOVAL, *_STYLE), "its image attends to itself linearly, without logits").items()
     if family.latent.layout == "film":
         others = [name for name in _ALL if name != "NegativeAway"]
         yield from dict.fromkeys(others, "it works on pictures, and this family makes films").items()
@@ -54,8 +58,9 @@ def _refusals(denoiser: str, family: Family) -> Iterator[tuple[str, str]]:
 def support_table() -> str:
     """Markdown tables of every class: those that are declared, and those that are refused with the reason."""
     lines = [
-        "| denoiser | in defaults | text meets image | guidance | negative heard | words, maps | latents |",
-        "|" + "---|" * 7,
+        "| denoiser | in defaults | text meets image | guidance | negative heard | words, maps | latents "
+        "| erase | stylize | invert |",
+        "|" + "---|" * 10,
     ]
     lines += [_row(name, said) for name, said in sorted(FAMILIES.items()) if isinstance(said, Family)]
     lines += ["", "| refused | why, and what to use |", "|---|---|"]
@@ -70,6 +75,7 @@ def _row(name: str, family: Family) -> str:
         "rows only" if family.rows_only else "once a call" if family.still else "once a step",
         "yes" if family.columns and not film else "no",
         "film: NegativeAway only" if film else family.latent.layout,
+        *("no" if task in unable(name) else "yes" for task in ("erase", "stylize", "invert")),
     )  # fmt: skip
     return f"| {' | '.join(cells)} |"
 

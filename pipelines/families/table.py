@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from ...attention.errors import SettingTypeError
-from . import odd
+from . import odd, solve
 from .family import TEXT, Alone, Along, Family, Latent, Meet, Refused
+from .solve import Solve
 from .unet import UNetAdapter
 
 _ROPE = (Along("image_rotary_emb"),)
@@ -37,10 +38,16 @@ FAMILIES: dict[str, Family | Refused] = {
     "FluxTransformer2DModel": Family(
         "flux", _two(_ROPE), ids=("txt_ids", ()), encode=odd.with_lora(2, 1), guidance="apart", flag="do_true_cfg",
         modular=_EMBEDS | {"pooled_projections": "pooled_prompt_embeds"}, tokenizer="tokenizer_2", prompt="prompt_2",
-        latent=Latent("packed"),
+        latent=Latent("packed"), rotary=("axes_dims_rope", 10000.0),
+        solve=Solve(
+            solve.flux, shift=solve.by_cells, handed="packed", pipelines=("FluxPipeline",), guided_by="true_cfg_scale"
+        ),
     ),
     "SD3Transformer2DModel": Family(
-        "sd3", (Meet("transformer_blocks", layers=(".attn",)),), text_first=False, encode=odd.with_lora(3, 2)
+        "sd3", (Meet("transformer_blocks", layers=(".attn",)),), text_first=False, encode=odd.with_lora(3, 2),
+        solve=Solve(
+            solve.sd3, "steps", sigmas=False, shift=solve.by_cells_if_dynamic, pipelines=("StableDiffusion3Pipeline",)
+        ),
     ),
     "QwenImageTransformer2DModel": Family(
         "qwen",
@@ -49,15 +56,21 @@ FAMILIES: dict[str, Family | Refused] = {
         mask="encoder_hidden_states_mask", encoded={TEXT: 0, "encoder_hidden_states_mask": 1},
         modular=_EMBEDS | {"encoder_hidden_states_mask": "prompt_embeds_mask"},
         settings={"image": "prompt_image|condition_images"}, guidance="apart", flag="do_true_cfg",
-        wrap=odd.template, dropped="prompt_template_encode_start_idx", latent=Latent("packed", cells=True),
+        wrap=odd.template, dropped="prompt_template_encode_start_idx",
+        latent=Latent("packed", cells=True, scale="channel"), rotary=("axes_dims_rope", 10000.0),
+        solve=Solve(
+            solve.qwen, shift=solve.by_cells, handed="packed", pipelines=("QwenImagePipeline",),
+            guided_by="true_cfg_scale",
+        ),
     ),
     "PixArtTransformer2DModel": Family(
         "pixart", _across("transformer_blocks", (Along("encoder_attention_mask", 2),)), mask="encoder_attention_mask",
-        encoded={TEXT: 0, "encoder_attention_mask": 1},
+        encoded={TEXT: 0, "encoder_attention_mask": 1}, solve=Solve(solve.pixart, "steps", sigmas=False),
     ),
     "SanaTransformer2DModel": Family(
         "sana", _across("transformer_blocks", _TEXT_MASK), mask="encoder_attention_mask",
-        encoded={TEXT: 0, "encoder_attention_mask": 1},
+        encoded={TEXT: 0, "encoder_attention_mask": 1}, linear=True,
+        solve=Solve(solve.masked, "scaled", sigmas=False),
     ),
     "ZImageTransformer2DModel": Family(
         "z-image",
@@ -66,30 +79,40 @@ FAMILIES: dict[str, Family | Refused] = {
         flag="apply_cfg", encode=odd.z_image_encode, modular={"cap_feats": "prompt_embeds"},
         place=odd.z_image_place, lengths=odd.z_image_lengths, tokens=odd.z_image_tokens,
         wrap=odd.chat(True), latent=Latent("list"), residuals=("controlnet_block_samples",),
+        rotary=("axes_dims", "rope_theta"),
         refuse=((odd.nested, "mixes several texts and pictures in its omni mode: use ZImagePipeline"),),
+        solve=Solve(
+            solve.z_image, "rising", negated=True, shift=solve.by_cells, pipelines=("ZImagePipeline",), unguided=0.0
+        ),
     ),
     "Flux2Transformer2DModel": Family(
         "flux2", _two(_ROPE, None), ids=("txt_ids", (3,)), cut=True, guidance="apart", modular=_EMBEDS,
-        wrap=odd.chat(False), latent=Latent("tokens"),
+        wrap=odd.chat(False), latent=Latent("tokens", scale="batch norm"), rotary=("axes_dims_rope", "rope_theta"),
         refuse=((odd.keeps_keys, "keeps keys of its references from step to step, where a negative would go wrong in "
                                  "silence: use Flux2KleinPipeline"),),
+        solve=Solve(solve.flux2, shift=solve.empirical, pipelines=("Flux2KleinPipeline", "Flux2Pipeline")),
     ),
     "ChromaTransformer2DModel": Family(
         "chroma", _two((*_ROPE, Along("attention_mask", 1)), None), mask="attention_mask",
         encoded={TEXT: 0, "attention_mask": 2}, place=odd.chroma_place, guidance="apart", latent=Latent("packed"),
+        rotary=("axes_dims_rope", 10000.0),
+        solve=Solve(solve.chroma, shift=solve.by_cells, handed="packed", pipelines=("ChromaPipeline",)),
     ),
     "Lumina2Transformer2DModel": Family(
         "lumina2",
         (Meet("layers", text=None, along=(Along("image_rotary_emb", 1, rope=True), Along("attention_mask", 1))),),
         mask="encoder_attention_mask", encoded={TEXT: 2, "encoder_attention_mask": 3}, as_negative=True, cut=True,
         alone=_REFINED, guidance="apart", lengths=odd.mask_lengths, tokens=odd.patches, masked=True,
-        wrap=odd.system_prompt,
+        wrap=odd.system_prompt, solve=Solve(
+            solve.masked, "rising", negated=True, shift=solve.by_channels,
+            pipelines=("Lumina2Pipeline", "Lumina2Text2ImgPipeline"),
+        ),
     ),
     "Krea2Transformer2DModel": Family(
         "krea2", (Meet("transformer_blocks", text=None, along=(*_ROPE, Along("attention_mask", 3))),),
         mask="encoder_attention_mask", encoded={TEXT: 0, "encoder_attention_mask": 1}, cut=True,
         alone=(("text_fusion", "text"),), place=odd.krea_place, guidance="apart", wrap=odd.template,
-        dropped="prompt_template_encode_start_idx", latent=Latent("packed"),
+        dropped="prompt_template_encode_start_idx", latent=Latent("packed", scale="channel"),
     ),
     "AuraFlowTransformer2DModel": Family(
         "auraflow", (Meet("joint_transformer_blocks"), Meet("single_transformer_blocks", text=None)), registers=8

@@ -53,7 +53,7 @@ def _name_rows(run: Run, branches: Sequence[Branch], one_for_all: bool) -> list[
 def _alike(run: Run, placed: Placed, session: Session, inputs: Inputs) -> bool:
     """Whether pictures differ by their latents and their text only."""
     adapter = run.adapter
-    if inputs[adapter.sample].shape[1] != adapter.latent_channels:  # what is to be inpainted
+    if not adapter.only_latents(inputs, run.step.size):  # what is to be inpainted
         return False
     others = set(adapter.batched) - {adapter.sample, adapter.text, adapter.timestep}
     told = any(inputs.get(name) is not None for name in others)
@@ -66,11 +66,10 @@ def _own_inputs(run: Run, inputs: Inputs, branches: Sequence[Branch]) -> Inputs:
     for branch in branches:
         rows = run.step.rows[branch.name]
         if branch.latent is not None:
-            sample = inputs[key].clone()
+            sample = inputs[key] if isinstance(inputs[key], torch.Tensor) else inputs[key][0]
             scale = model_scale(run.running.pipe.scheduler, run.step.timestep, sample)
-            own = (branch.latent(run.step).to(sample.device) * scale).to(sample.dtype)
-            sample[rows, : run.adapter.latent_channels] = own
-            inputs = run.adapter.without_control({**inputs, key: sample}, rows)
+            own = branch.latent(run.step).to(sample.device) * scale
+            inputs = run.adapter.without_control(run.adapter.with_rows(inputs, rows, own), rows)
         if branch.text is not None:
             words = inputs[text].clone()
             words[rows] = branch.text.to(words)

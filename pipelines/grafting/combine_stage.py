@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -13,7 +13,7 @@ from .run import Run
 
 def combine(run: Run, active: Sequence[Plugin], output: Any) -> Any:
     """The denoiser's output with the rows that the pipeline sent in, moved by the plugins' deltas."""
-    step, prediction = run.step, run.adapter.prediction(output)
+    step, prediction = run.step, _stacked(run.adapter.prediction(output))
     if "cond" not in step.rows:  # guidance's other call gets what the first one was given
         return _folded(run, output, len(prediction), tuple(step.rows))
     combiners = [plugin for plugin in active if type(plugin).combine is not Plugin.combine]
@@ -33,13 +33,20 @@ def _folded(run: Run, output: Any, kept: int, groups: Sequence[str]) -> Any:
 
     u + g (c - u) moves by exactly d when both halves do, whatever g is.
     """
-    prediction = run.adapter.prediction(output)
+    found = run.adapter.prediction(output)
     if not run.deltas:
-        same = kept == len(prediction)
-        return output if same else run.adapter.with_prediction(output, prediction[:kept])
+        same = kept == len(found)
+        return output if same else run.adapter.with_prediction(output, found[:kept])
+    prediction = _stacked(found)
     folded = prediction[:kept].to(torch.promote_types(prediction.dtype, torch.float32), copy=True)
     for name in groups:
         if name in run.step.rows:
             for delta in run.deltas:
                 folded[run.step.rows[name], : delta.shape[1]] += delta
-    return run.adapter.with_prediction(output, folded.to(prediction.dtype))
+    new: Any = folded.to(prediction.dtype)
+    return run.adapter.with_prediction(output, new if found is prediction else cast("Any", list(new)))
+
+
+def _stacked(prediction: Any) -> torch.Tensor:
+    """A prediction that may come as a list with one for each row."""
+    return prediction if isinstance(prediction, torch.Tensor) else torch.stack(list(prediction))

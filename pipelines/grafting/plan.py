@@ -13,9 +13,12 @@ from ...attention.edit import Edit
 from ...attention.errors import UnsupportedPipelineError
 from ...attention.layer import AttentionLayer
 from ...attention.seam import Seam, Task, Work
+from ...attention.sequence import Columns
 from ...attention.step import Step
 from ...plugins.base import Branch, Plugin
 from ..families.base import Adapter
+from ..families.declared import DeclaredAdapter
+from ..families.join import Joined
 from .run import Plan, Run
 
 
@@ -118,9 +121,21 @@ def make_plan(run: Run, placed: Placed, active: Sequence[Plugin], seams: Mapping
 def _work(run: Run, layer: AttentionLayer, edits: Sequence[Edit], kernel: Kernel, total: int) -> Work:
     more = [edit for edit in edits if edit.every_call]
     memo = run.memo if any(edit.keeps_text for edit in edits) else None
-    columns = run.joined.columns() if run.joined and layer.kind == "joint" else ()
-    text = None if columns else run.adapter.text_slice(layer, run.inputs)
+    columns = _columns(run, edits) if layer.kind == "joint" else ()
+    image_only = all(edit.ragged for edit in edits)
+    text = None if columns else run.adapter.text_slice(layer, run.inputs, image_only)
     return Work(layer, run.step, edits, more, kernel, text, memo, columns, run.adapter.text_call(layer), total)
+
+
+def _columns(run: Run, edits: Sequence[Edit]) -> Sequence[Columns]:
+    """Where rows of a joint sequence hold what, if further texts are in it, or if their own differ in length."""
+    if run.joined is not None:
+        return run.joined.columns()
+    adapter, takes = run.adapter, all(edit.ragged == "any" for edit in edits)
+    if not isinstance(adapter, DeclaredAdapter) or not takes or not adapter.spec.text_first:
+        return ()
+    columns = Joined(adapter, (), run.inputs, 1).columns()
+    return columns if len(columns) > 1 else ()
 
 
 def _chosen(adapters: Sequence[Adapter], plugin: Plugin, edit: Edit) -> list[AttentionLayer]:

@@ -10,6 +10,7 @@ import torch
 from ...attention.layer import AttentionLayer
 from ...attention.step import Step
 from ...plugins.base import Made, Plugin, Prompt, Text
+from ...plugins.rotary import Rotary
 from ..families import latents
 from ..families.running import part_for
 from .run import Run
@@ -29,7 +30,7 @@ class RunSession:
 
     @property
     def latent_channels(self) -> int:
-        return self._run.adapter.latent_channels
+        return self._run.adapter.picture_channels
 
     @property
     def latent_size(self) -> tuple[int, int]:
@@ -53,6 +54,10 @@ class RunSession:
             "strength" not in asked, asked.get("prompt_2") not in (None, asked.get("prompt")),
             part_for(run.running.pipe),
         )  # fmt: skip
+
+    @property
+    def rotary(self) -> Rotary | None:
+        return self._run.adapter.rotary
 
     @property
     def family(self) -> str:

@@ -60,15 +60,21 @@ class Blend:
         source: the picture's latents.
         hole: [h, w] boolean.
         then: the user's own callback, called after the blend.
+        laid: from [n, C, h, w] to how the pipeline keeps its latents.
     """
 
-    def __init__(self, source: Source, hole: torch.Tensor, then: Callback | None = None) -> None:
-        self.source, self.hole, self.then = source, hole, then
+    def __init__(
+        self, source: Source, hole: torch.Tensor, then: Callback | None = None,
+        laid: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    ) -> None:  # fmt: skip
+        self.source, self.then, self.laid = source, then, laid
+        self.hole = hole if laid is None else laid(hole.expand_as(source.clean))
         self.begin = 0
 
     def __call__(self, pipe: Any, index: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         latents = tensors["latents"]
-        known = self.known(pipe.scheduler, index, timestep).to(latents)
+        known = self.known(pipe.scheduler, index, timestep)
+        known = (known if self.laid is None else self.laid(known)).to(latents)
         tensors = {**tensors, "latents": torch.where(self.hole.to(latents.device), latents, known)}
         return tensors if self.then is None else self.then(pipe, index, timestep, tensors)
 
@@ -88,7 +94,7 @@ class StartAt(Plugin):
     """Begins a run with the source's latents at its first noise level, whatever the pipeline prepared.
 
     Args:
-        empty: [n, 1, h, w] boolean, where noise alone begins; `source` is a `Noised` then.
+        empty: [n, 1, h, w] boolean, where noise alone begins; `source` has a `noise` then.
     """
 
     def __init__(self, source: Source, scheduler: Any, empty: torch.Tensor | None = None) -> None:
@@ -99,11 +105,13 @@ class StartAt(Plugin):
         return step.index == 0
 
     def latent(self, step: Step, latent: torch.Tensor, probe: Probe) -> torch.Tensor:
-        known = self._source.at(self._scheduler, torch.as_tensor(step.timestep).flatten()[:1]).to(latent)
+        time = step.timestep if step.time is None else step.time  # the denoiser may count otherwise
+        at = torch.as_tensor(time).flatten()[:1].to(self._scheduler.timesteps)
+        known = self._source.at(self._scheduler, at).to(latent)
         if self._empty is None:
             return known
-        assert isinstance(self._source, Noised)
-        noise = self._source.noise.to(latent) * self._scheduler.init_noise_sigma
+        noise: Any = getattr(self._source, "noise").to(latent)  # noqa: B009
+        noise = noise * getattr(self._scheduler, "init_noise_sigma", 1.0)
         return torch.where(self._empty.to(latent.device), noise, known)
 
 
@@ -130,7 +138,10 @@ def sibling(pipe: Any) -> tuple[Any, bool]:
 def _channels(pipe: Any) -> int:
     denoiser = getattr(pipe, "unet", None)
     if not isinstance(denoiser, nn.Module):
-        raise UnsupportedPipelineError(f"{type(pipe).__name__} has no UNet: use a pipeline of SD1, SD2 or SDXL")
+        raise UnsupportedPipelineError(
+            f"{type(pipe).__name__} has no UNet and no transformer that paints: use a pipeline of SD1, SD2, SDXL, SD3, "
+            "FLUX, Qwen-Image, Z-Image or Chroma"
+        )
     config: Any = getattr(denoiser, "_orig_mod", denoiser).config
     if config.in_channels not in (4, 9):
         raise UnsupportedPipelineError(

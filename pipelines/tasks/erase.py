@@ -13,10 +13,10 @@ from ...attention.pictures import as_picture
 from ...attention.plain import plainly
 from ...plugins.base import Plugin, finite
 from ..families.base import has_ip_adapter
-from .blend import sibling
+from ..families.loop import solve_of
 from .candidates import Candidate, candidates, fill_all
 from .edges import Edges
-from .fill import Sampling
+from .fill import Sampling, runner_of
 from .generate import as_list, check_call, resolve_seed
 
 USUAL = {"clean": {"strength": 0.5, "scale": 1.0}, "picture": {"strength": 0.8, "scale": 9.0}}
@@ -36,7 +36,8 @@ def erase(
     """Remove what a mask covers and continue the background.
 
     Args:
-        pipe: a text-to-image, image-to-image or inpainting pipeline of SD1, SD2 or SDXL; ControlNet and LoRA stay.
+        pipe: a text-to-image, image-to-image or inpainting pipeline of SD1, SD2, SDXL, SD3, FLUX.1, FLUX.2, Qwen-Image,
+            Z-Image, Chroma or Lumina 2; LoRA stays, on UNets ControlNet too.
         image: a PIL picture of any size (EXIF orientation is applied), a path, an array [h, w, c], a tensor [c, h, w],
             or a list or a batch of them.
         mask: True, 1 or white is removed; anything `diffgraft.attention.masks.as_mask` takes. A list is the union of
@@ -79,8 +80,9 @@ def erase(
     strength, scale = _usual(origin, strength=strength, scale=scale)
     settings = {name: value for name, value in locals().items() if name in _SETTINGS}
     _check(method, n, steps, strength, batch_size)
-    runner, _ = sibling(pipe)  # refuses a pipeline before any work
-    check_call(runner, call, _TAKEN)
+    runner, _ = runner_of(pipe)  # refuses a pipeline before any work
+    solve = solve_of(getattr(runner, "transformer", None))
+    check_call(runner, call, (*_TAKEN, "guidance_scale" if solve is None else solve.guided_by))
     _check_shown(runner, call)
     redirection, plugins = {name: settings[name] for name in _REDIRECTION}, as_list(plugins)
     sampling = Sampling(method, steps, strength, finite(guidance, "guidance"), redirection, plugins, call, origin)
@@ -127,7 +129,7 @@ def _signed(pipe: Any, candidate: Candidate, settings: dict[str, Any], plugins: 
 
 
 _REDIRECTION = ("scale", "suppression", "suppression_steps", "layers", "start", "end")
-_TAKEN = ("guidance_scale", "latents", "mask_image", "masked_image_latents", "width", "height", "prompt_embeds")
+_TAKEN = ("latents", "sigmas", "mask_image", "masked_image_latents", "width", "height", "prompt_embeds")
 _SETTINGS = (*_REDIRECTION, "origin", "method", "steps", "strength", "guidance", "fill", "min_area", "crop")
 
 
@@ -156,7 +158,8 @@ def _check_shown(pipe: Any, call: dict[str, Any]) -> None:
             raise SettingError(
                 f"control_image= holds {shown} pictures for {nets} ControlNets: give one for each of them"
             )
-    if has_ip_adapter(pipe.unet) and not {"ip_adapter_image", "ip_adapter_image_embeds"} & {*call}:
+    shown = {"ip_adapter_image", "ip_adapter_image_embeds"} & {*call}
+    if hasattr(pipe, "unet") and has_ip_adapter(pipe.unet) and not shown:
         raise SettingError("the IP-Adapter has no picture: give ip_adapter_image=, or pipe.unload_ip_adapter()")
 
 

@@ -17,8 +17,10 @@ from ...plugins.base import Plugin
 from ...plugins.redirection import SelfAttentionRedirection
 from ..families import adapter_for
 from ..families.latents import as_pil, encode_image
+from ..families.loop import DeclaredLoop, loop_for
 from ..grafting.graft import graft
 from .blend import Blend, Inverted, Noised, StartAt, sibling
+from .flow_fill import Flowing, flow_call, text_form
 from .generate import as_list, guard, unblanked
 from .inversion import invert
 from .region import Region
@@ -62,35 +64,39 @@ class Job:
 
 def sample(pipe: Any, jobs: Sequence[Job], sampling: Sampling) -> list[Image.Image]:
     """The regions with their holes regenerated, RGB, at their padded size, which all have in common."""
-    runner, inpainting = sibling(pipe)
+    runner, inpainting = runner_of(pipe)
+    found = loop_for(runner) if hasattr(pipe, "transformer") else None
+    loop = found if isinstance(found, DeclaredLoop) else None
     parts = [job.start or job.region.cut(job.picture) for job in jobs]
     masks = [job.region.cut_mask(job.hole) for job in jobs]
-    if inpainting and sampling.method == "dip":
-        raise UnsupportedPipelineError("a UNet with 9 channels cannot be inverted without a mask: use method='sip'")
-    if sampling.method == "dip" and type(pipe.scheduler).__name__ not in EXACT:
-        raise UnsupportedSchedulerError(
-            f"method='dip' goes back through the steps, and {type(pipe.scheduler).__name__} has no exact inverse: "
-            "pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config), or method='sip', which needs none"
-        )
-    clean = encode_image(pipe, parts).to(pipe.unet.dtype)
+    if sampling.method == "dip":
+        _check_inverse(pipe.scheduler, inpainting)
+    clean = encode_image(pipe, parts)
+    clean = clean.to(pipe.unet.dtype if loop is None else torch.promote_types(clean.dtype, torch.float32))
     grid = (clean.shape[-2], clean.shape[-1])
     redirection = SelfAttentionRedirection(masks, **sampling.redirection)
     if sampling.method == "dip" and not redirection.neutral:
         redirection.coverage(adapter_for(pipe).layers, grid)  # refuses a mask before the inversion
     plugins = [redirection, *sampling.plugins]
-    source = _source(pipe, clean, [job.seed for job in jobs], sampling)
+    source = _source(pipe, clean, [job.seed for job in jobs], sampling, flow=loop is not None)
     tokens = torch.stack([level_mask(mask, grid, grid) for mask in masks])[:, None]
     call = _for_each(sampling.call, jobs)
     if inpainting:
         call |= _inpainting(pipe, parts, tokens)
-    then = Blend(source, tokens, call.pop("callback_on_step_end", None))
+    then = Blend(source, tokens, call.pop("callback_on_step_end", None), loop and loop.adapter.as_sample)
     inputs = call.pop("callback_on_step_end_tensor_inputs", [])
-    if sampling.method == "dip" or sampling.empty:
+    prompts = [job.prompt for job in jobs]
+    given: dict[str, Any] = {
+        "image": source.clean, "strength": sampling.strength, "num_inference_steps": sampling.steps,
+        "guidance_scale": sampling.guidance,
+    }  # fmt: skip
+    if loop is not None:
+        given = flow_call(loop, source, sampling, prompts, call)
+    if sampling.method == "dip" or sampling.empty or loop is not None:
         plugins.insert(0, StartAt(source, pipe.scheduler, tokens if sampling.empty else None))
     with graft(pipe, *plugins):
         out = runner(
-            prompt=[job.prompt for job in jobs], image=source.clean, strength=sampling.strength,
-            num_inference_steps=sampling.steps, guidance_scale=sampling.guidance,
+            prompt=prompts, **given,
             generator=[_generator(job.seed) for job in jobs], output_type="np",
             callback_on_step_end=guard(sampling.steps, then),
             callback_on_step_end_tensor_inputs=["latents", *(name for name in inputs if name != "latents")], **call,
@@ -99,11 +105,33 @@ def sample(pipe: Any, jobs: Sequence[Job], sampling: Sampling) -> list[Image.Ima
     return as_pil(out.images)
 
 
-def _source(pipe: Any, clean: torch.Tensor, seeds: Sequence[int], sampling: Sampling) -> Noised | Inverted:
+def _check_inverse(scheduler: Any, inpainting: bool) -> None:
+    if inpainting:
+        raise UnsupportedPipelineError("a UNet with 9 channels cannot be inverted without a mask: use method='sip'")
+    if type(scheduler).__name__ not in EXACT:
+        raise UnsupportedSchedulerError(
+            f"method='dip' goes back through the steps, and {type(scheduler).__name__} has no exact inverse: "
+            "pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config), or method='sip', which needs none"
+        )
+
+
+def runner_of(pipe: Any) -> tuple[Any, bool]:
+    """The pipeline of the same parts that regenerates, and whether its denoiser wants the mask as input.
+
+    Raises:
+        UnsupportedPipelineError: none is known.
+    """
+    return sibling(pipe) if not hasattr(pipe, "transformer") else (text_form(pipe), False)
+
+
+def _source(
+    pipe: Any, clean: torch.Tensor, seeds: Sequence[int], sampling: Sampling, flow: bool
+) -> Noised | Inverted | Flowing:
     """The pictures' latents at every noise level. The noise is the one that the pipeline draws from these seeds."""
     if sampling.method == "sip":
         generators = [_generator(seed) for seed in seeds]
-        return Noised(clean, randn_tensor(clean.shape, generators, clean.device, clean.dtype))
+        noise = randn_tensor(clean.shape, generators, clean.device, clean.dtype)
+        return Flowing(clean, noise) if flow else Noised(clean, noise)
     inversion = invert(pipe, clean, steps=sampling.steps, iterations=0, trajectory=True)
     inversion.call(pipe)  # refuses a scheduler that goes other ways than the inversion
     return Inverted(clean, inversion.at)

@@ -28,7 +28,7 @@ class Inversion:
     """The result of `invert`.
 
     Attributes:
-        latents: [n, C, h, w] (packed for FLUX), as the pipeline's `latents=` takes them: `pipe(..., latents=...)`.
+        latents: as the pipeline's `latents=` takes them, [n, C, h, w] or packed: `pipe(..., latents=...)`.
         residuals: for each step, clean to noisy, the last change of its fixed point: RMS, the largest of the pictures.
         timesteps: of the steps, noisiest first.
         evaluations: rows that the denoiser computed for each picture.
@@ -63,9 +63,10 @@ class Inversion:
         if self.trajectory is None:
             raise SettingError("this inversion kept no trajectory: invert(..., trajectory=True)")
         time = float(torch.as_tensor(timestep).flatten()[0])
-        if time not in self.timesteps:
+        nearest = min(range(len(self.timesteps)), key=lambda i: abs(self.timesteps[i] - time))
+        if abs(self.timesteps[nearest] - time) > 1e-2:  # of 1000: a schedule that begins later rounds otherwise
             raise SettingError(f"the trajectory has no timestep {time:g}: sample with {len(self.timesteps)} steps")
-        return self.trajectory[self.timesteps.index(time)]
+        return self.trajectory[nearest]
 
     def call(self, pipe: Any, steps: int | None = None) -> dict[str, Any]:
         """Arguments with which `pipe` starts where the inversion ended: `pipe(prompt, **inversion.call(pipe))`.
@@ -144,7 +145,7 @@ def invert(
                 raise NonFiniteError(f"inversion diverged at timestep {float(grid.timesteps[i]):g}: lower the guidance")
             residuals.append(float(residual.max()))
             evaluations += used * source.rows
-            path.insert(0, loop.hand_over(grid.latents(z, i))) if trajectory else None
+            path.insert(0, grid.latents(z, i)) if trajectory else None
     start = loop.hand_over(grid.latents(z, 0) / grid.noise_scale).to(loop.denoiser.dtype)
     return Inversion(
         start, residuals, [float(t) for t in grid.timesteps], evaluations, source.kind, guidance,
@@ -212,7 +213,7 @@ def _wide(rows: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 def _clean(pipe: Any, given: Any) -> torch.Tensor:
     """Clean latents in at least float32."""
-    channels = pipe.vae.config.latent_channels
+    channels = pictures.channels_of(pipe)
     if isinstance(given, torch.Tensor) and given.ndim == 4 and given.shape[1] == channels and channels != 3:
         if not given.numel() or not given.isfinite().all():
             raise SettingError(f"latents of shape {tuple(given.shape)}: finite values are needed, of a picture or more")

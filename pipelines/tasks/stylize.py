@@ -22,9 +22,10 @@ from ...plugins.startpoint import StartpointFilter
 from ...plugins.style_injection import StyleInjection
 from ..families import adapter_for, latents
 from ..families.base import has_ip_adapter
-from ..families.loop import loop_for
+from ..families.loop import DeclaredLoop, loop_for, solve_of
 from ..grafting.graft import graft
 from .blend import same_parts
+from .flow_fill import guidance_for
 from .generate import SEEDS, as_list, check_call, guard, resolve_seed, unblanked
 from .inversion import Inversion, invert
 from .region import Region, whole_region
@@ -81,7 +82,7 @@ class Recipe:
 @plainly
 def stylize(
     pipe: Any, content: Any, style: Any, *, seed: int | None = None, strength: float | None = None,
-    structure: float = 0.5, prompt: str = "", steps: int = 50, guidance: float = 1.0, method: How = "styleid",
+    structure: float = 0.5, prompt: str = "", steps: int = 50, guidance: float = 1.0, method: How | None = None,
     alpha: float | None = None, gamma: float | None = None, temperature: float = 1.5, invert_style: bool = True,
     negative: Any = None, omega: float = 1.5, iterations: int = 5, tolerance: float = 1e-3,
     plugins: Sequence[Plugin] = (), **call: Any,
@@ -105,9 +106,12 @@ def stylize(
             there the filter is measured to cost layout.
         prompt: what the content shows; empty works.
         steps: of the inversion and of the sampling.
-        guidance: classifier-free guidance while sampling; 1 is none, as in StyleID.
+        guidance: classifier-free guidance while sampling; 1 is none, as in StyleID. What a model was distilled for is 1
+            too, in the inversion and while sampling, unless the call says otherwise.
         method: "styleid", "stylealigned" or "ip_adapter", see `StyleInjection`; "distillation" is
             `AttentionDistillation` with rate = 0.05 * strength and content_weight = structure / 2, dearer by gradients.
+            None is "styleid", and "stylealigned" where text and image are one sequence; there the reference's rotary
+            positions are moved aside by a picture's width.
         alpha: of `StartpointFilter`, 1 is off. gamma, temperature: of `StyleInjection`.
         invert_style: follow the style's inverted trajectory, and begin with its mean and deviation; False saves its
             inversion, uses it under noise and is much weaker.
@@ -126,11 +130,13 @@ def stylize(
     if not isinstance(prompt, str):
         raise SettingTypeError(f"prompt={prompt!r}: a text is needed")
     first, sampler = resolve_seed(seed), sampling_pipe(pipe)
-    check_call(sampler, call, ("guidance_scale", "latents", "width", "height", "prompt_embeds"))
-    family = adapter_for(sampler).family
-    look = look_of(
-        family, method, finite(structure, "structure", 0, 1), strength, alpha, gamma, temperature, invert_style
-    )
+    solve, adapter = solve_of(getattr(sampler, "transformer", None)), adapter_for(sampler)
+    guided_by = "guidance_scale" if solve is None else solve.guided_by
+    check_call(sampler, call, (guided_by, "latents", "width", "height", "prompt_embeds"))
+    joint = any(layer.kind == "joint" for layer in adapter.layers)
+    method = method or ("stylealigned" if joint else "styleid")
+    firm = finite(structure, "structure", 0, 1)
+    look = look_of(adapter.family, method, firm, strength, alpha, gamma, temperature, invert_style)
     inverting = Inverting(negative, finite(omega, "omega"), iterations, tolerance)
     recipe = Recipe(prompt, steps, finite(guidance, "guidance"), look, inverting, as_list(plugins), call)
     contents, styles = as_list(content), [as_rgb(item) for item in as_list(style)]
@@ -271,12 +277,14 @@ def _plugins(pipe: Any, look: Look, pair: Pair) -> list[Plugin]:
     if look.method == "distillation":
         how: dict[str, Any] = {"rate": 0.05 * look.strength, "content_weight": look.structure / 2}
         return [*start, AttentionDistillation(pair.reference.style, content=pair.inversion, generator=noise, **how)]
+    aside = 1.0 if look.method == "stylealigned" and adapter_for(pipe).rotary else 0.0
     return [
         *start,
         StyleInjection(
             None if adapter else pair.reference.style, method=look.method,
             content=pair.inversion if styleid else None, strength=look.strength, gamma=look.gamma,
             temperature=look.temperature, start_adain=look.invert_style and not adapter, generator=noise,
+            apart=aside,
         ),
     ]  # fmt: skip
 
@@ -288,8 +296,8 @@ def _has_adapter(pipe: Any) -> bool:
 def _options(pipe: Any, recipe: Recipe, pair: Pair) -> dict[str, Any]:
     """What the pipeline is called with."""
     width, height = pair.subject.region.padded
-    options = pair.inversion.call(pipe) | {
-        "prompt": recipe.prompt, "guidance_scale": recipe.guidance, "width": width, "height": height,
+    options = pair.inversion.call(pipe) | _guidance(pipe, recipe) | {
+        "prompt": recipe.prompt, "width": width, "height": height,
         "output_type": "np", "generator": torch.Generator().manual_seed((pair.seed + _ETA) % SEEDS),
     }  # fmt: skip
     accepted = inspect.signature(pipe.__call__).parameters
@@ -308,6 +316,16 @@ def _options(pipe: Any, recipe: Recipe, pair: Pair) -> dict[str, Any]:
         inputs = recipe.call.get("callback_on_step_end_tensor_inputs", [])
         options["callback_on_step_end_tensor_inputs"] = ["latents", *(name for name in inputs if name != "latents")]
     return options
+
+
+def _guidance(pipe: Any, recipe: Recipe) -> dict[str, Any]:
+    """The recipe's guidance as the pipeline takes it; what a model was distilled for is 1, as in the inversion."""
+    loop = loop_for(pipe)
+    if not isinstance(loop, DeclaredLoop):
+        return {"guidance_scale": recipe.guidance}
+    given = guidance_for(loop, recipe.guidance, recipe.call)
+    distilled = getattr(loop.denoiser.config, "guidance_embeds", False)
+    return {"guidance_scale": 1.0} | given if distilled else given
 
 
 def sampling_pipe(pipe: Any) -> Any:
