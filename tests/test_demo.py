@@ -322,7 +322,7 @@ def fields(page):
     """The fields of each tab of a page, found by their labels."""
     found = {"Prompt": "prompt", "Concepts that must all appear": "concepts", "Keep away": "negative", "Seed": "seed"}
     blocks = [block for block in page.blocks.values() if getattr(block, "label", None) in found]
-    canvas = next(block for block in page.blocks.values() if getattr(block, "label", "") == "Paint a place for each")
+    canvas = next(block for block in page.blocks.values() if getattr(block, "label", "") == "Places")
     return {"generate": {found[block.label]: block for block in reversed(blocks)} | {"drawing": canvas}}
 
 

@@ -35,7 +35,7 @@ def canvas() -> gr.ImageEditor:
     shades = list(COLOURS.values())
     return unread(
         gr.ImageEditor(
-            type="filepath", label="Paint a place for each", canvas_size=(SIDE, SIDE), fixed_canvas=True, height=380,
+            type="filepath", label="Places", canvas_size=(SIDE, SIDE), fixed_canvas=True, height=380,
             brush=gr.Brush(28, list(shades), shades[0], "fixed"), eraser=gr.Eraser(28), layers=False, transforms=(),
             sources=(), format="png", elem_classes="dg-canvas",
         )

@@ -102,6 +102,7 @@ CSS = """
 .gradio-container .table-container .label p { font-weight: 700; color: var(--block-title-text-color); }
 .gradio-container footer .divider { display: none; }
 .gradio-container .cm-line span { color: inherit !important; }
+.dark .gradio-container button.secondary:disabled { background: #35302b !important; color: #b5aca2 !important; }
 .dark { --color-accent: #fb923c !important; }
 .dg-head { display: flex; gap: 18px; align-items: center; }
 .dg-head svg { width: 96px; flex: none; }

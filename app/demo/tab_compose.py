@@ -56,9 +56,9 @@ class ComposeTab:
                 with gr.Accordion('Pictures for "upload"', open=False), gr.Row():
                     mask, style = parts.upload("ball-mask", "Mask"), parts.upload("mosaic", "Style")
                 run, halt = parts.buttons("Paint")
+                runs = Runs(self.studio, halt)
                 knobs = parts.knobs(steps=25, guidance=2.5, seed=self.first["seed"])
             with gr.Column(scale=5, min_width=300):
-                runs = Runs(self.studio, halt)
                 pictures = parts.gallery("Pictures", made)
                 order = gr.Dataframe(
                     rows, headers=["#", "technique", "rank", "layers", "steps"], label="Order", interactive=False,

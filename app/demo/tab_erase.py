@@ -54,6 +54,7 @@ class EraseTab:
                     mask = upload("moon-mask", "White goes")
                     invert = gr.Checkbox(False, label="Black is removed instead", min_width=120)
                 run, halt = parts.buttons("Erase")
+                runs = Runs(self.studio, halt)
                 with gr.Accordion("Edges and strength", open=False):
                     grow = gr.Slider(0, 24, 2, step=1, label="Grow", info="Pixels around the paint that go too")
                     feather = gr.Slider(0, 24, 2, step=1, label="Soft edge", info="Pixels over which old and new mix")
@@ -63,7 +64,6 @@ class EraseTab:
                 labels = [name for name, _ in EXAMPLES]
                 gr.Examples(tries, [editor, mask, prompt], label="Try", example_labels=labels)
             with gr.Column(scale=5, min_width=300):
-                runs = Runs(self.studio, halt)
                 slider = parts.slider("Before and after", both)
                 candidates = parts.gallery(
                     "Candidates, the best first: choose one", made, columns=3, allow_preview=False

@@ -59,13 +59,13 @@ class GenerateTab:
                 )  # fmt: skip
                 compare = gr.Checkbox(True, label="Also paint it plain, with the same seed")
                 run, halt = parts.buttons("Paint")
+                runs = Runs(self.studio, halt)
                 tries = gr.Button("Try 8 seeds, rank them")
                 knobs = parts.knobs(steps=25, guidance=2.5, seed=self.first["seed"])
                 with gr.Accordion("Size", open=False):
                     width, height = parts.size_row()
                 gr.Examples(EXAMPLES, [prompt, concepts, negative, places], label="Try", example_labels=LABELS)
             with gr.Column(scale=5, min_width=300):
-                runs = Runs(self.studio, halt)
                 thumbs = seeds.gallery()
                 pictures = parts.gallery("Pictures", made)
                 maps = parts.gallery("Where each word looked", seen, columns=4)

@@ -45,6 +45,7 @@ class OneStepTab:
                     rule = gr.Dropdown(RULES, value="nasa", label="Rule", min_width=120)
                     scale = gr.Slider(0, 5, 0, step=0.05, label="Strength", info="0: the measured one", min_width=180)
                 run, halt = parts.buttons("Paint")
+                runs = Runs(self.studio, halt)
                 with gr.Accordion("Seed and steps", open=False), gr.Row():
                     seed = gr.Number(
                         self.first["seed"], label="Seed", info="-1: a new one each time", precision=0, min_width=120
@@ -52,7 +53,6 @@ class OneStepTab:
                     steps = gr.Slider(1, STEPS, 1, step=1, label="Steps", min_width=120)
                 gr.Examples(EXAMPLES, [prompt, negative], label="Try", example_labels=LABELS)
             with gr.Column(scale=5, min_width=300):
-                runs = Runs(self.studio, halt)
                 slider = parts.slider("Without and with the negative", both)
                 used, settings = parts.facts(used_before, how)
         inputs, outputs = [prompt, negative, rule, scale, steps, seed, model], [slider, used, settings]

@@ -18,7 +18,10 @@ from .uploads import picture
 
 PASSES = 3  # the content is inverted, the style is inverted, the result is sampled
 REFINEMENTS = 2
-EXAMPLES = [("winter", "mosaic"), ("fish", "sketch"), ("winter", "dots")]
+EXAMPLES = [
+    ("winter", "mosaic", "a house and a tree , snow"), ("winter", "sketch", "a house and a tree"),
+    ("fish", "sketch", "a fish , sea"), ("winter", "dots", ""),
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,10 @@ class StyleTab:
 
     studio: Studio
     name: ClassVar[str] = "stylize"
-    first: ClassVar[dict[str, Any]] = {"content": example(EXAMPLES[0][0]), "style": example(EXAMPLES[0][1]), "seed": 4}
+    first: ClassVar[dict[str, Any]] = {
+        "content": example(EXAMPLES[0][0]), "style": example(EXAMPLES[0][1]), "prompt": EXAMPLES[0][2],
+        "strength": 0.8, "seed": 4,
+    }  # fmt: skip
 
     def build(self, model: gr.Dropdown) -> Laid:
         """Lay the tab out."""
@@ -36,19 +42,21 @@ class StyleTab:
             with gr.Column(scale=4, min_width=300):
                 note = parts.note()
                 with gr.Row():
-                    content, style = (upload(*shown) for shown in zip(EXAMPLES[0], ("Content", "Style"), strict=True))
-                strength = gr.Slider(0, 1, 0.6, step=0.05, label="Style", info="How much of its colours and texture")
+                    content, style = (upload(*pair) for pair in zip(EXAMPLES[0][:2], ("Content", "Style"), strict=True))
+                strength = gr.Slider(0, 1, 0.8, step=0.05, label="Style", info="How much of its colours and texture")
                 structure = gr.Slider(0, 1, 0.5, step=0.05, label="Structure", info="How firmly the layout is held")
-                prompt = gr.Textbox("", label="What the content shows", info="May be empty")
+                prompt = gr.Textbox(
+                    EXAMPLES[0][2], label="What the content shows", info="May be empty; naming it keeps it what it is"
+                )
                 run, halt = parts.buttons("Repaint")
+                runs = Runs(self.studio, halt)
                 knobs = parts.knobs(steps=20, guidance=1.0, seed=self.first["seed"])
                 knobs.count.visible = False
                 gr.Examples(
-                    [[example(a), example(b)] for a, b in EXAMPLES], [content, style], label="Try",
-                    example_labels=[f"{a} as {b}" for a, b in EXAMPLES],
+                    [[example(a), example(b), text] for a, b, text in EXAMPLES], [content, style, prompt], label="Try",
+                    example_labels=[f"{a} as {b}" for a, b, _ in EXAMPLES],
                 )  # fmt: skip
             with gr.Column(scale=5, min_width=300):
-                runs = Runs(self.studio, halt)
                 slider = parts.slider("Before and after", both)
                 seed, settings = parts.facts(used, how)
         inputs = [content, style, strength, structure, prompt, knobs.steps, knobs.guidance, knobs.seed, model]
