@@ -57,7 +57,7 @@ DEFAULTS: Mapping[str, Mapping[str, Default]] = {
         "wan": Default(1.7, 1.7, source=_VSF),
         "other": Default(1.0, 1.0),
     },
-    "ong": {"other": Default(0.5, 0.5)},
+    "ong": {"picturebook": Default(0.5, 0.5, source=_UNGUIDED), "other": Default(0.5, 0.5)},
 }
 """Rule -> family -> default. Under guidance no paper gives a number: outside of the picture book it is the same."""
 

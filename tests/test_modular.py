@@ -126,6 +126,21 @@ def test_of_any_guider_the_prompts_own_batch_is_steered_and_no_other(name, kind,
     assert (steered - plain).abs().max() > 1e-4
 
 
+def test_flux3_which_has_no_other_pipeline():
+    pipe = fp.flux3()
+    call = CALL | {"prompt": "a blue ball", "text_encoder_out_layers": (0, 1, 2), "max_sequence_length": 64}
+
+    def made(*plugins):
+        with dg.graft(pipe, *plugins) as g:
+            return pipe(**call, generator=torch.Generator().manual_seed(0), output="images"), g.report()
+
+    plain, before = made()[0], fingerprint(pipe)
+    steered, report = made(dg.NegativeAway("red cat", scale=0.8))
+    assert (steered - plain).abs().max() > 1e-4 and report.calls == 4 and set(report.layers.values()) == {2}
+    near(made(dg.NegativeAway("red cat", scale=0.8, form="rows"))[0], steered)
+    assert torch.equal(made(dg.NegativeAway("red cat", scale=0))[0], plain) and fingerprint(pipe) == before
+
+
 def test_latents_move_and_maps_are_seen():
     away = dg.AttentionSegregation(["ball", "star"])
     for name, guider in (("sdxl", diffusers.ClassifierFreeGuidance(guidance_scale=4.0)), ("flux", None)):

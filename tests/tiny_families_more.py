@@ -137,6 +137,12 @@ def ernie(spec: Tiny, texts: list[torch.Tensor], image: torch.Tensor) -> dict[st
     }  # fmt: skip
 
 
+def flux3(n: int, lengths: list[int], longest: int) -> dict[str, Any]:
+    text = torch.zeros(longest, 4)
+    text[:, 3] = torch.arange(longest)
+    return {"txt_ids": text, "img_ids": grid(4, 6, 4)}
+
+
 def llama(text: torch.Tensor) -> torch.Tensor:
     """Two layers of a language model for a text [L, 16]."""
     return torch.stack([text[:, :12] * 0.9, text[:, 4:] - 0.1])
@@ -151,6 +157,11 @@ def hidream(spec: Tiny, texts: list[torch.Tensor], image: torch.Tensor) -> dict[
 
 
 MORE: dict[str, Tiny] = {
+    "Flux3Transformer2DModel": Tiny(
+        {"in_channels": 16, "cond_in_channels": 16, "num_layers": 1, "num_single_layers": 2, "attention_head_dim": 16,
+         "num_attention_heads": 2, "joint_attention_dim": 16, "timestep_channels": 16, "axes_dims_rope": (4, 4, 4, 4)},
+        (24, 16), (16,), r"single_transformer_blocks\.\d+\.attn", "TI", 24, flux3,
+    ),
     "ErnieImageTransformer2DModel": Tiny(
         {"hidden_size": 32, "num_attention_heads": 2, "num_layers": 2, "ffn_hidden_size": 32, "in_channels": 4,
          "out_channels": 4, "patch_size": 1, "text_in_dim": 16, "rope_axes_dim": (4, 6, 6)},

@@ -230,3 +230,19 @@ def llama(seed: int = 5) -> LlamaForCausalLM:
         output_hidden_states=True,
     )  # fmt: skip
     return LlamaForCausalLM(config).eval()
+
+
+def flux3() -> Any:
+    """A modular pipeline, without the model that rewrites prompts."""
+    blocks, words = diffusers.Flux3AutoBlocks(), reading()
+    blocks.sub_blocks.pop("prompt_upsampler")
+    reader = Processor(Qwen2VLImageProcessorPil(), words, None)
+    reader.chat_template = CHAT
+    torch.manual_seed(1)
+    config = tf.models()["Flux3Transformer2DModel"].config | {"joint_attention_dim": 48}
+    pipe = blocks.init_pipeline()
+    pipe.update_components(
+        transformer=tt.lively(diffusers.Flux3Transformer2DModel(**config)), text_encoder=krea2().text_encoder,
+        tokenizer=reader, vae=klein().vae, scheduler=tt.flow(),
+    )  # fmt: skip
+    return tiny.quiet(pipe)

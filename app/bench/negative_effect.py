@@ -32,7 +32,7 @@ PAIRS = [
 PLOT = KEPT / "negative_effect.png"
 SCALES = {
     "nasa": (0.1, 0.2, 0.3, 0.45, 0.6, 0.8, 1.0), "nag": (1.0, 2.0, 4.0, 6.0, 9.0, 14.0),
-    "vsf": (0.25, 0.5, 1.0, 1.5, 2.0, 3.0),
+    "vsf": (0.25, 0.5, 1.0, 1.5, 2.0, 3.0), "ong": (0.15, 0.3, 0.5, 0.8, 1.2, 2.0),
 }  # fmt: skip
 SEED = 70_000
 
@@ -103,7 +103,7 @@ class Bench:
 
 
 def table(name: str, bench: Bench, seeds: int, rows: Sequence[Sampling]) -> None:
-    """Print one model's rows: each sampling alone, and with the three rules at their defaults; rules beside guidance
+    """Print one model's rows: each sampling alone, and with every rule at its default; rules beside guidance
     with fewer seeds.
     """
     out = sys.stdout.write

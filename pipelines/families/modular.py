@@ -119,8 +119,9 @@ def stacked(rows: list[torch.Tensor]) -> Text:
     return Text(torch.stack([F.pad(row, (0, 0, 0, longest - len(row))) for row in rows]), torch.stack(masks))
 
 
-def _of_encoder(texts: Sequence[str | tuple[str, ...]], i: int) -> list[str]:
-    return [text if isinstance(text, str) else text[min(i, len(text) - 1)] for text in texts]
+def _of_encoder(texts: Sequence[str | tuple[str, ...]], i: int) -> str | list[str]:
+    own = [text if isinstance(text, str) else text[min(i, len(text) - 1)] for text in texts]
+    return own[0] if len(own) == 1 else own  # FLUX.3's block takes no list
 
 
 def _leaves(block: Any) -> Iterator[Any]:

@@ -92,6 +92,11 @@ FAMILIES: dict[str, Family | Refused] = {
                                  "silence: use Flux2KleinPipeline"),),
         solve=Solve(solve.flux2, shift=solve.empirical, pipelines=("Flux2KleinPipeline", "Flux2Pipeline")),
     ),
+    "Flux3Transformer2DModel": Family(
+        "flux3", (Meet("single_transformer_blocks", along=(*_ROPE, Along("temb_mod_context", 1, of="text"))),),
+        ids=("txt_ids", (3,)), alone=(("txt_mode_blocks", "text"), ("mode_blocks", "self")), still=False,
+        guidance="apart", modular=_EMBEDS, columns=False, latent=Latent("tokens"),
+    ),
     "ChromaTransformer2DModel": Family(
         "chroma", _two((*_ROPE, Along("attention_mask", 1)), None), mask="attention_mask",
         encoded={TEXT: 0, "attention_mask": 2}, place=odd.chroma_place, guidance="apart", latent=Latent("packed"),
@@ -259,9 +264,6 @@ FAMILIES: dict[str, Family | Refused] = {
     "UniDiffuserModel": Refused("it draws texts and pictures at once; use StableDiffusionPipeline"),
     "Transformer2DModel": Refused("it draws tokens, or by classes; use a pipeline of PixArt"),
     "DiTTransformer2DModel": Refused("it draws by classes: there is no text to steer away from"),
-    "Flux3Transformer2DModel": Refused(
-        "its pictures to edit stand in the sequence beside the text and the latent; use Flux2KleinPipeline"
-    ),
 }  # fmt: skip
 
 
