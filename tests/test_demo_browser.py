@@ -258,11 +258,13 @@ def test_a_stroke_is_drawn_and_what_it_covers_is_erased(page):
     drawer(page, seed=7, steps=20)
     shot(page, "erase-drawn")
     press(page, "Erase")
-    expect(seed_used(page)).to_have_value("7", timeout=PATIENCE)
-    candidates = page.get_by_role("tabpanel").locator("visible=true").locator(".grid-wrap img")
-    expect(candidates).to_have_count(3)
-    candidates.nth(1).click()
-    expect(seed_used(page)).to_have_value("8")
+    gallery = page.get_by_role("tabpanel").locator("visible=true").locator(".grid-wrap")
+    expect(gallery.get_by_text("seed 7", exact=True)).to_be_visible(timeout=PATIENCE)
+    captions = gallery.locator(".caption-label").all_inner_texts()
+    assert sorted(captions) == ["seed 7", "seed 8", "seed 9"]
+    assert seed_used(page).input_value() == captions[0].removeprefix("seed ")  # the best one comes first
+    gallery.locator("img").nth(1).click()
+    expect(seed_used(page)).to_have_value(captions[1].removeprefix("seed "))
     assert fits(page)
     shot(page, "erase")
 
