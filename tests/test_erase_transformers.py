@@ -78,7 +78,7 @@ def test_a_run_is_blended_by_hand_with_two_branches(pipes, monkeypatch, name, sc
     images, masks = [picture(*size, seed) for seed in (1, 2)], holes(*size)
     region = Region((0, 0, *size), size, size)
     jobs = [Job(images[i], masks[i], region, "a ball", 5 + i) for i in (0, 1)]
-    got = steps_of({}, pipe, jobs, scale=scale)
+    got = steps_of({"max_sequence_length": 16}, pipe, jobs, scale=scale)
     assert len(got) == 2
     clean = encode_image(pipe, images)
     grid = (clean.shape[-2], clean.shape[-1])
@@ -100,7 +100,8 @@ def test_a_run_is_blended_by_hand_with_two_branches(pipes, monkeypatch, name, sc
 
     call = {
         "prompt": ["a ball"] * 2, "latents": loop.hand_over(known(sigmas[0])), "sigmas": sigmas[:2],
-        "num_inference_steps": 4, "height": size[1], "width": size[0], "callback_on_step_end": blend,
+        "num_inference_steps": 4, "max_sequence_length": 16, "height": size[1], "width": size[0],
+        "callback_on_step_end": blend,
         "true_cfg_scale" if name in ("qwen", "flux") else "guidance_scale": 0.0 if name == "z-image" else 1.0,
     }  # fmt: skip
     with monkeypatch.context() as patched, torch.no_grad():
@@ -123,13 +124,14 @@ def test_outside_the_mask_every_byte_is_the_inputs(pipes, name):
     pipe = pipes(name)
     images = [picture(61, 45, 3), picture(40, 70, 4)]
     masks = [holes(61, 45)[0], holes(40, 70)[1]]
-    made = dg.erase(pipe, images, masks, seed=0, steps=2, grow=1, feather=2)
+    made = dg.erase(pipe, images, masks, seed=0, steps=2, grow=1, feather=2, max_sequence_length=16)
     for image, mask, out in zip(images, masks, made, strict=True):
         touched = changed(image, out)
         assert touched[mask].any() and not touched[~grow(mask, 3)].any()
-    again = dg.erase(pipe, images[1], masks[1], seed=1, steps=2, grow=1, feather=2)
+    again = dg.erase(pipe, images[1], masks[1], seed=1, steps=2, grow=1, feather=2, max_sequence_length=16)
     assert again.tobytes() == made[1].tobytes() and made[0].info["diffgraft"]["task"] == "erase"
-    other = dg.erase(pipe, images[0], masks[0], seed=0, steps=2, origin="picture", method="dip", scale=2.0)
+    how = {"origin": "picture", "method": "dip", "scale": 2.0, "max_sequence_length": 16}
+    other = dg.erase(pipe, images[0], masks[0], seed=0, steps=2, **how)
     assert changed(images[0], other)[masks[0]].any()
 
 
@@ -138,7 +140,7 @@ def test_image_to_image_and_inpainting_pipelines_make_the_same(pipes, name):
     pipe = pipes(name)
     stem = type(pipe).__name__.removesuffix("Pipeline")
     image, mask = picture(32, 32), holes(32, 32)[0]
-    wanted = dg.erase(pipe, image, mask, seed=0, steps=2)
+    wanted = dg.erase(pipe, image, mask, seed=0, steps=2, max_sequence_length=16)
     for kind in ("Img2Img", "Inpaint"):
         cls = getattr(diffusers, f"{stem}{kind}Pipeline", None)
         if cls is None:
@@ -146,7 +148,8 @@ def test_image_to_image_and_inpainting_pipelines_make_the_same(pipes, name):
             continue
         other = cls(**pipe.components)
         other.set_progress_bar_config(disable=True)
-        assert dg.erase(other, image, mask, seed=0, steps=2).tobytes() == wanted.tobytes()
+        again = dg.erase(other, image, mask, seed=0, steps=2, max_sequence_length=16)
+        assert again.tobytes() == wanted.tobytes()
 
 
 @pytest.mark.parametrize("name", ["flux", "sd3", "z-image", "qwen"])

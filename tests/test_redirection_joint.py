@@ -106,10 +106,7 @@ PIPES = {
     "chroma": (tp.chroma, True), "klein": (tp.klein, True), "lumina2": (tp.lumina2, True), "pixart": (tt.pixart, True),
 }  # fmt: skip
 """Family -> (pipeline, whether text stands first)."""
-MORE = {
-    "klein": {"text_encoder_out_layers": (1, 2, 3)}, "lumina2": {"max_sequence_length": 16},
-    "pixart": {"use_resolution_binning": False},
-}  # fmt: skip
+MORE = {"klein": {"text_encoder_out_layers": (1, 2, 3)}, "pixart": {"use_resolution_binning": False}}
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +130,7 @@ def run(name, pipe, n=1, size=(16, 16), **call):
         given |= embeds(n)
     else:
         given |= {"prompt": ["a red ball"] * n, "guidance_scale": 0.0 if name == "z-image" else 1.0}
-    given |= MORE.get(name, {})
+    given |= MORE.get(name, {}) | {"max_sequence_length": 64 if name == "z-image" else 16}
     with torch.no_grad():
         return pipe(**copy.deepcopy(given | call)).images  # Z-Image writes its template into the list of prompts
 
