@@ -12,6 +12,7 @@ import tiny
 import tiny_families as tf
 import tiny_transformers
 import torch
+from diffusers import modular_pipelines as modular
 from diffusers.pipelines import auto_pipeline
 from torch import nn
 
@@ -23,7 +24,7 @@ from diffgraft.pipelines.families.table import FAMILIES
 PARTS = r"unet|transformer|transformer_2|prior|prior_prior|prior_text|decoder|unconditional_\w+|dit|denoiser|model"
 OTHER = {
     "AceStepTransformer1DModel", "AudioLDM2UNet2DConditionModel", "LongCatAudioDiTTransformer",
-    "StableAudioDiTModel", "StableAudio3DiTModel",  # sound
+    "StableAudioDiTModel", "StableAudio3DiTModel", "MiniMaxMusic3Transformer1DModel",  # sound
     "UNet1DModel", "UNet2DModel", "RFD4ProteinaTransformer",  # no text
 }  # fmt: skip
 """Denoisers that neither paint nor film from text."""
@@ -51,10 +52,19 @@ def denoisers(cls):
     return set(re.findall(r"\w+(?:Model|UNet|Transformer)\b", told)) - {"Transformer"}
 
 
+def modular_pipelines():
+    """Every modular pipeline class, with the names of the denoiser classes that its blocks ask for."""
+    kinds = [getattr(modular, name) for name in dir(modular) if name.endswith("ModularPipeline")]
+    for kind in (kind for kind in kinds if kind.default_blocks_name):
+        specs = getattr(modular, kind.default_blocks_name)().expected_components
+        yield kind, {spec.type_hint.__name__ for spec in specs if re.fullmatch(PARTS, spec.name)}
+
+
 def test_every_denoiser_of_diffusers_has_an_answer():
-    missing = {}
-    for cls in pipelines():
-        for name in denoisers(cls) - set(FAMILIES) - OTHER:
+    missing, found = {}, [(cls, denoisers(cls)) for cls in pipelines()]
+    found += modular_pipelines()
+    for cls, names in found:
+        for name in names - set(FAMILIES) - OTHER:
             missing.setdefault(name, []).append(cls.__name__)
     assert not missing, (
         f"new in diffusers: {missing}. Write into FAMILIES of pipelines/families/table.py: "

@@ -23,9 +23,11 @@ KINDS = {
     "klein": (fp.klein, "Flux2KleinAutoBlocks", LAYERS),
     "klein-base": (fp.klein, "Flux2KleinBaseAutoBlocks", LAYERS),
     "qwen": (fp.qwen, "QwenImageAutoBlocks", {}),
+    "sd3": (tt.sd3, "StableDiffusion3AutoBlocks", {}),
     "z-image": (fp.z_image, "ZImageAutoBlocks", {"max_sequence_length": 16}),
 }  # fmt: skip
-GUIDED = {"sdxl": {"guidance_scale": 4.0}, "klein-base": {"guidance_scale": 4.0}, "z-image": {"guidance_scale": 4.0},
+GUIDED = {"sdxl": {"guidance_scale": 4.0}, "sd3": {"guidance_scale": 4.0, "negative_prompt": "star"},
+          "klein-base": {"guidance_scale": 4.0}, "z-image": {"guidance_scale": 4.0},
           "qwen": {"true_cfg_scale": 4.0, "negative_prompt": "star"}}  # fmt: skip
 """How the usual pipelines are asked for what the guider does with a scale of 4; FLUX.1 and klein have no guider."""
 SKIP = {"fqn": "mid_block.attentions.0.transformer_blocks", "indices": [0], "skip_ff": False}

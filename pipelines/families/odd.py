@@ -183,7 +183,7 @@ def chat(thinking: bool) -> Any:
 def template(pipe: Any, prompt: str) -> str:
     """Qwen-Image's and Krea 2's template, which may stand in two parts."""
     form: Any = text_block(pipe) if is_modular(pipe) else pipe
-    if getattr(pipe, "processor", None) is not None:
+    if getattr(pipe, "processor", None) is not None or not hasattr(form, "prompt_template_encode_start_idx"):
         raise UnsupportedPipelineError(
             f"{type(pipe).__name__} reads pictures with its prompt, so that words have no columns of their own: give "
             "no words to a plugin here"

@@ -12,6 +12,7 @@ _ROPE = (Along("image_rotary_emb"),)
 _MASK4 = (Along("attention_mask", 3),)
 _FILM = Latent("film")
 _EMBEDS = {TEXT: "prompt_embeds"}
+_POOLED = _EMBEDS | {"pooled_projections": "pooled_prompt_embeds"}
 _REFINED: tuple[tuple[str, Alone], ...] = (("context_refiner", "text"), ("noise_refiner", "self"))
 _CONTEXT: tuple[tuple[str, Alone], ...] = (("context_embedder", "text"),)
 
@@ -37,7 +38,7 @@ FAMILIES: dict[str, Family | Refused] = {
     ),
     "FluxTransformer2DModel": Family(
         "flux", _two(_ROPE), ids=("txt_ids", ()), encode=odd.with_lora(2, 1), guidance="apart", flag="do_true_cfg",
-        modular=_EMBEDS | {"pooled_projections": "pooled_prompt_embeds"}, tokenizer="tokenizer_2", prompt="prompt_2",
+        modular=_POOLED, tokenizer="tokenizer_2", prompt="prompt_2",
         latent=Latent("packed"), rotary=("axes_dims_rope", 10000.0),
         solve=Solve(
             solve.flux, shift=solve.by_cells, handed="packed", pipelines=("FluxPipeline",), guided_by="true_cfg_scale"
@@ -45,6 +46,7 @@ FAMILIES: dict[str, Family | Refused] = {
     ),
     "SD3Transformer2DModel": Family(
         "sd3", (Meet("transformer_blocks", layers=(".attn",)),), text_first=False, encode=odd.with_lora(3, 2),
+        modular=_POOLED,
         solve=Solve(
             solve.sd3, "steps", sigmas=False, shift=solve.by_cells_if_dynamic, pipelines=("StableDiffusion3Pipeline",)
         ),
@@ -254,6 +256,7 @@ FAMILIES: dict[str, Family | Refused] = {
     ),
     "WanAnimate2Transformer3DModel": Refused("it films by a driving film; use WanPipeline"),
     "SanaWMTransformer3DModel": Refused("it films by camera paths; use SanaVideoPipeline"),
+    "MiniMaxH3Transformer3DModel": Refused("film, sound and text are packed into one sequence; use WanPipeline"),
     "UNet3DConditionModel": Refused(
         "it is from before films had motion modules; use AnimateDiffPipeline or WanPipeline"
     ),
