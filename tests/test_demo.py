@@ -409,7 +409,7 @@ def test_every_documented_argument_of_every_technique_has_a_field_or_is_for_json
         left = {*inspect.signature(kind).parameters} - {*found}
         assert left <= {
             "mask", "style", "layout", "content", "generator", "attributes", "refine", "layers", "negative_2",
-            "negative_3",
+            "negative_3", "key_weights",
         }, (name, left)  # fmt: skip
     rule = next(one for one in arguments("NegativeAway") if one.name == "rule")
     assert (rule.kind, rule.default, rule.choices[:2]) == ("choice", "nasa", ("nasa", "nag"))
