@@ -96,8 +96,9 @@ FAMILIES: dict[str, Family | Refused] = {
     ),
     "Flux3Transformer2DModel": Family(
         "flux3", (Meet("single_transformer_blocks", along=(*_ROPE, Along("temb_mod_context", 1, of="text"))),),
-        ids=("txt_ids", (3,)), alone=(("txt_mode_blocks", "text"), ("mode_blocks", "self")), still=False,
-        guidance="apart", modular=_EMBEDS, columns=False, latent=Latent("tokens"),
+        ids=("txt_ids", (3,)), still=False, guidance="apart", modular=_EMBEDS, columns=False, latent=Latent("tokens"),
+        # Reference pictures are no part of the picture that is made.
+        alone=(("txt_mode_blocks", "text"), ("mode_blocks.image_cond", "text"), ("mode_blocks", "self")),
     ),
     "ChromaTransformer2DModel": Family(
         "chroma", _two((*_ROPE, Along("attention_mask", 1)), None), mask="attention_mask",
