@@ -255,7 +255,7 @@ def test_a_stroke_is_drawn_and_what_it_covers_is_erased(page):
     canvas.scroll_into_view_if_needed()
     page.wait_for_timeout(1500)
     along(page, canvas.bounding_box(), MOON)
-    drawer(page, seed=7, steps=20)
+    drawer(page, seed=7, steps=8)
     shot(page, "erase-drawn")
     press(page, "Erase")
     gallery = page.get_by_role("tabpanel").locator("visible=true").locator(".grid-wrap")
@@ -269,6 +269,7 @@ def test_a_stroke_is_drawn_and_what_it_covers_is_erased(page):
     shot(page, "erase")
 
 
+@pytest.mark.parametrize("page", ["narrow"], indirect=True)
 def test_style_and_compose_run(page):
     open_tab(page, "Style")
     drawer(page, steps=6)
