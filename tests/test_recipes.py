@@ -13,6 +13,8 @@ import pytest
 import tiny
 import tiny_family_pipelines
 import tiny_transformers
+import torch
+from peft import LoraConfig
 
 import diffgraft
 
@@ -54,17 +56,27 @@ def loaded(cls, name, **options):
     return pipe
 
 
+def tuned(pipe, name, *, weight_name, adapter_name="default_0", load_into_transformer_2=False):
+    """What `load_lora_weights` would do, with the weights of an adapter that has learned nothing yet."""
+    part = "transformer_2" if load_into_transformer_2 else "unet" if hasattr(pipe, "unet") else "transformer"
+    getattr(pipe, part).add_adapter(LoraConfig(r=2, target_modules=["to_q"]), adapter_name)
+
+
 @pytest.mark.parametrize("title, block", CASES, ids=[title for title, _ in CASES])
 def test_a_recipe_runs(title, block, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "assets").symlink_to(ROOT / "assets")
     for owner in (diffusers.DiffusionPipeline, diffusers.AutoPipelineForText2Image):
         monkeypatch.setattr(owner, "from_pretrained", classmethod(loaded))
+    for owner in (diffusers.StableDiffusionXLPipeline, diffusers.WanPipeline):
+        monkeypatch.setattr(owner, "load_lora_weights", tuned)
     monkeypatch.setattr(diffgraft, "load", lambda name, **options: loaded(diffusers.DiffusionPipeline, name))
     names = {"__name__": "recipe"}
     exec(compile(block, title, "exec"), names)
     if "app" in names:
         from fastapi.testclient import TestClient
 
+        names["pipe"].to(torch.bfloat16)
         answer = TestClient(names["app"]).get("/picture", params={"prompt": "a red ball", "seed": 3})
         assert answer.status_code == 200 and answer.content.startswith(b"\x89PNG")
+        assert names["pipe"].unet.dtype == torch.bfloat16  # a request leaves the shared weights as they are
