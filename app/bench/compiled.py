@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch._dynamo.utils import counters
 
-from ... import picturebook
-from .overhead import STEPS, Way, seconds, tiny, ways
+from .overhead import STEPS, Way, models, seconds, ways
 
 ROWS = ("plain", "neutral settings", "NegativeAway nasa", "NegativeAway nag", "SelfAttentionRedirection")
 
@@ -21,11 +20,7 @@ def run(full: bool) -> None:
     torch._dynamo.config.recompile_limit = 64  # every way keeps its graphs here, which torch's eight cannot hold
     sys.stdout.write(f"| {STEPS} steps, one thread | graphs | breaks | process time to plain compiled, quartiles |\n")
     sys.stdout.write("|---|---|---|---|\n")
-    for name, pipe, prompt in (
-        ("SDXL of random weights", tiny().sdxl(), "a red ball"),
-        ("picture book", picturebook(), "a red ball , sky"),
-    ):
-        pipe.set_progress_bar_config(disable=True)
+    for name, pipe, prompt in models():
         _table(name, pipe, prompt, rounds)
 
 

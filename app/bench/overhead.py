@@ -6,7 +6,7 @@ import importlib.util
 import statistics
 import sys
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -85,12 +85,19 @@ def run(full: bool) -> None:
     rounds = 60 if full else 15
     sys.stdout.write(f"| {STEPS} steps, one thread, process time | plain, ms a step | ratio to plain, quartiles |\n")
     sys.stdout.write("|---|---|---|\n")
-    for name, pipe, prompt in (
-        ("SDXL of random weights", tiny().sdxl(), "a red ball"),
-        ("picture book", picturebook(), "a red ball , sky"),
-    ):
-        pipe.set_progress_bar_config(disable=True)
+    for name, pipe, prompt in models():
         _table(name, pipe, prompt, rounds)
+
+
+def models() -> Iterator[tuple[str, Any, str]]:
+    """What is measured: a name, the pipeline, and a prompt that it knows."""
+    for name, make, prompt in (
+        ("SDXL of random weights", tiny().sdxl, "a red ball"),
+        ("picture book", picturebook, "a red ball , sky"),
+    ):
+        pipe = make()
+        pipe.set_progress_bar_config(disable=True)
+        yield name, pipe, prompt
 
 
 def _table(model: str, pipe: Any, prompt: str, rounds: int) -> None:
