@@ -17,6 +17,7 @@ float16.
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,8 @@ class FlowTrainer(BoxTrainer):
         self.half = HalfCopy(torch.nn.ModuleDict(networks))
         trained = self.half.module["transformer"]
         processors(trained, TrainingAttention())
+        if shutil.which("c++") or device != "cpu":
+            trained.compile_repeated_blocks()  # a fifth faster: products apart, the rest is small and fuses
         trained.layers[NAMED_LAYER].register_forward_hook(self._keep)
 
     def _keep(self, module: torch.nn.Module, given: Any, found: torch.Tensor) -> None:
