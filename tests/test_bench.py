@@ -6,9 +6,19 @@ from functools import partial
 
 import pytest
 import tiny
+import torch
+from diffusers import ZImageTransformer2DModel
 
 from diffgraft import UnsupportedPipelineError
-from diffgraft.app.bench import negative_effect, redirection_effect, segregation_effect, style_effect
+from diffgraft.app.bench import (
+    flow,
+    localisation,
+    negative_effect,
+    redirection_effect,
+    segregation_effect,
+    style_effect,
+)
+from diffgraft.app.bench import segregation_layout as layout
 from diffgraft.app.bench.judge import load_judge
 from diffgraft.app.bench.rows import Rows, fingerprint, subject
 from diffgraft.app.bench.segregation_predict import picked, wins
@@ -20,6 +30,20 @@ def pipe(tmp_path_factory):
     """A model as `--model DIR` gives it: pictures of 128 pixels are 16 latents wide."""
     folder = tmp_path_factory.mktemp("model")
     tiny.sd15(vae=tiny.vae(levels=4)).save_pretrained(folder)
+    return subject(folder)
+
+
+@pytest.fixture(scope="module")
+def flowing(tmp_path_factory):
+    """The transformer edition, less deep and untrained."""
+    folder = tmp_path_factory.mktemp("flow")
+    torch.manual_seed(0)
+    small = {"in_channels": 4, "dim": 32, "n_layers": 2, "n_refiner_layers": 1, "n_heads": 2, "n_kv_heads": 2}
+    sizes = {"cap_feat_dim": flow.TEXT_WIDTH, "axes_dims": [4, 6, 6], "axes_lens": [256, 64, 64]}
+    vae = tiny.vae(levels=3)
+    vae.register_to_config(sample_size=128, shift_factor=0.0)
+    made = flow.pipeline(vae, ZImageTransformer2DModel(**small, **sizes), flow.build_text_encoder())
+    made.save_pretrained(folder)
     return subject(folder)
 
 
@@ -127,3 +151,36 @@ def test_a_loss_that_knows_the_failures_wins_every_pair_and_picks_the_right_seed
     assert (wins(knowing, failed), wins(blind, failed)) == ((16, 16), (8, 16))
     assert picked(knowing, failed, 4) == [True, True]
     assert picked(blind, failed, 4) == [False, False]  # the first of each four, which fails
+
+
+def test_every_effect_runs_on_the_transformer_edition(flowing, tmp_path, monkeypatch):
+    """Of 128 pixels, which its pipeline has to be told; its guidance counts from 0."""
+    for module in (segregation_effect, layout):
+        monkeypatch.setattr(module, "STEPS", 1)
+    judge, rows = load_judge(), Rows(tmp_path / "rows.jsonl")
+    negative = negative_effect.Bench(flowing, judge, tmp_path / "negative.jsonl")
+    monkeypatch.setattr(negative_effect, "PAIRS", negative_effect.PAIRS[:1])
+    negative.measure(1, negative_effect.Sampling(1, 2.5), rule="nasa")
+    removal = redirection_effect.Bench(flowing, tmp_path / "redirection.jsonl", steps=2)
+    assert len(removal.measure(redirection_effect.PUBLISHED, "brush", 1, 1)) == 1
+    assert segregation_effect.draw(flowing, two_objects(1), 0, guided(two_objects(1), 0)).shape == (1, 3, 128, 128)
+    assert len(layout.drawn(flowing, None, 0, 1)) == 1
+    studio, pair = style_effect.Studio(flowing, tmp_path / "style.jsonl", steps=2), style_effect.pairs(1)[:1]
+    for way in (style_effect.JOINT_WAYS[0], style_effect.JOINT_WAYS[-2]):
+        assert len(style_effect.measure(studio, way, pair, 0).psnr) == 1
+    monkeypatch.setattr(localisation, "STEPS", 2)
+    monkeypatch.setattr(localisation, "MOMENTS", (1,))
+    scenes, key = two_objects(2), fingerprint(flowing)
+    found = localisation.localisation(flowing, judge, scenes, rows, key)
+    assert list(found) == [f"layers.{i}.attention at 1" for i in range(2)]
+    assert localisation.localisation(None, None, scenes, rows, key) == found
+
+
+def test_a_map_on_its_own_thing():
+    scenes, where = two_objects(1), torch.zeros(1, len(localisation.KINDS), 16, 16, dtype=torch.bool)
+    first, second = (localisation.KINDS.index(thing.kind) for thing in scenes[0].things)
+    where[0, first, :, :4], where[0, second, :, 12:] = True, True
+    maps = torch.zeros(2, 8, 8)
+    maps[0, :, :2], maps[1, :, :4] = 1, 1  # the first noun looks at its thing, the second half at the other's
+    found = localisation.shares([[localisation.cells(one.flatten()) for one in maps]], where, scenes)
+    assert found == [pytest.approx((1, 0, 0.25)), pytest.approx((0, 0.5, 0.25))]

@@ -1,101 +1,143 @@
-"""Where the words look: for each cross-attention layer and step, whether a kind's map lies on the thing it became.
+"""Where the words look: for each layer that attends to text and each step, whether a kind's map lies on its thing.
 
     python -m diffgraft.app.bench localisation --full
 
 Prints, for two plain things, the share of a noun's attention (mean over heads) that lies on its own thing and on the
 other one, as the judge's kind maps find them in the finished picture; the share of the area that the thing takes is
-the value of a blind map.
+the value of a blind map. Where text and image are one sequence, it is the attention of the image to the text alone.
 """
 
 from __future__ import annotations
 
 import sys
-from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
-from diffusers import StableDiffusionPipeline
-from diffusers.models.attention_processor import AttnProcessor2_0
 
-from .denoiser import TrainingAttention
+from ... import Plugin, graft
+from ...attention.edit import Edit
+from ...attention.layer import AttentionLayer
+from ...attention.maps import MapCapture, kind_of_maps
+from ...attention.step import Rows, Step
+from ...plugins.base import Session
+from ...plugins.concepts import find_concept
 from .judge import KINDS, Judge, load_judge
 from .model_card import ROWS
-from .rows import subject
+from .rows import KEPT, drawing, fingerprint, subject
+from .rows import Rows as Kept
 from .training import share_cores
-from .vocabulary import LENGTH
 from .world import Scene, caption
 
-Kept = dict[tuple[str, int], list[torch.Tensor]]
+STEPS, GUIDANCE, BATCH = 25, 4.0, 16
+MOMENTS = (0, 6, 12, 18, 24)
+Shares = list[tuple[float, float, float]]
+"""Of each thing found: of its noun's attention what lies on itself and on the other thing, and its area."""
 
 
-def watch_all(pipe: StableDiffusionPipeline) -> dict[str, TrainingAttention]:
-    """Attention of the whole denoiser as matrix products; returns the cross-attention's, by layer, which keep their
-    maps.
+class Watch(Plugin):
+    """Notes the map of each noun in every layer at some steps.
+
+    Attributes:
+        seen: by layer and step, of each scene, of each of its things: [16, 16], with a sum of 1.
     """
-    processors = {name: TrainingAttention("attn2" in name) for name in pipe.unet.attn_processors}
-    pipe.unet.set_attn_processor(dict(processors))
-    return {name.removesuffix(".processor"): layer for name, layer in processors.items() if layer.keep}
+
+    def __init__(self, scenes: Sequence[Scene]) -> None:
+        super().__init__()
+        self.scenes = scenes
+        self.seen: dict[tuple[str, int], list[list[torch.Tensor]]] = {}
+
+    def bind(self, session: Session) -> None:
+        kind = kind_of_maps(session.layers, "cross")
+        levels = sorted({layer.level for layer in session.layers if layer.kind == kind})
+        self.captures = [MapCapture(session.layers, "predict", choice=at_level(level)) for level in levels]
+
+    def edits(self) -> Sequence[Edit]:
+        return self.captures
+
+    def begin(self, session: Session, step: Step) -> None:
+        self.columns = [
+            [find_concept(session, caption(scene), thing.kind).columns for thing in scene.things]
+            for scene in self.scenes
+        ]
+
+    def combine(self, step: Step, prediction: torch.Tensor, rows: Rows) -> None:
+        for capture in self.captures:
+            for name, maps in capture.maps.items() if step.index in MOMENTS else ():
+                found = zip(maps, self.columns, strict=True)
+                self.seen[name, step.index] = [[cells(one[:, own].mean(1)) for own in things] for one, things in found]
+            capture.clear()
 
 
-def _note(
-    layers: dict[str, TrainingAttention], kept: Kept, _: object, step: int, __: object, given: dict[str, torch.Tensor]
-) -> dict[str, torch.Tensor]:
-    """The pipeline's callback: the conditional half's maps, heads averaged, on 16 x 16 cells."""
-    for name, layer in layers.items():
-        maps = layer.maps.chunk(2)[1].mean(1).mT
-        side = round(maps.shape[-1] ** 0.5)
-        grown = F.interpolate(maps.unflatten(-1, (side, side)), size=(16, 16), mode="nearest")
-        kept[name, step].append(grown / grown.sum((-2, -1), keepdim=True))
-    return given
+def at_level(level: int) -> Callable[[AttentionLayer], bool]:
+    """A choice of the layers of one grid."""
+    return lambda layer: layer.level == level
+
+
+def cells(flat: torch.Tensor) -> torch.Tensor:
+    """A square map [h*h] on 16 x 16 cells, with a sum of 1."""
+    side = round(len(flat) ** 0.5)
+    grown = F.interpolate(flat.float().view(1, 1, side, side), size=(16, 16), mode="nearest")[0, 0]
+    return grown / grown.sum()
 
 
 @torch.no_grad()
+def watched(pipe: Any, judge: Judge, scenes: Sequence[Scene], first: int) -> dict[str, Shares]:
+    """By "layer at step" the shares of all things of one batch that are there; scene i has the seed first + i."""
+    share_cores()
+    watch = Watch(scenes)
+    generators = [torch.Generator().manual_seed(first + i) for i in range(len(scenes))]
+    with graft(pipe, watch):
+        how = drawing(pipe, STEPS, GUIDANCE) | {"generator": generators, "output_type": "pt"}
+        pictures = pipe([caption(scene) for scene in scenes], **how).images
+    where = judge(pictures.cpu() * 2 - 1)[0].softmax(1) > 0.5
+    return {f"{layer} at {step}": shares(maps, where, scenes) for (layer, step), maps in watch.seen.items()}
+
+
+def shares(maps: Sequence[Sequence[torch.Tensor]], where: torch.Tensor, scenes: Sequence[Scene]) -> Shares:
+    """Of scenes of which both things are found, by cells [N, kinds, 16, 16]."""
+    found: Shares = []
+    for nouns, seen, scene in zip(maps, where, scenes, strict=True):
+        own = [seen[KINDS.index(thing.kind)].cpu() for thing in scene.things]
+        for i, noun in enumerate(nouns) if all(mask.any() for mask in own) else ():
+            on = noun.cpu()
+            found.append((float(on[own[i]].sum()), float(on[own[1 - i]].sum()), float(own[i].float().mean())))
+    return found
+
+
 def localisation(
-    pipe: StableDiffusionPipeline, judge: Judge, scenes: list[Scene], steps: int = 25
-) -> dict[tuple[str, int], tuple[float, float, float]]:
-    """Layer and step -> share on the own thing, share on the other thing, area of the own thing; over things found
-    in the picture.
-    """
-    layers, kept, owners = watch_all(pipe), defaultdict(list), []
-    for start in range(0, len(scenes), 16):
-        share_cores()
-        texts = [caption(s) for s in scenes[start : start + 16]]
-        generators = [torch.Generator().manual_seed(start + i) for i in range(len(texts))]
-        pictures = pipe(
-            texts,
-            num_inference_steps=steps,
-            guidance_scale=4.0,
-            generator=generators,
-            output_type="pt",
-            callback_on_step_end=partial(_note, layers, kept),
-        ).images
-        owners.append(judge(pictures * 2 - 1)[0].softmax(1))
-    where = torch.cat(owners) > 0.5
-    pipe.unet.set_attn_processor(AttnProcessor2_0())
-    return {key: _shares(torch.cat(maps), where, scenes) for key, maps in kept.items()}
+    pipe: Any, judge: Judge, scenes: Sequence[Scene], kept: Kept, key: Mapping[str, str]
+) -> dict[str, Shares]:
+    """By "layer at step" the shares of all scenes, measured or remembered."""
+    found: dict[str, Shares] = {}
+    for first in range(0, len(scenes), BATCH):
+        part = scenes[first : first + BATCH]
+        captions = [caption(scene) for scene in part]
+        label = {**key, "localisation": captions, "first": first, "steps": STEPS, "guidance": GUIDANCE}
+        for name, values in kept.remember(label, partial(watched, pipe, judge, part, first)).items():
+            found.setdefault(name, []).extend(tuple(value) for value in values)
+    return found
 
 
-def _shares(maps: torch.Tensor, where: torch.Tensor, scenes: list[Scene]) -> tuple[float, float, float]:
-    """Means over the things that the judge finds, of maps [N, tokens, 16, 16] by cells [N, kinds, 16, 16]."""
-    rows = []
-    for found, cells, drawn in zip(maps, where, scenes, strict=True):
-        words = caption(drawn).split()[: LENGTH - 2]
-        own = [cells[KINDS.index(thing.kind)] for thing in drawn.things]
-        if not all(mask.any() for mask in own):
-            continue
-        for i, thing in enumerate(drawn.things):
-            column = found[1 + words.index(thing.kind)]
-            rows.append([column[own[i]].sum(), column[own[1 - i]].sum(), own[i].float().mean()])
-    return tuple(torch.tensor(rows).mean(0).tolist())
+def lines(found: Mapping[str, Shares]) -> list[str]:
+    """The table: a line a layer, own / other at five moments of the sampling."""
+    table = ["| layer | area | " + " | ".join(f"step {m}" for m in MOMENTS) + " |", "|---" * (2 + len(MOMENTS)) + "|"]
+    for layer in dict.fromkeys(name.rsplit(" at ", 1)[0] for name in found):
+        means = [[100 * _mean(found[f"{layer} at {m}"], of) for of in range(3)] for m in MOMENTS]
+        inside = " | ".join(f"{own:.0f} / {other:.0f}%" for own, other, _ in means)
+        table.append(f"| {layer} | {means[0][2]:.0f}% | {inside} |")
+    return table
+
+
+def _mean(shares: Shares, of: int) -> float:
+    return sum(one[of] for one in shares) / len(shares) if shares else float("nan")
 
 
 def run(full: bool, model: Path | None = None) -> None:
-    """Prints a line a layer: own / other at five moments of the sampling."""
-    found = localisation(subject(model), load_judge(), ROWS[2].scenes(256 if full else 32))
-    moments = (0, 6, 12, 18, 24)
-    sys.stdout.write("| layer | area | " + " | ".join(f"step {m}" for m in moments) + " |\n" + "|---" * 7 + "|\n")
-    for layer in dict.fromkeys(name for name, _ in found):
-        cells = [f"{100 * found[layer, m][0]:.0f} / {100 * found[layer, m][1]:.0f}%" for m in moments]
-        sys.stdout.write(f"| {layer} | {100 * found[layer, 0][2]:.0f}% | " + " | ".join(cells) + " |\n")
+    """Print the table: 256 pictures, or 32 for a quick look."""
+    pipe, kept = subject(model), Kept(KEPT / "localisation.jsonl")
+    found = localisation(pipe, load_judge(), ROWS[2].scenes(256 if full else 32), kept, fingerprint(pipe))
+    sys.stdout.write("\n".join(lines(found)) + "\n")

@@ -17,7 +17,7 @@ import torch
 from ... import NegativeAway, graft
 from .judge import Judge, Verdict, load_judge, look
 from .model_card import GUIDANCE
-from .rows import KEPT, Rows, fingerprint, subject
+from .rows import KEPT, Rows, drawing, fingerprint, subject
 from .statistics import Estimate, share
 from .training import share_cores
 
@@ -70,7 +70,7 @@ def draw(pipe: Any, prompt: str, negative: str, seeds: int, how: Sampling, batch
         share_cores()
         generators = [torch.Generator().manual_seed(SEED + i) for i in range(start, min(start + batch, seeds))]
         pictures = pipe(
-            [prompt] * len(generators), num_inference_steps=how.steps, guidance_scale=how.guidance,
+            [prompt] * len(generators), **drawing(pipe, how.steps, how.guidance),
             negative_prompt=[negative] * len(generators) if how.own_negative else None, generator=generators,
             output_type="pt",
         ).images  # fmt: skip

@@ -26,7 +26,7 @@ from ...attention.layer import AttentionLayer
 from ...pipelines.tasks.overlay import overlay, sheet, strip
 from .judge import Judge, Verdict, load_judge, look
 from .model_card import GUIDANCE
-from .rows import KEPT, Rows, fingerprint, scale_of, subject
+from .rows import KEPT, Rows, drawing, fingerprint, scale_of, subject
 from .segregation_layout import layouts
 from .segregation_rows import CONTROLLED, FORMS, PARTS, STEPS, Row, three_objects, two_objects
 from .statistics import Estimate, paired_difference, share
@@ -61,7 +61,7 @@ def draw(pipe: Any, scenes: Sequence[Scene], seed: int, plugin: Plugin | None) -
     """Pictures [N, 3, 128, 128] in -1 ... 1 of a batch; picture i has the generator seed + i."""
     share_cores()
     generators = [torch.Generator().manual_seed(seed + i) for i in range(len(scenes))]
-    settings = {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE, "output_type": "pt", "generator": generators}
+    settings = drawing(pipe, STEPS, GUIDANCE) | {"output_type": "pt", "generator": generators}
     with graft(pipe, *([plugin] if plugin else [])):
         return pipe([caption(s) for s in scenes], **settings).images.cpu() * 2 - 1
 
@@ -122,9 +122,10 @@ def map_sheet(pipe: Any, truth: Scene) -> Path:
         return layer.name == name
 
     word, rows = truth.things[0].kind, dict[str, Any]()
-    names = [layer.name for layer in graft(pipe).layers if layer.kind == "cross"]
+    guidance = drawing(pipe, STEPS, GUIDANCE)["guidance_scale"]
+    names = [layer.name for layer in graft(pipe).layers if layer.kind in ("cross", "joint")]
     for name in names:
-        maps = attention_maps(pipe, caption(truth), [word], layers=partial(only, name), steps=STEPS, guidance=GUIDANCE)
+        maps = attention_maps(pipe, caption(truth), [word], layers=partial(only, name), steps=STEPS, guidance=guidance)
         rows[f"{word}, {name}"] = (overlay(maps.image, maps[word]), strip(maps.steps[word], 8))
     path = KEPT / "segregation-maps.png"
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -11,7 +11,7 @@ import torch
 
 from ... import AttentionSegregation, Plugin, graft
 from .model_card import GUIDANCE
-from .rows import Rows
+from .rows import Rows, drawing
 from .segregation_rows import STEPS
 from .shapes import COLOURS
 from .statistics import share
@@ -61,7 +61,7 @@ def drawn(pipe: Any, settings: Mapping[str, Any] | None, first: int, count: int)
     plugins: list[Plugin] = [] if settings is None else [AttentionSegregation(kinds, **settings)]
     prompts = [" and ".join(f"a {c} {k}" for k, c in things) + f" , {place}" for things, place in wishes]
     generators = [torch.Generator().manual_seed(900 + first + i) for i in range(count)]
-    how = {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE, "output_type": "pt", "generator": generators}
+    how = drawing(pipe, STEPS, GUIDANCE) | {"output_type": "pt", "generator": generators}
     with graft(pipe, *plugins):
         pictures = pipe(prompts, **how).images.cpu()
     return [followed(picture, things) for picture, (things, _) in zip(pictures, wishes, strict=True)]

@@ -20,7 +20,7 @@ from ...plugins.concepts import find_concept
 from ...plugins.losses import binding_loss, segregation_loss
 from .judge import Judge, load_judge, look
 from .model_card import GUIDANCE
-from .rows import KEPT, fingerprint, subject
+from .rows import KEPT, drawing, fingerprint, subject
 from .rows import Rows as Kept
 from .segregation_rows import FIRST, STEPS, three_objects
 from .statistics import share
@@ -86,7 +86,7 @@ def watched(pipe: Any, judge: Judge, scene: Scene, seeds: int) -> dict[str, Any]
     share_cores()
     watch = Watch(scene)
     generators = [torch.Generator().manual_seed(50_000 + i) for i in range(seeds)]
-    settings = {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE, "output_type": "pt", "generator": generators}
+    settings = drawing(pipe, STEPS, GUIDANCE) | {"output_type": "pt", "generator": generators}
     with graft(pipe, watch):
         pictures = pipe([caption(scene)] * seeds, **settings).images
     verdicts = look(judge, pictures.cpu() * 2 - 1)

@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import AutoPipelineForImage2Image
 from PIL import Image
 
 from ... import AttentionDistillation, Inversion, Plugin, StartpointFilter, StyleInjection, graft, invert
 from ...pipelines.families.latents import decode_latents, encode_image
 from . import world
 from .judge import WEIGHTS, Verdict, load_judge, look
-from .rows import KEPT, Rows, fingerprint, scale_of, subject
+from .rows import KEPT, Rows, drawing, fingerprint, scale_of, subject
 from .statistics import mean, paired_difference, share
 from .style_plot import plot
 from .style_scores import layout_accuracy, leak, psnr, style_distance
@@ -60,6 +61,11 @@ class Way:
     omega: float | None = None
     inverted: bool = True
     words: bool = False
+    more: tuple[tuple[str, Any], ...] = ()
+
+    def key(self) -> dict[str, Any]:
+        """What its scores depend on; what was added later is left out where it is as it always was."""
+        return {name: value for name, value in asdict(self).items() if name != "name" and (name, value) != ("more", ())}
 
 
 WAYS = (
@@ -74,6 +80,13 @@ WAYS = (
     Way("StyleID + both (StyleSSP)", filtered=True, omega=1.5),
     Way("StyleID + negative 0.5", omega=0.5),
 )
+JOINT_WAYS = (
+    *(way for way in WAYS if way.omega is None),
+    Way("StyleAligned, moved aside (the default)", "stylealigned", more=(("apart", 1.0),)),
+    Way("StyleAligned, moved aside, keys weighted", "stylealigned", more=(("apart", 1.0), ("key_weights", (0.5, 1.2)))),
+    Way("StyleID, moved aside", more=(("apart", 1.0),)),
+)
+"""Where text and image are one sequence, there is no negative by attention, and positions are rotary."""
 SWEEP = tuple(
     replace(way, name=f"{way.name}, strength {strength}", strength=strength)
     for way in (Way("StyleID"), Way("StyleAligned", "stylealigned"), Way("StyleID + filter", filtered=True))
@@ -143,7 +156,8 @@ class Studio:
         noise = torch.Generator().manual_seed(seed)
         plugins = [StartpointFilter(generator=noise)] if way.filtered else []
         with graft(pipe, *plugins, _technique(way, reference, content, noise)):
-            out = pipe([""] * n, guidance_scale=1.0, output_type="latent", **content.call(pipe)).images
+            call = drawing(pipe, self.steps, 1.0) | content.call(pipe)
+            out = pipe([""] * n, output_type="latent", **call).images
         return decode_latents(pipe, out)
 
     def _contents(self, batch: Sequence[Pair], omega: float | None, styles: Sequence[Image.Image]) -> Any:
@@ -170,15 +184,12 @@ class Studio:
 
     def _in_words(self, batch: Sequence[Pair], seed: int) -> list[Image.Image]:
         noise = [torch.Generator().manual_seed(seed + i) for i in range(len(batch))]
-        from diffusers import StableDiffusionImg2ImgPipeline
-
-        parts = self.pipe.components
-        other = StableDiffusionImg2ImgPipeline(**parts, requires_safety_checker=False)
+        other: Any = AutoPipelineForImage2Image.from_pipe(self.pipe)
         other.set_progress_bar_config(disable=True)
         return other(
             [world.caption(pair.content.in_style(pair.style.style)) for pair in batch],
-            image=[world.render(pair.content) for pair in batch], strength=0.6, guidance_scale=4.0,
-            num_inference_steps=self.steps, generator=noise,
+            image=[world.render(pair.content) for pair in batch], strength=0.6, generator=noise,
+            **drawing(self.pipe, self.steps, 4.0),
         ).images  # fmt: skip
 
 
@@ -188,7 +199,8 @@ def _technique(way: Way, reference: Any, content: Any, noise: torch.Generator) -
     if way.method == "distillation":
         return AttentionDistillation(reference, content=content, rate=0.05 * way.strength, generator=noise)
     method: Any = way.method
-    return StyleInjection(reference, method=method, content=content, strength=way.strength, generator=noise)
+    how: dict[str, Any] = {"content": content, "strength": way.strength, **dict(way.more)}
+    return StyleInjection(reference, method=method, generator=noise, **how)
 
 
 class StartAdaIN(StartpointFilter):
@@ -207,11 +219,11 @@ class StartAdaIN(StartpointFilter):
 
 def measure(studio: Studio, way: Way, chosen: Sequence[Pair], canaries: int) -> Scores:
     """Scores of one way on the pairs, made or remembered; the leak on the first `canaries` of them."""
-    scores, how = Scores(), {name: value for name, value in asdict(way).items() if name != "name"}
+    scores = Scores()
     for start in range(0, len(chosen), BATCH):
         batch, canary = chosen[start : start + BATCH], start < canaries and not way.words
         named = hashlib.sha256(repr(list(batch)).encode()).hexdigest()[:24]
-        key = {**studio.key, "way": how, "pairs": named, "canary": canary}
+        key = {**studio.key, "way": way.key(), "pairs": named, "canary": canary}
         made = studio.rows.remember(key, partial(scored, studio, way, batch, start, canary))
         for name, values in made.items():
             getattr(scores, name).extend(values)
@@ -294,7 +306,9 @@ def run(full: bool, model: Path | None = None) -> None:
     100 pairs, 24 of them for the leak and the sweep of strengths; a quick look takes 8 pairs and no sweep.
     """
     _write(f"{scale_of(full)}: ")
-    tables(Studio(subject(model)), pairs(25 if full else 2), 24 if full else 8, 24 if full else 0)
+    studio = Studio(subject(model))
+    ways = WAYS if hasattr(studio.pipe, "unet") else JOINT_WAYS
+    tables(studio, pairs(25 if full else 2), 24 if full else 8, 24 if full else 0, ways)
 
 
 def tables(studio: Studio, chosen: Sequence[Pair], canaries: int, swept: int, ways: Sequence[Way] = WAYS) -> None:
