@@ -123,8 +123,11 @@ def test_compiled_blocks_stay_compiled(small, plugin):
 
 
 @pytest.mark.parametrize(("how", "plugin"), [("torch.compile", "nasa"), ("module.compile", "redirection")])
-def test_a_model_that_is_compiled_whole_stays_compiled(small, how, plugin):
-    before, grafted = check(small, how, PLUGINS[plugin], {"guidance_scale": 1.0}, steps=4)
+def test_a_model_that_is_compiled_whole_stays_compiled(how, plugin):
+    """One level and one layer: torch takes its time for each."""
+    level = {"down_block_types": ("CrossAttnDownBlock2D",), "up_block_types": ("CrossAttnUpBlock2D",)}
+    pipe = tiny.sd15(unet=tiny.unet(layers_per_block=1, block_out_channels=(32,), **level))
+    before, grafted = check(pipe, how, PLUGINS[plugin], {"guidance_scale": 1.0}, steps=4)
     assert before == 1 and grafted <= 2
 
 
@@ -136,15 +139,24 @@ def test_joint_attention_stays_compiled_block_by_block():
     assert 0 < grafted <= 2 * before
 
 
-@pytest.mark.parametrize(("name", "form"), [
-    ("ZImageTransformer2DModel", "rows"), ("WanTransformer3DModel", "streams"), ("PRXTransformer2DModel", "streams")
+def test_joint_attention_stays_compiled_whole():
+    """The negative joins in front of the first block, inside of the model's one graph."""
+    pipe = tiny_transformers.flux()
+    del pipe.transformer.transformer_blocks[1:], pipe.transformer.single_transformer_blocks[1:]
+    before, grafted = check(pipe, "torch.compile", PLUGINS["nasa"], {"guidance_scale": 1.0}, steps=10)
+    assert before == 1 and grafted <= 2
+
+
+@pytest.mark.parametrize(("name", "form", "whole"), [
+    ("ZImageTransformer2DModel", "rows", False), ("ZImageTransformer2DModel", "streams", True),
+    ("WanTransformer3DModel", "streams", False), ("PRXTransformer2DModel", "streams", False),
 ])  # fmt: skip
-def test_blocks_stay_compiled_wherever_text_meets_image(name, form):
+def test_models_stay_compiled_wherever_text_meets_image(name, form, whole):
     """In one sequence, across, and as keys of both."""
     texts, model, backend = families.texts_of(name, (7, 7)), tiny_families.denoiser(name), Counted()
     plugin = families.away(name, texts[1], form=form, scale=0.5)
     adapter = adapters_for(tiny_families.bare(name))[0]
-    compiled = [block for meet in adapter.spec.meets for block in blocks(model, meet)]
+    compiled = [model] if whole else [block for meet in adapter.spec.meets for block in blocks(model, meet)]
     eager, _ = families.steered(name, texts, plugin)
     try:
         for block in compiled:

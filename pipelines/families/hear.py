@@ -76,9 +76,15 @@ def hear(adapter: DeclaredAdapter, inputs: Inputs, text: Text, rows: Sequence[in
     if len(rows) > 1 and adapter.spec.lengths is not None:  # each has a length of its own
         return _together([hear(adapter, inputs, _row(text, i), [row], step) for i, row in enumerate(rows)])
     index = torch.tensor(list(rows))
-    given, found = adapter.with_text(adapter.take(inputs, index), text), list[Heard]()
+    given = adapter.with_text(adapter.take(inputs, index), text)
+    return _heard(adapter, adapter.spec.meets[0], first_arguments(adapter, given, step), given)
+
+
+def first_arguments(adapter: DeclaredAdapter, given: Inputs, step: Step) -> dict[str, Any]:
+    """What the first meeting block gets, by name, where the denoiser is called with these inputs."""
+    found = list[dict[str, Any]]()
     probing, phase = step.probing, step.phase
-    remove = _listen(adapter, given, found)
+    remove = _listen(adapter, found)
     step.probing, step.phase = True, "listen"
     try:
         with torch.no_grad():
@@ -91,7 +97,7 @@ def hear(adapter: DeclaredAdapter, inputs: Inputs, text: Text, rows: Sequence[in
     return found[0]
 
 
-def _listen(adapter: DeclaredAdapter, given: Inputs, found: list[Heard]) -> Callable[[], None]:
+def _listen(adapter: DeclaredAdapter, found: list[dict[str, Any]]) -> Callable[[], None]:
     """Put an ear at the first meeting block; returns the undo."""
     meet, denoiser = adapter.spec.meets[0], adapter.denoiser
     block, to_the_end, here = blocks(denoiser, meet)[0], _prefetches(denoiser), threading.get_ident()
@@ -100,7 +106,7 @@ def _listen(adapter: DeclaredAdapter, given: Inputs, found: list[Heard]) -> Call
         if threading.get_ident() != here:
             return
         if not found:
-            found.append(_heard(adapter, meet, named(block, args, kwargs), given))
+            found.append(named(block, args, kwargs))
         if not to_the_end:
             raise StopForward
 

@@ -60,6 +60,15 @@ class Joined:
         n = len(text.words)
         return 0 if n == 1 else row % self.pictures // (self.pictures // n)
 
+    def measure(self, meet: Meet, arguments: Mapping[str, Any]) -> None:
+        """Take the lengths from the arguments that the first meeting block really gets, where they tell them."""
+        if meet.text is not None:
+            self.settle(arguments[meet.text].shape[1], arguments[meet.sequence].shape[1])
+
+    def settle(self, words: int, image: int) -> None:
+        """So many tokens every row's prompt has in the blocks, and so many the image."""
+        self.lengths, self.image, self._columns = [words] * self.batch, image, None
+
     # -- what the blocks get -----------------------------------------------------------------------------------
 
     def join(self, meet: Meet, first: bool, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -70,7 +79,6 @@ class Joined:
         """
         arguments = dict(arguments)
         if first:
-            self._measure(meet, arguments)
             name, at = (meet.text, 0) if meet.text is not None else (meet.sequence, self.at)
             words = [self._rows(text.words, text) for text in self.heard]
             arguments[name] = _inserted(arguments[name], words, at, 1)
@@ -91,11 +99,6 @@ class Joined:
         empty = residual.new_zeros(len(residual), self.count, residual.shape[-1])
         return _inserted(residual, [empty], self.at, 1)
 
-    def _measure(self, meet: Meet, arguments: Mapping[str, Any]) -> None:
-        if meet.text is not None:  # two streams tell it themselves
-            self.lengths = [arguments[meet.text].shape[1]] * self.batch
-            self.image, self._columns = arguments[meet.sequence].shape[1], None
-
     def _argument(self, along: Along, value: Any) -> Any:
         wanted = {key for text in self.heard for key in text.pieces if key[0] == along.argument}
         if value is None and wanted:  # the prompt alone needed no mask
@@ -113,17 +116,20 @@ class Joined:
         return like.tokens.new_ones(shape)
 
     def _leaf(self, along: Along, key: Key, leaf: torch.Tensor) -> torch.Tensor:
+        if torch.compiler.is_compiling():  # where equal products are made once anyway
+            return self._inserted_into(along, key, leaf)
         kept = self._made.get((key, id(leaf)))
-        if kept is not None and kept[0] is leaf:
-            return kept[1]
+        if kept is None or kept[0] is not leaf:
+            kept = self._made[key, id(leaf)] = leaf, self._inserted_into(along, key, leaf)
+        return kept[1]
+
+    def _inserted_into(self, along: Along, key: Key, leaf: torch.Tensor) -> torch.Tensor:
         if along.dim and len(leaf) == 1 < self.batch and any(len(text.words) > 1 for text in self.heard):
             rows = leaf.expand(self.batch, *leaf.shape[1:])
         else:
             rows = leaf
         parts = [self._part(along, key, rows, text) for text in self.heard]
-        made = _inserted(rows, parts, self.at if along.of == "joint" else 0, along.dim)
-        self._made[key, id(leaf)] = leaf, made
-        return made
+        return _inserted(rows, parts, self.at if along.of == "joint" else 0, along.dim)
 
     def _part(self, along: Along, key: Key, leaf: torch.Tensor, text: Heard) -> torch.Tensor:
         piece = text.pieces.get(key)

@@ -27,13 +27,22 @@ class Choice:
         return (self.eager if any(ask(self.parts) for ask in self.asks) else self.compiled)(*args, **kwargs)
 
 
+def is_whole(pipe: Any, denoiser: nn.Module) -> bool:
+    """Whether a pipeline's denoiser is compiled as one."""
+    return denoiser.__dict__.get(_CALL) is not None or bool(_wrappers(pipe, denoiser))
+
+
+def _wrappers(pipe: Any, denoiser: nn.Module) -> list[nn.Module]:
+    """What `torch.compile` made of the denoiser."""
+    parts = vars(pipe).values()
+    return [part for part in parts if isinstance(part, nn.Module) and getattr(part, "_orig_mod", None) is denoiser]
+
+
 @contextmanager
 def choosing(pipe: Any, denoiser: nn.Module, ask: Ask) -> Generator[None]:
     """Inside, whatever is compiled of a pipeline's denoiser asks first: it, a part of it, or `torch.compile`'s own."""
     places = [(each, _CALL) for each in denoiser.modules() if each.__dict__.get(_CALL) is not None]
-    for part in vars(pipe).values():
-        if isinstance(part, nn.Module) and getattr(part, "_orig_mod", None) is denoiser:
-            places.append((part, "forward"))
+    places += [(part, "forward") for part in _wrappers(pipe, denoiser)]
     for module, name in places:
         _put(module, name, denoiser, ask)
     try:

@@ -24,7 +24,7 @@ from ..families.base import Adapter, Inputs
 from ..families.words import in_turn
 from .blocks import Block, block_here, complaint, holders
 from .calls import Calls
-from .compiled import choosing
+from .compiled import choosing, is_whole
 from .gradients import run_again_for
 from .hooks import hook_denoiser
 from .plan import Placed, place
@@ -33,7 +33,7 @@ from .run import Run
 from .runs import Runs
 from .scheduler_link import follow, leave
 from .session import RunSession
-from .stream_stage import hook_meetings, joins
+from .stream_stage import hook_meetings, meetings
 from .text import Texts
 from .visits import Visits
 
@@ -232,13 +232,22 @@ class Graft:
             denoiser = adapter.denoiser
             before = functools.partial(self._before, adapter)
             stack.callback(hook_denoiser(denoiser, adapter.positional, before, self._after))
-            for undo in hook_meetings(adapter, self._visits.running) if placed.brings_texts else ():
-                stack.callback(undo)
+            if placed.brings_texts:
+                self._meet(stack, adapter)
             for name, block in adapter.late_blocks() if placed.brings_rows else ():
                 seams[name] = stack.enter_context(seam_on(block))
             stack.enter_context(choosing(self.pipe, denoiser, functools.partial(self._eager, adapter)))
         stack.callback(self._unlink)
         stack.enter_context(in_turn(self.pipe))
+
+    def _meet(self, stack: ExitStack, adapter: Adapter) -> None:
+        """Let heard texts join: by hooks outside of compiled blocks, or inside of a model that is compiled whole."""
+        if is_whole(self.pipe, adapter.denoiser):
+            for name, block in meetings(adapter).items():
+                self._calls.seams[name] = stack.enter_context(seam_on(block))
+            return
+        for undo in hook_meetings(adapter, self._visits.running):
+            stack.callback(undo)
 
     # -- what hooks ask ----------------------------------------------------------------------------------------
 
@@ -266,8 +275,7 @@ class Graft:
         run, placed = self._visits.running(), self._calls.placed
         if run is not None and parts is not None:
             return run.step.probing or not run.untraced.isdisjoint(parts)
-        traced = placed.traced and not (placed.brings_texts and joins(adapter))
-        return not traced and self.here if run is None else not traced or run.step.probing
+        return not placed.traced and self.here if run is None else not placed.traced or run.step.probing
 
     def _again(self, name: str) -> Task | None:
         """Work for a layer that a backward pass runs again, on a thread of autograd's."""

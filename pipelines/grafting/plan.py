@@ -20,6 +20,7 @@ from ..families.base import Adapter
 from ..families.declared import DeclaredAdapter
 from ..families.join import Joined
 from .run import Plan, Run
+from .stream_stage import joinings
 
 
 @dataclass(frozen=True)
@@ -108,6 +109,7 @@ def make_plan(run: Run, placed: Placed, active: Sequence[Plugin], seams: Mapping
     if run.late is not None and not run.step.probing:
         widen, first = run.late
         plan += [(seams[name], widen) for name in placed.blocks[first:]]
+    plan += joinings(run, seams)  # before the layers, which are told where the texts stand
     for name, (adapter, layer) in placed.layers.items():
         if adapter is run.adapter:
             asked = [edit.planned(layer, run.step) for plugin, edit in placed.edits[name] if plugin in active]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,13 +11,14 @@ from torch import nn
 
 from ...attention.errors import SettingError
 from ...attention.hook import hook_after, hook_before
+from ...attention.seam import Seam
 from ...plugins.base import Plugin, Text
 from ..families.base import Adapter, Inputs
 from ..families.declared import DeclaredAdapter
 from ..families.family import Meet
-from ..families.hear import Heard, blocks, hear, named
+from ..families.hear import Heard, blocks, first_arguments, hear, named
 from ..families.join import Joined
-from .run import Run
+from .run import Plan, Run
 
 
 def add_streams(run: Run, active: Sequence[Plugin], inputs: Inputs) -> Inputs:
@@ -87,14 +89,69 @@ def joins(adapter: Adapter) -> bool:
     return isinstance(adapter, DeclaredAdapter) and adapter.spec.how == "joint"
 
 
+@dataclass(frozen=True, eq=False)
+class Joining:
+    """What a meeting block does in a model that is compiled whole, where hooks of its own would break the graph: it
+    takes its arguments with the texts in them.
+
+    Attributes:
+        first: the texts' tokens join here. last: they leave behind it.
+    """
+
+    joined: Joined
+    meet: Meet
+    first: bool
+    last: bool
+
+    def run(self, forward: Callable[..., Any], names: tuple[str, ...], args: Any, kwargs: Any) -> Any:
+        """Run the block."""
+        given = dict(zip(names, args, strict=False)) | kwargs
+        output = forward(**self.joined.join(self.meet, self.first, given))
+        return self.joined.cut(output) if self.last else output
+
+
+def meetings(adapter: Adapter) -> dict[str, nn.Module]:
+    """The blocks at which heard texts join, by name, in order."""
+    if not isinstance(adapter, DeclaredAdapter) or not joins(adapter):
+        return {}
+    return {name: block for name, block, _ in _meetings(adapter)}
+
+
+def _meetings(adapter: DeclaredAdapter) -> list[tuple[str, nn.Module, Meet]]:
+    each = ((meet, i, block) for meet in adapter.spec.meets for i, block in enumerate(blocks(adapter.denoiser, meet)))
+    return [(f"{meet.path}.{i}", block, meet) for meet, i, block in each]
+
+
+def joinings(run: Run, seams: Mapping[str, Seam]) -> Plan:
+    """The work of meeting blocks that have seams, where texts join this call."""
+    adapter, joined = run.adapter, run.joined
+    if joined is None or not isinstance(adapter, DeclaredAdapter):
+        return ()
+    found = [(name, meet) for name, _, meet in _meetings(adapter) if name in seams]
+    if found:
+        _settle(run, adapter, joined)
+    last = len(found) - 1 if adapter.spec.cut else -1
+    return [(seams[name], Joining(joined, meet, i == 0, i == last)) for i, (name, meet) in enumerate(found)]
+
+
+def _settle(run: Run, adapter: DeclaredAdapter, joined: Joined) -> None:
+    """Tell beforehand what the blocks will say of lengths, for compiled code cannot wait for it."""
+    meet, key = adapter.spec.meets[0], ("settled", id(adapter), run.step.size, *joined.lengths)
+    if meet.text is None:
+        return
+    if key not in run.notes:
+        given = first_arguments(adapter, run.inputs, run.step)
+        run.notes[key] = given[meet.text].shape[1], given[meet.sequence].shape[1]
+    joined.settle(*run.notes[key])
+
+
 def hook_meetings(adapter: Adapter, here: Callable[[], Run | None]) -> list[Callable[[], None]]:
     """Hooks by which heard texts join and leave, as their undos; `here()` is the run that is edited now."""
     if not isinstance(adapter, DeclaredAdapter) or not joins(adapter):
         return []
     denoiser, undos = adapter.denoiser, list[Callable[[], None]]()
-    for number, meet in enumerate(adapter.spec.meets):
-        for place, block in enumerate(blocks(denoiser, meet)):
-            undos.append(hook_before(denoiser, block, _arrival(block, meet, number == place == 0, here)))
+    for i, (_, block, meet) in enumerate(_meetings(adapter)):
+        undos.append(hook_before(denoiser, block, _arrival(block, meet, i == 0, here)))
     if adapter.spec.cut:
         undos.append(hook_after(denoiser, blocks(denoiser, adapter.spec.meets[-1])[-1], _departure(here)))
     return undos
@@ -105,10 +162,11 @@ def _arrival(block: nn.Module, meet: Meet, first: bool, here: Callable[[], Run |
         run, joined = here(), _joined(here)
         if run is None or joined is None:
             return None
-        arguments = joined.join(meet, first, named(block, args, kwargs))
+        arguments = named(block, args, kwargs)
         if first:
+            joined.measure(meet, arguments)
             run.rejoin()
-        return (), arguments
+        return (), joined.join(meet, first, arguments)
 
     return before
 
