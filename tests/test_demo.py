@@ -23,14 +23,16 @@ import pages
 import psutil
 import pytest
 import tiny
+import tiny_transformers
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
 from gradio_client.utils import QueueError
 from PIL import Image
 
 import diffgraft as dg
-from diffgraft.app.demo import checks, drawing, forms, make_shown, menu, preview, server, visit
+from diffgraft.app.demo import checks, drawing, forms, looks, make_shown, menu, preview, server, visit
 from diffgraft.app.demo.arguments import arguments
 from diffgraft.app.demo.painting import telling_words
 from diffgraft.app.demo.restore import restored
@@ -47,6 +49,8 @@ from diffgraft.app.demo.told import told
 from diffgraft.app.demo.uploads import drawn
 from diffgraft.app.metadata import encode_png, read_settings
 from diffgraft.app.techniques import techniques
+from diffgraft.pipelines.families.table import FAMILIES
+from diffgraft.plugins import startpoint
 
 PROMPT = "a red ball and a blue star"
 QUICK = {"steps": 2, "width": 64, "height": 64}
@@ -217,6 +221,17 @@ def test_choosing_techniques_keeps_what_was_written_for_the_others():
     assert specs[1]["negative"] == "mine" and read_specs(starting_specs([])) == []
 
 
+def test_a_technique_that_the_model_cannot_do_is_listed_with_its_reason_and_does_not_come_in():
+    lacks = {"ConceptBlock": "it works in cross-attention", "NegativeAway": "no"}
+    labels = {name: label for label, name in menu.offered(lacks)}
+    assert set(labels) == set(techniques()) and labels["ConceptBlock"].endswith(looks.ABSENT)
+    assert labels["StyleInjection"] == "StyleInjection" and f'[aria-label$="{looks.ABSENT}"]' in looks.CSS
+    written = starting_specs(["NegativeAway"])  # chosen on another model: it stays until the visitor takes it out
+    with pytest.warns(UserWarning, match="works in cross-attention"):
+        specs = read_specs(rewritten(["NegativeAway", "ConceptBlock", "StyleInjection"], written, lacks))
+    assert [spec["plugin"] for spec in specs] == ["NegativeAway", "StyleInjection"]
+
+
 # -- what the page opens with ---------------------------------------------------------------------------------------
 
 
@@ -339,6 +354,21 @@ def test_what_was_typed_comes_back_out_of_the_png(studio, page, tmp_path):
     assert str(Path(file).parent) not in Path(file).read_bytes().decode("latin-1")
 
 
+def test_composes_forms_come_back_out_of_the_png(studio, page, tmp_path):
+    """Through the page's own handler: the JSON and the prompt, then the names and the forms that follow from it."""
+    specs = [{"plugin": "StartpointFilter", "alpha": 0.5}, {"plugin": "NegativeAway", "negative": "cat"}]
+    [(file, _), _], _, _, seed, _ = ComposeTab(studio).compose(PROMPT, json.dumps(specs), steps=2, seed=4)
+    events = [event for event in page.fns.values() if event.name in ("restore", "redrawn")]
+    restore = next(event for event in events if event.name == "restore")
+    after = next(event for event in events if event.name == "redrawn" and event.trigger_after == restore._id)
+    filled = restore.fn(file)
+    values = {part.label: value for part, value in filled.items() if getattr(part, "label", None)}
+    assert values["Prompt"] == PROMPT and read_specs(values["Their settings, as in a batch row"]) == specs
+    assert values["Seed"] == int(seed) == 4 and next(v for p, v in filled.items() if isinstance(p, gr.Tabs))
+    names, drawn = after.fn(values["Their settings, as in a batch row"], 7)
+    assert names == ["StartpointFilter", "NegativeAway"] and drawn == 8
+
+
 @pytest.mark.parametrize(
     "settings",
     [
@@ -397,6 +427,37 @@ def test_a_rough_look_shows_the_picture_before_it_is_decoded(studio):
     assert guess is not None and np.corrcoef(look.ravel(), np.asarray(made, float).ravel())[0, 1] > 0.8
     assert preview.learn(type("Pipe", (), {"vae": None})()) is None
     assert "data:image/png" in preview.as_html("<b>", seen[-1]) and "<b>" not in preview.as_html("<b>", None)
+
+
+@pytest.mark.parametrize("kind", ["flux", "sd3"])
+def test_a_rough_look_comes_from_transformers_too(kind):
+    """Packed in tokens, or a grid under the name that transformers give it."""
+    pipe, seen = getattr(tiny_transformers, kind)(), []
+    guess = preview.learn(pipe)
+    assert guess is not None
+    with Studio(opener=lambda name, device: pipe).job("", "me", quiet) as job:
+        job.expect("a picture", 2)
+        pipe.transformer.register_forward_hook(lambda *_: seen.append(job.rough))
+        dg.generate(job.pipe, PROMPT, seed=1, steps=2, width=64, height=32)
+    assert all(isinstance(look, Image.Image) for look in seen) and len(seen) == 2
+
+
+def test_packed_latents_lie_as_their_positions_say_and_a_flow_counts_as_its_family():
+    latent, ids = torch.randn(1, 4, 4, 6), torch.zeros(6, 3)
+    ids[:, 1], ids[:, 2] = torch.arange(6) // 3, torch.arange(6) % 3
+    packed = startpoint.pack(latent)
+    for given in ({"img_ids": ids}, {"img_shapes": [[(1, 2, 3)]]}):
+        assert torch.equal(preview.spread(torch.cat([packed, packed], 1), given, 4), latent)
+    assert torch.equal(preview.spread(packed, {"img_ids": ids}, 16), packed.mT.unflatten(-1, (2, 3)))
+    assert preview.spread(packed, {}, 4) is None and preview.spread(packed, {"img_ids": ids}, 5) is None
+    flow, noise = FlowMatchEulerDiscreteScheduler(), torch.randn(1, 4, 4, 6)
+    for name, told_time in (("FluxTransformer2DModel", 0.4), ("SD3Transformer2DModel", 400.0)):
+        sample = 0.6 * latent + 0.4 * noise
+        found = preview.clean(flow, sample, noise - latent, told_time, FAMILIES[name].solve)
+        assert (found - latent).abs().max() < 1e-5
+    sample = 0.6 * latent + 0.4 * noise
+    found = preview.clean(flow, sample, latent - noise, 0.6, FAMILIES["ZImageTransformer2DModel"].solve)
+    assert (found - latent).abs().max() < 1e-5
 
 
 # -- Compose's forms ------------------------------------------------------------------------------------------------

@@ -7,6 +7,8 @@ from pathlib import Path
 import gradio as gr
 from gradio.themes.utils import colors, fonts, sizes
 
+ABSENT = "not on this model"
+"""The end of a choice's label that greys it out."""
 FAVICON = Path(__file__).parents[2] / "assets" / "examples" / "icon.png"
 
 
@@ -86,7 +88,9 @@ HEADER = f"""
 </header>
 """
 
-CSS = """
+CSS = f"""
+.dg-techniques li[aria-label$="{ABSENT}"] {{ opacity: .55; cursor: not-allowed; }}
+""" + """
 .gradio-container { max-width: 1180px !important; width: 100%; margin: 0 auto; }
 .gradio-container .grid-wrap { min-height: 0 !important; height: auto !important; padding-top: 44px !important; }
 .gradio-container .caption-label { font-size: .8rem; max-width: 96%; }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import gradio as gr
@@ -11,6 +11,7 @@ import gradio as gr
 from ...pipelines.families.support import unable
 from ..models import ONE_STEP, PICTUREBOOK, TRANSFORMER, embedded, suits
 from ..techniques import techniques
+from .looks import ABSENT
 from .parts import MODEL, Laid, visitor
 from .studio import Studio
 from .told import told
@@ -37,7 +38,7 @@ def wire(which: gr.Dropdown, studio: Studio, tabs: Sequence[Laid]) -> None:
     greyed = [part for tab in tabs for part, _ in tab.needs]
     notes = [tab.note for tab in tabs]
     turned = [part for tab in tabs if tab.knobs for part in (tab.knobs.steps, tab.knobs.guidance)]
-    lists = [tab.techniques for tab in tabs if tab.techniques]
+    lists = [part for tab in tabs if tab.techniques for part in (tab.techniques, tab.lacking)]
     usual = [part.value for part in turned]
 
     def choose(name: str, request: gr.Request, progress: gr.Progress = gr.Progress()) -> list[Any]:  # noqa: B008
@@ -47,13 +48,18 @@ def wire(which: gr.Dropdown, studio: Studio, tabs: Sequence[Laid]) -> None:
         keys = ["steps", "guidance"] * (len(turned) // 2)
         knobs = [gr.update(value=suited.get(key, value)) for key, value in zip(keys, usual, strict=True)]
         parts = [gr.update(interactive=need not in lacks) for tab in tabs for _, need in tab.needs]
-        left = gr.update(choices=[name for name in techniques() if name not in lacks])
-        return [*parts, *[said(tab, lacks) for tab in tabs], *knobs, *[left] * len(lists)]
+        listed = [gr.update(choices=offered(lacks)), lacks]
+        return [*parts, *[said(tab, lacks) for tab in tabs], *knobs, *listed * (len(lists) // 2)]
 
     which.change(
         told(choose), which, [*greyed, *notes, *turned, *lists], concurrency_id=MODEL, concurrency_limit=1,
         api_visibility="private", show_progress_on=[which],
     )  # fmt: skip
+
+
+def offered(lacks: Mapping[str, str]) -> list[tuple[str, str]]:
+    """Every technique for a list to choose from; `looks` greys out those that are said not to work on this model."""
+    return [(f"{name}: {ABSENT}" if name in lacks else name, name) for name in techniques()]
 
 
 def said(tab: Laid, lacks: dict[str, str]) -> Any:

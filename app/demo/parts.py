@@ -51,7 +51,8 @@ class Laid:
         needs: what is of no use where a model cannot do it: (component, plugin or task).
         note: where it is said what the model cannot do.
         knobs: of which steps and guidance follow the model; None where they do not.
-        techniques: where techniques are chosen. again: the event that follows when the fields were filled.
+        techniques: where techniques are chosen. lacking: what cannot be chosen there, with the reasons.
+        again: the event that follows when the fields were filled.
     """
 
     name: str
@@ -62,6 +63,7 @@ class Laid:
     note: gr.HTML
     knobs: Knobs | None = None
     techniques: gr.Dropdown | None = None
+    lacking: gr.State | None = None
     again: dict[str, Any] | None = None
 
 

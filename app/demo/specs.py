@@ -9,6 +9,7 @@ from typing import Any
 from ...attention.errors import SettingError
 from ..techniques import check
 from . import checks
+from .told import warn
 from .uploads import mask, picture
 
 MOST = 6
@@ -31,10 +32,17 @@ def starting_specs(names: list[str]) -> str:
     return as_lines([{"plugin": name, **STARTS.get(name, {})} for name in names])
 
 
-def rewritten(names: list[str], specs: str) -> str:
-    """The specs after the choice of techniques changed: what was written for the others stays."""
+def rewritten(names: list[str], specs: str, lacking: Mapping[str, str] | None = None) -> str:
+    """The specs after the choice of techniques changed: what was written for the others stays.
+
+    Args:
+        lacking: what the chosen model cannot do, with the reasons; it is told and does not come in.
+    """
     known: dict[str, Any] = {spec["plugin"]: spec for spec in read_specs(specs)}
-    return as_lines([known.get(name) or {"plugin": name, **STARTS.get(name, {})} for name in names])
+    refused = [name for name in names if name in (lacking or {}) and name not in known]
+    warn([f"{name}: {lacking[name]}" for name in refused] if lacking else [])
+    kept = [name for name in names if name not in refused]
+    return as_lines([known.get(name) or {"plugin": name, **STARTS.get(name, {})} for name in kept])
 
 
 def as_lines(specs: list[dict[str, Any]]) -> str:

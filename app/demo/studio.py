@@ -14,9 +14,12 @@ import torch
 from PIL import Image
 
 from ...attention.errors import GraftError, SettingError
+from ...pipelines.families.family import HIDDEN
+from ...pipelines.families.loop import solve_of
+from ...pipelines.families.solve import Solve
 from ..models import EMBEDDED, PICTUREBOOK, denoiser_of, open_model
 from .checks import text
-from .preview import Guess, clean, learn
+from .preview import Guess, clean, learn, spread
 
 LOOKS = 8
 """Rough looks at a picture while it is made."""
@@ -41,7 +44,7 @@ class Job:
         self.pipe, self._stop, self._tell, self._guess = pipe, stop, tell, guess
         self.warnings: list[str] = []
         self.doing, self.rough = "", None
-        self._sample: torch.Tensor | None = None
+        self._inputs: dict[str, Any] = {}
         self._what, self._steps, self._done, self._time = "", 1, 0, None
 
     def expect(self, what: str, steps: int) -> None:
@@ -60,19 +63,28 @@ class Job:
             self._time, self._done = time, min(self._done + 1, self._steps)
             self.doing = f"{self._what}: step {self._done} of {self._steps}"
             self._tell((self._done, self._steps), self._what)
-        self._sample = kwargs.get("sample", args[0] if args else None)
+        self._inputs = kwargs | ({"sample": args[0]} if args else {})
 
     def after(self, module: Any, args: tuple[Any, ...], output: Any) -> None:
         """Runs after each call of the denoiser: every few steps a rough look at what it sees."""
-        sample, every = self._sample, max(1, self._steps // LOOKS)
-        if self._guess is None or self._time is None or self._done % every or not isinstance(sample, torch.Tensor):
+        inputs, self._inputs = self._inputs, {}
+        if self._guess is None or self._time is None or self._done % max(1, self._steps // LOOKS):
             return
-        found = output if isinstance(output, torch.Tensor) else output[0]
-        channels = len(self._guess.weights) - 1
-        if isinstance(found, torch.Tensor) and sample.ndim == found.ndim == 4 and sample.shape[1] >= channels:
-            row = len(sample) - 1  # of [unconditional, conditional] the latter; a plugin's own rows come behind
-            latent = clean(self.pipe.scheduler, sample[row, :channels].float(), found[row].float(), self._time)
-            self.rough = self._guess.picture(latent)
+        sample, found = inputs.get("sample", inputs.get(HIDDEN)), output if torch.is_tensor(output) else output[0]
+        if torch.is_tensor(sample) and torch.is_tensor(found):
+            self._look(sample, found, inputs, self._guess, self._time, solve_of(module))
+
+    def _look(
+        self, sample: torch.Tensor, found: torch.Tensor, inputs: dict[str, Any], guess: Guess, time: float,
+        solve: Solve | None,
+    ) -> None:  # fmt: skip
+        channels = len(guess.weights) - 1
+        seen = [spread(x, inputs, channels) if x.ndim == 3 else x for x in (sample, found)]
+        grids = [x for x in seen if x is not None and x.ndim == 4 and x.shape[1] >= channels]
+        if len(grids) == 2:
+            row = len(grids[0]) - 1  # of [unconditional, conditional] the latter; a plugin's own rows come behind
+            before, after = (x[row].float() for x in grids)
+            self.rough = guess.picture(clean(self.pipe.scheduler, before[:channels], after, time, solve))
 
 
 class Studio:

@@ -19,6 +19,7 @@ from .specs import MOST, read_specs, rewritten, starting_specs, with_uploads
 from .studio import Studio
 from .told import told
 
+AT_ONCE: dict[str, Any] = {"api_visibility": "private", "queue": False}
 PROMPT = "a house and a tree and a star , snow"
 FIRST = ["AttentionSegregation", "NegativeAway"]
 
@@ -41,7 +42,9 @@ class ComposeTab:
                 chosen = gr.Dropdown(
                     list(techniques()), value=FIRST, multiselect=True, max_choices=MOST, label="Techniques",
                     info="Their order is the order of their edits, where two are of equal rank",
+                    elem_classes="dg-techniques",
                 )  # fmt: skip
+                lacking = gr.State({})
                 specs = gr.Code(
                     starting_specs(FIRST), language="json", label="Their settings, as in a batch row", lines=6,
                     max_lines=16, wrap_lines=True, show_line_numbers=False, buttons=["copy"], render=False,
@@ -51,7 +54,7 @@ class ComposeTab:
                     specs.render()
                 again = {"fn": redrawn, "inputs": [specs, drawn], "outputs": [chosen, drawn], **REDRAWING}
                 specs.blur(**again | {"fn": told(redrawn)})
-                turned = chosen.input(told(rewritten), [chosen, specs], specs, api_visibility="private", queue=False)
+                turned = chosen.input(told(rewritten), [chosen, specs, lacking], specs, **AT_ONCE)
                 turned.success(**again)
                 with gr.Accordion('Pictures for "upload"', open=False), gr.Row():
                     mask, style = parts.upload("ball-mask", "Mask"), parts.upload("mosaic", "Style")
@@ -75,7 +78,7 @@ class ComposeTab:
         runs.close()
         names = ["prompt", "plugins", "mask", "style", "steps", "guidance", "count", "seed", "model"]
         fields = dict(zip(names, inputs, strict=True))
-        return Laid(self.name, pictures, [painted], fields, [], note, knobs, chosen, again)
+        return Laid(self.name, pictures, [painted], fields, [], note, knobs, chosen, lacking, again)
 
     def compose(
         self,
