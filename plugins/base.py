@@ -100,6 +100,29 @@ class Text:
     pooled: Mapping[str, torch.Tensor] = field(default_factory=dict[str, torch.Tensor])
 
 
+@dataclass(frozen=True)
+class Words:
+    """Texts of the conditional rows as the running call gives them to the denoiser.
+
+    Attributes:
+        rows: one a row, [L, D], or [L, layers, D]; some models take rows of different lengths.
+        mask: [n, L] boolean, False at padding that the model hides from attention; None where it hides none.
+        pooled: those that pool a text into one vector, by argument, [n, P].
+        given: the pipeline's own tensors, the same objects as long as the pipeline gives the same.
+    """
+
+    rows: Sequence[torch.Tensor]
+    mask: torch.Tensor | None = None
+    pooled: Mapping[str, torch.Tensor] = field(default_factory=dict[str, torch.Tensor])
+    given: Sequence[torch.Tensor] = ()
+
+    def same(self, other: Words | None) -> bool:
+        """Whether the pipeline gave the very same."""
+        return other is not None and len(self.given) == len(other.given) and all(
+            a is b for a, b in zip(self.given, other.given, strict=True)
+        )  # fmt: skip
+
+
 class Session(Protocol):
     """What a graft hands to its plugins. Everything but `layers` and `pictures` is only valid while sampling."""
 
@@ -160,8 +183,22 @@ class Session(Protocol):
         """
         ...
 
-    def encode(self, texts: Sequence[str], *, keep: bool = True) -> Text:
-        """The texts by the pipeline's own encoders, as its denoiser takes them; remembered unless `keep` is False."""
+    @property
+    def words(self) -> Words:
+        """Texts of the conditional rows of the running call, as the pipeline gives them."""
+        ...
+
+    @property
+    def rewords(self) -> bool:
+        """Whether `Plugin.reword` is served: a word of the prompt is columns of the text, and of nothing else."""
+        ...
+
+    def encode(self, texts: Sequence[str], *, keep: bool = True, prompts: bool = False) -> Text:
+        """The texts by the pipeline's own encoders, as its denoiser takes them; remembered unless `keep` is False.
+
+        Args:
+            prompts: as it reads a prompt, where it reads a negative in another way.
+        """
         ...
 
     def remember(self, key: Any, make: Callable[[], Made]) -> Made:
@@ -172,6 +209,16 @@ class Session(Protocol):
 
     def knows(self, text: str) -> bool:
         """Whether the tokenizer reads the text without an unknown token."""
+        ...
+
+    def pooled(self, text: str, *, masked: bool = False) -> torch.Tensor:
+        """A text as the one vector that the first text encoder pools it into, [1, D].
+
+        Args:
+            masked: of each of its n tokens in turn, the text with token 0 in its place, [n, D].
+        Raises:
+            UnsupportedPipelineError: a text encoder that pools nothing.
+        """
         ...
 
     def encode_text(self, texts: Sequence[str]) -> torch.Tensor:
@@ -284,6 +331,15 @@ class Plugin:
         Elsewhere they are in `Step.heard`, as the layers that attend to text get them.
         """
         return ()
+
+    def reword(self, step: Step, words: Words) -> Words | None:
+        """Other embeddings in the place of the prompt's, or None to leave them; see `Session.rewords`.
+
+        Args:
+            words: of the conditional rows, as the pipeline or an earlier plugin gives them. What is returned has the
+                same shapes; the same object at the next step saves the work of putting it in again.
+        """
+        return None
 
     def branches(self, step: Step) -> Sequence[Branch]:
         """Extra rows wanted at this step."""

@@ -1,7 +1,8 @@
 """ConceptBlock: a concept that the model must not draw, without training, in prompts that ask for it and in no others.
 
-"contrast" is of this project; "adavd" is AdaVD (arXiv 2412.06143), "nasa" is `NegativeAway` behind the same gate. The
-idea to decide first whether a prompt holds the concept at all is of "Interpret then Deactivate" (arXiv 2503.09446).
+"contrast" is of this project; "adavd" is AdaVD (arXiv 2412.06143), "safree" is SAFREE (arXiv 2410.12761), "nasa" is
+`NegativeAway`, all behind the same gate. The idea to decide first whether a prompt holds the concept at all is of
+"Interpret then Deactivate" (arXiv 2503.09446).
 """
 
 from __future__ import annotations
@@ -13,16 +14,18 @@ from ..attention.edit import Edit
 from ..attention.errors import SettingError, SettingTypeError, UnsupportedPipelineError
 from ..attention.layer import AttentionLayer
 from ..attention.step import Step
-from .base import Plugin, Session, Text, finite
+from .base import Plugin, Session, Text, Words, finite
 from .concept_bank import Bank, make_bank
 from .concept_edits import Blocking, SteeredWhere, Taken
 from .concept_find import Finding
+from .concept_words import Rewording
 from .negative_away import NegativeAway
 from .negative_edits import Call, CrossAway, Steering
 
-Rule = Literal["contrast", "adavd", "nasa"]
+Rule = Literal["contrast", "adavd", "nasa", "safree"]
+Space = Literal["values", "embeddings"]
 Concepts = str | Sequence[str] | Mapping[str, Sequence[str]]
-RULES = ("contrast", "adavd", "nasa")
+RULES = ("contrast", "adavd", "nasa", "safree")
 STRENGTHS = {"contrast": 1.2}
 """Strengths by rule, 1 for the others. On the picture book 1 leaves 8% of the colours, 1.15 to 2 none; from 1.5 on
 other things suffer."""
@@ -33,14 +36,18 @@ class ConceptBlock(Plugin):
 
     Everything is geometry of the text embeddings that reach the denoiser, so how a prompt is written, weighted or
     encoded makes no difference, and embeddings in its place are looked at alike. It is decided once a pipeline call;
-    nothing is added to a step but one subtraction in each cross-attention layer. The first call with a concept
+    nothing is added to a step but one subtraction in each cross-attention layer, and nothing at all where the concept
+    is taken out of the embeddings themselves. The first call with a concept
     encodes a few hundred short texts, which are kept as long as the text encoders stay what they are.
 
     Args:
         concepts: a word or short phrase, a list of them, or a mapping phrase -> what means the same.
         rule: "contrast": the concept's part of a text's values is taken out at the columns that hold it, at the
             `reach` columns behind it and at the text's end. "adavd": as published, at every column. "nasa": steered
-            away from inside attention.
+            away from inside attention. "safree": as published, in the text's embeddings, for as many steps as its own
+            filter says (0 ... 10); for pipelines with one CLIP.
+        space: "values": in the values of each cross-attention layer. "embeddings": in the text's embeddings and its
+            pooled vector, before the model. None: values where there is cross-attention, embeddings elsewhere.
         threshold: from which score on a prompt holds a concept, -2 ... 2, see `nearness`; -2 is always. None:
             between the scores of short texts with and without it, measured by the pipeline's own encoder.
         strength: 0 ... 10, 0 is neutral; 1 takes the concept's part out. None: 1.2 for "contrast", as the column next
@@ -51,7 +58,7 @@ class ConceptBlock(Plugin):
         start, end: fractions of the steps.
     Raises:
         SettingError, SettingTypeError: a value out of range. ConceptError: while sampling, a concept that is no word
-            of the text encoder. UnsupportedPipelineError: at attach, a model without cross-attention.
+            of the text encoder. UnsupportedPipelineError: a model whose text the rule cannot reach.
     Example:
         >>> with dg.graft(pipe, dg.ConceptBlock("star")) as g:
         ...     image = pipe("a red star and a blue ball , sky").images[0]
@@ -60,11 +67,13 @@ class ConceptBlock(Plugin):
 
     def __init__(
         self, concepts: Concepts, *, rule: Rule = "contrast", threshold: float | None = None,
-        strength: float | None = None, replace: str | None = None, reach: int = 2, start: float = 0.0, end: float = 1.0,
+        strength: float | None = None, replace: str | None = None, reach: int = 2, space: Space | None = None,
+        start: float = 0.0, end: float = 1.0,
     ) -> None:  # fmt: skip
         super().__init__(start=start, end=end)
         if rule not in RULES:
             raise SettingError(f"rule={rule!r}: choose one of {', '.join(RULES)}")
+        self.space: Space | None = check_space(space, rule)
         if isinstance(reach, bool) or not isinstance(reach, int) or reach < 0:  # pyright: ignore[reportUnnecessaryIsInstance]
             raise SettingError(f"reach={reach!r}: a whole number of columns, 0 or more, is needed")
         if replace is not None and (rule != "contrast" or not isinstance(replace, str) or not replace.strip()):  # pyright: ignore[reportUnnecessaryIsInstance]
@@ -83,13 +92,32 @@ class ConceptBlock(Plugin):
         return not self.groups or self.strength == 0
 
     def bind(self, session: Session) -> None:
-        if not self.neutral and not any(layer.kind == "cross" for layer in session.layers):
+        self._inside = inside = self.in_values(session)
+        if not inside and not self.neutral and not session.rewords:
             raise UnsupportedPipelineError(
-                "ConceptBlock works in cross-attention, which this model does not have: use NegativeAway, which steers "
-                "away from a text in joint attention too"
+                f"ConceptBlock does not reach the text of {session.family}, where a word of the prompt is more than "
+                "columns of one text: use NegativeAway, which steers away from a text in joint attention too"
             )
 
+    def in_values(self, session: Session) -> bool:
+        """Whether it works in cross-attention, or else on the text itself.
+
+        Raises:
+            UnsupportedPipelineError: it has to, and there is none.
+        """
+        across = any(layer.kind == "cross" for layer in session.layers)
+        space = "embeddings" if self.rule == "safree" else self.space
+        needed = space == "values" or self.rule in ("adavd", "nasa")
+        if needed and not across and not self.neutral:
+            raise UnsupportedPipelineError(
+                f"ConceptBlock(rule={self.rule!r}, space={self.space!r}) works in cross-attention, which this model "
+                "does not have: use rule='contrast' with space='embeddings', or NegativeAway"
+            )
+        return across and space != "embeddings"
+
     def edits(self) -> Sequence[Edit]:
+        if not self._inside:
+            return ()
         return (BlockValues(self),) if self.away is None else (BlockAway(self, self.away),)
 
     def begin(self, session: Session, step: Step) -> None:
@@ -100,9 +128,15 @@ class ConceptBlock(Plugin):
             return session.remember(key, lambda: make_bank(session, group, blocked, self.replace))
 
         finding = Finding(self.rule, self.threshold, self.strength, self.reach)
-        state = Blocking(session, [group[0] for group in self.groups], [bank(group) for group in self.groups], finding)
-        state.look(step)
-        step.notes[self] = state
+        names, inside = [group[0] for group in self.groups], self.in_values(session)
+        state = Blocking(session, names, [bank(group) for group in self.groups], finding, inside)
+        state.look(session.words)
+        if not inside and session.prompt.second and session.words.pooled:
+            raise UnsupportedPipelineError(
+                "ConceptBlock looks for a concept in the text, and the pooled text is of another prompt here: leave "
+                "prompt_2= out"
+            )
+        step.notes[self] = state if inside else Rewording(state, blocked)
         texts = session.prompt.texts
         told = state.told(None if texts is None else [session.tokens(text) for text in texts])
         self.tell(session, lambda: told)
@@ -112,8 +146,12 @@ class ConceptBlock(Plugin):
     def streams(self, step: Step) -> Sequence[Text]:
         return () if self.away is None else self.away.streams(step)
 
+    def reword(self, step: Step, words: Words) -> Words | None:
+        held = step.notes[self]
+        return held.words(step, words) if isinstance(held, Rewording) else None
+
     def call(self, step: Step) -> Blocking:
-        """What the pipeline call of this step holds."""
+        """What the pipeline call of this step holds, where it works in cross-attention."""
         return step.notes[self]
 
 
@@ -163,8 +201,21 @@ def is_open(plugin: ConceptBlock, step: Step) -> bool:
     if step.phase != "predict" or "cond" not in step.rows:
         return False
     state = plugin.call(step)
-    state.look(step)
+    state.look(state.session.words)
     return state.open
+
+
+def check_space(space: Any, rule: str) -> Any:
+    """`space`, where the rule works there.
+
+    Raises:
+        SettingError: another word, or a rule of another space.
+    """
+    if space not in (None, "values", "embeddings"):
+        raise SettingError(f"space={space!r}: 'values' or 'embeddings' is needed")
+    if space == ("values" if rule == "safree" else "embeddings") and rule != "contrast":
+        raise SettingError(f"space={space!r}: rule={rule!r} works elsewhere; leave space= out")
+    return space
 
 
 def check_groups(concepts: Any) -> list[list[str]]:

@@ -12,8 +12,7 @@ from ..attention.call import AttentionCall
 from ..attention.edit import Edit
 from ..attention.layer import AttentionLayer
 from ..attention.sequence import placed
-from ..attention.step import Step
-from .base import Session, Text
+from .base import Session, Text, Words
 from .concept_bank import Bank
 from .concept_find import Finding, Removal, find
 from .concept_geometry import adavd, contrast
@@ -29,7 +28,8 @@ class Blocking:
     Attributes:
         found: by picture, one a concept; a score alone where the picture's text does not hold it.
         gate: [pictures], whose text holds a concept.
-        seen: the text that this was decided for. version: rises when it changes.
+        inside: whether the concept leaves the values of cross-attention; it leaves the text itself where not.
+        seen: the texts that this was decided for. version: rises when they change.
         deltas: by layer, what is subtracted from the values of the whole batch.
     """
 
@@ -37,9 +37,10 @@ class Blocking:
     names: Sequence[str]
     banks: Sequence[Bank]
     settings: Finding
+    inside: bool = True
     found: list[list[Removal | float]] = field(default_factory=list[list[Removal | float]])
     gate: torch.Tensor = _UNKNOWN
-    seen: torch.Tensor | None = None
+    seen: Words | None = None
     version: int = 0
     deltas: dict[str, tuple[Any, torch.Tensor]] = field(default_factory=dict[str, tuple[Any, torch.Tensor]])
 
@@ -52,28 +53,28 @@ class Blocking:
         """What is taken out of a picture's text."""
         return [one for one in self.found[picture] if isinstance(one, Removal)]
 
-    def look(self, step: Step) -> None:
-        """Decide for the text that the denoiser gets; again only where it became another one."""
-        text = self.session.text
-        if text is self.seen:
+    def look(self, words: Words) -> None:
+        """Decide for the texts that the denoiser gets; again only where they became others."""
+        if words.same(self.seen):
             return
-        rows, prompt = text.detach()[step.rows["cond"]], self.session.prompt
+        rows, prompt = [row.detach().flatten(1) for row in words.rows], self.session.prompt
         # Words of a second prompt, and of embeddings, may stand at any column.
         known = None if prompt.second else prompt.texts
         found: list[list[Removal | float]] = []
         for i, row in enumerate(rows):
             same = i > 0 and torch.equal(row, rows[i - 1])  # pictures of one prompt
             end = None if known is None else self.session.token_range(known[i]).stop
-            found.append(found[-1] if same else [self._find(row, bank, end) for bank in self.banks])
-        self.found, self.seen, self.version = found, text, self.version + 1
-        self.gate = torch.tensor([bool(self.removals(i)) for i in range(len(found))], device=text.device)
+            mask = None if words.mask is None else words.mask[i]
+            found.append(found[-1] if same else [self._find(row, bank, end, mask) for bank in self.banks])
+        self.found, self.seen, self.version = found, words, self.version + 1
+        self.gate = torch.tensor([bool(self.removals(i)) for i in range(len(found))], device=rows[0].device)
 
-    def _find(self, row: torch.Tensor, bank: Bank, end: int | None) -> Removal | float:
-        """With its texts as the cross-attention layers get them."""
-        one = find(row, bank, self.settings, end)
+    def _find(self, row: torch.Tensor, bank: Bank, end: int | None, mask: torch.Tensor | None) -> Removal | float:
+        """With its texts as the cross-attention layers get them, or as they reach the denoiser."""
+        one = find(row, bank, self.settings, end, mask)
         if not isinstance(one, Removal):
             return one
-        texts = self.session.layer_text(Text(one.texts)).embeddings
+        texts = self.session.layer_text(Text(one.texts)).embeddings if self.inside else one.texts
         if self.settings.rule == "contrast":  # what projects them is linear: the mean of the stand-ins is enough
             texts = torch.stack([texts[0], texts[1:].mean(0)])
         return replace(one, texts=texts)
@@ -97,16 +98,11 @@ class Blocking:
         for i, value in enumerate(v):
             left = value
             for removal in self.removals(i % len(self.found)):
-                left = self._without(left, projected[id(removal)], removal.weight)
+                left = without(left, projected[id(removal)], removal.weight, self.settings.rule)
             taken.append((value - left).to(value.dtype))
         delta = torch.zeros_like(call.v)
         delta[rows] = torch.stack(taken).unflatten(-1, (call.v.shape[1], -1)).transpose(1, 2)
         return delta
-
-    def _without(self, v: torch.Tensor, values: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        if self.settings.rule == "adavd":
-            return adavd(v, values, weight)
-        return contrast(v, values[0], values[1], weight)
 
     def _projected(self, call: AttentionCall) -> dict[int, torch.Tensor]:
         """Values [T, L, H * D] of each removal's texts in this layer, by its id; projected together."""
@@ -173,6 +169,11 @@ class SteeredWhere(SteeredCross):
         gate = for_rows(self.gate, len(out[rows]), self.pictures)
         assert gate is not None
         return placed(out, rows, torch.where(gate[:, None, None, None], steered[rows], out[rows]))
+
+
+def without(v: torch.Tensor, texts: torch.Tensor, weight: torch.Tensor, rule: str) -> torch.Tensor:
+    """v [L, D] without the concept, at least float32; texts as in `Removal`, the stand-ins' mean for "contrast"."""
+    return adavd(v, texts, weight) if rule == "adavd" else contrast(v, texts[0], texts[1], weight)
 
 
 def joined_heads(v: torch.Tensor) -> torch.Tensor:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -29,27 +30,34 @@ class Removal:
         texts: [T, L, D]: "contrast", the concept and then its stand-ins; "adavd", the concept's phrases.
         weight: [L], strength at each column.
         columns: where the concept stands. score: the highest.
+        pooled: the concept's and then its stand-ins' texts as one vector, by the denoiser's argument, [T, ...].
     """
 
     texts: torch.Tensor
     weight: torch.Tensor
     columns: list[int]
     score: float
+    pooled: Mapping[str, torch.Tensor] = field(default_factory=dict[str, torch.Tensor])
 
 
-def find(text: torch.Tensor, bank: Bank, settings: Finding, end: int | None = None) -> Removal | float:
+def find(
+    text: torch.Tensor, bank: Bank, settings: Finding, end: int | None = None, mask: torch.Tensor | None = None
+) -> Removal | float:
     """What to take out of a text for a concept, or its highest score where that is below the threshold.
 
     Args:
         text: [L, D] as the denoiser takes it; of several contexts of the encoder, each is looked at by itself.
         end: column of the end mark where it is known; behind it no word is looked for, and what the concept leaves
             there is taken out too.
+        mask: [L] boolean, False at padding, where no word is looked for either.
     """
     length = len(text)
     context = bank.others.shape[1]
     parts = F.pad(text, (0, 0, 0, -length % context)).unflatten(0, (-1, context))
     scores = torch.stack([phrase_nearness(parts, p.own.to(text), bank.others.to(text)) for p in bank.phrases])
     scores[..., end if end is not None and len(parts) == 1 else context :] = -2.0
+    if mask is not None:
+        scores.flatten(1)[:, :length].masked_fill_(~mask.to(scores.device), -2.0)
     threshold = bank.threshold if settings.threshold is None else settings.threshold
     highest = float(scores.max())
     if highest < threshold:
@@ -58,7 +66,17 @@ def find(text: torch.Tensor, bank: Bank, settings: Finding, end: int | None = No
     made = [make(part, bank, scores[:, i], threshold, settings.reach, end) for i, part in enumerate(parts)]
     texts, weight = torch.cat([m[0] for m in made], 1)[:, :length], torch.cat([m[1] for m in made])[:length]
     columns = [i * context + column for i, m in enumerate(made) for column in m[2]]
-    return Removal(texts.to(text), settings.strength * weight.to(text), columns, highest)
+    return Removal(texts.to(text), settings.strength * weight.to(text), columns, highest, _pooled(bank, scores))
+
+
+def _pooled(bank: Bank, scores: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Of texts that end where the concept is surest, [T, ...] by argument."""
+    best = bank.phrases[int(scores.flatten(1).amax(1).argmax())]
+    column = int(scores.amax((0, 1)).argmax()) + len(best.own) - 1
+    return {
+        name: torch.stack([phrase.pooled_at(name, column) for phrase in (best, *bank.stand_ins)])
+        for name in best.pooled
+    }
 
 
 Made = tuple[torch.Tensor, torch.Tensor, list[int]]
@@ -82,11 +100,10 @@ def _composed(
         return texts, torch.zeros(len(part)), []
     best = bank.phrases[int(scores.amax(1).argmax())]
     end = len(part) if end is None else end
-    if best.tails is not None and 0 < end < len(part):
-        texts[0, end:] = best.tails[end - 1, end:]
-        for text, word in zip(texts[1:], bank.stand_ins, strict=True):
-            assert word.tails is not None
-            text[end:] = word.tails[end - 1, end:]
+    if 0 < end < len(part):
+        for text, phrase in zip(texts, (best, *bank.stand_ins), strict=True):
+            tail = phrase.tail(end)[: len(part) - end]
+            text[end : end + len(tail)] = tail
     held = _held(scores, bank, threshold)
     behind = {i + n for i in held for n in range(1, reach + 1)} & set(range(end))
     for column in sorted(behind):

@@ -235,8 +235,9 @@ def test_wrong_settings_say_so(student):
             dg.ConceptBlock(wrong)
     with pytest.raises(dg.SettingError):
         dg.ConceptBlock(["star", " "])
-    with pytest.raises(dg.UnsupportedPipelineError, match="NegativeAway"):
-        dg.graft(tt.flux(), dg.ConceptBlock("star")).attach()
+    for wrong in ({"space": "text"}, {"rule": "adavd", "space": "embeddings"}, {"rule": "safree", "space": "values"}):
+        with pytest.raises(dg.SettingError, match="space="):
+            dg.ConceptBlock("star", **wrong)
     with pytest.raises(dg.ConceptError):
         draw(student, "a star", dg.ConceptBlock("a red star and a blue ball , sky , mosaic style"))
 

@@ -29,7 +29,7 @@ class Found(ConceptBlock):
         weight = text.new_ones(text.shape[1])
         state = Blocking(session, self.groups, [], Finding(self.rule, None, self.strength, self.reach))
         state.found = [[Removal(text[:1].expand(2, -1, -1), weight, [1], 1.0) for _ in self.groups]]
-        state.seen = text
+        state.seen = session.words
         step.notes[self] = state
 
 

@@ -15,7 +15,7 @@ from ...attention.call import TextCall
 from ...attention.errors import SettingError, UnsupportedPipelineError
 from ...attention.layer import AttentionLayer, find_layers
 from ...attention.step import Rows
-from ...plugins.base import Text
+from ...plugins.base import Text, Words
 from ...plugins.rotary import Rotary
 from .modular import encoders as modular_encoders
 from .modular import is_modular
@@ -26,6 +26,7 @@ from .words import own_words
 Inputs = dict[str, Any]
 """One denoiser call, every argument by name."""
 _ASKS = TextCall()
+_POOLED = ("pooled_projections", "pooled_embeds")
 
 
 class Adapter:
@@ -204,6 +205,33 @@ class Adapter:
         """The same call with another text, whose rows are those of `inputs`."""
         return {**inputs, self.text: text.embeddings, **text.more}
 
+    @property
+    def rewords(self) -> bool:
+        """Whether a plugin may change the prompt's embeddings: a word is columns of the text, and of nothing else."""
+        return False
+
+    def text_mask(self, inputs: Inputs) -> torch.Tensor | None:
+        """[B, L] boolean, False at padding of the text; None where the call says nothing of it."""
+        return None
+
+    def words(self, inputs: Inputs, rows: slice) -> Words:
+        """Texts of some rows."""
+        text, mask = inputs[self.text], self.text_mask(inputs)
+        pooled = {name: value for name in _POOLED if isinstance(value := inputs.get(name), torch.Tensor)}
+        given = [*(text if isinstance(text, list) else [text]), *pooled.values()]
+        pooled = {name: value[rows] for name, value in pooled.items()}
+        return Words([*text[rows]], None if mask is None else mask[rows], pooled, given)
+
+    def reworded(self, inputs: Inputs, rows: slice, words: Words) -> Inputs:
+        """The same call in which some rows have other embeddings of the same shape."""
+        text = inputs[self.text]
+        new = [row.to(like) for row, like in zip(words.rows, text[rows], strict=True)]
+        whole = [*text[: rows.start], *new, *text[rows.stop :]]
+        changed = {self.text: whole if isinstance(text, list) else torch.stack(whole)}
+        for name, value in words.pooled.items():
+            changed[name] = torch.cat([inputs[name][: rows.start], value.to(inputs[name]), inputs[name][rows.stop :]])
+        return inputs | changed
+
     def with_words(self, inputs: Inputs, rows: slice, text: Text) -> Inputs:
         """The same call in which some rows have another text, of n = 1 or one for each prompt, with its pooled form.
 
@@ -305,6 +333,10 @@ class Adapter:
             UnsupportedPipelineError: a model that puts its text in another order, where words have no columns.
         """
         return prompt
+
+    def as_prompts(self, texts: Sequence[str]) -> Sequence[str]:
+        """What `encode_text` has to be given for what the pipeline makes of these prompts."""
+        return texts
 
     @property
     def dropped(self) -> int:

@@ -230,6 +230,16 @@ class DeclaredAdapter(Adapter):
             told |= {parameter: held[0]} if held else {}
         return told
 
+    @property
+    def rewords(self) -> bool:
+        return self.spec.rewords
+
+    def text_mask(self, inputs: Inputs) -> torch.Tensor | None:
+        mask, text = inputs.get(self.spec.mask or ""), inputs[self.text]
+        if not isinstance(mask, torch.Tensor) or mask.ndim != 2 or not isinstance(text, torch.Tensor):
+            return None
+        return mask[:, : text.shape[1]].bool()  # Chroma's goes on over the image
+
     def with_text(self, inputs: Inputs, text: Text) -> Inputs:
         """The same call with another text, whose rows are those of `inputs`."""
         spec = self.spec
@@ -302,6 +312,9 @@ class DeclaredAdapter(Adapter):
                 "of their own: give no words to a plugin here"
             )
         return prompt if self.spec.wrap is None else self.spec.wrap(self.pipe, prompt)
+
+    def as_prompts(self, texts: Sequence[str]) -> Sequence[str]:
+        return [self.wrapped(text) for text in texts] if self.spec.as_negative else texts
 
     @property
     def dropped(self) -> int:

@@ -115,6 +115,7 @@ class Family:
         wrap: (pipe, prompt) -> what is really read, where a pipeline puts a prompt into a template.
         dropped: attribute of the pipeline, or of its text block, with how many tokens of the template are taken off.
         columns: the tokenizer's columns are the text's; False where texts are put in another order.
+        rewords: and nothing else but a pooled vector holds the prompt, so that a plugin may change its embeddings.
         tokenizer: the pipeline's attribute, prompt: the call's argument whose tokens the columns are.
         latent: how latents lie in the sample.
         linear: the image attends to itself linearly, so that there are no logits to edit.
@@ -160,6 +161,7 @@ class Family:
     wrap: Callable[[Any, str], str] | None = None
     dropped: str = ""
     columns: bool = True
+    rewords: bool = False
     tokenizer: str = "tokenizer"
     prompt: str = "prompt"
     latent: Latent = Latent()

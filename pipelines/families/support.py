@@ -37,8 +37,8 @@ def _refusals(denoiser: str, family: Family) -> Iterator[tuple[str, str]]:
     unet, across = family.name == "unet", family.how in (None, "cross")
     if not family.columns:
         yield from dict.fromkeys(_WORDS, f"{denoiser} puts its text in another order, so words have no columns").items()
-    if not across:
-        yield "ConceptBlock", "it works in cross-attention, which this family does not have"
+    if not across and not family.rewords:
+        yield "ConceptBlock", "a word of its prompt is more than columns of one text, or nobody has looked"
     if not (unet or family.solve):
         yield from dict.fromkeys(("stylize", "invert"), f"how its pipeline loops is not known of {denoiser}").items()
     if not (unet or (family.solve and family.solve.pipelines)):

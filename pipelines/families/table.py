@@ -38,7 +38,7 @@ FAMILIES: dict[str, Family | Refused] = {
     ),
     "FluxTransformer2DModel": Family(
         "flux", _two(_ROPE), ids=("txt_ids", ()), encode=odd.with_lora(2, 1), guidance="apart", flag="do_true_cfg",
-        modular=_POOLED, tokenizer="tokenizer_2", prompt="prompt_2",
+        modular=_POOLED, rewords=True, tokenizer="tokenizer_2", prompt="prompt_2",
         latent=Latent("packed"), rotary=("axes_dims_rope", 10000.0),
         solve=Solve(
             solve.flux, shift=solve.by_cells, handed="packed", pipelines=("FluxPipeline",), guided_by="true_cfg_scale"
@@ -58,7 +58,7 @@ FAMILIES: dict[str, Family | Refused] = {
         mask="encoder_hidden_states_mask", encoded={TEXT: 0, "encoder_hidden_states_mask": 1},
         modular=_EMBEDS | {"encoder_hidden_states_mask": "prompt_embeds_mask"},
         settings={"image": "prompt_image|condition_images"}, guidance="apart", flag="do_true_cfg",
-        wrap=odd.template, dropped="prompt_template_encode_start_idx",
+        wrap=odd.template, dropped="prompt_template_encode_start_idx", rewords=True,
         latent=Latent("packed", cells=True, scale="channel"), rotary=("axes_dims_rope", 10000.0),
         solve=Solve(
             solve.qwen, shift=solve.by_cells, handed="packed", pipelines=("QwenImagePipeline",),
@@ -66,11 +66,11 @@ FAMILIES: dict[str, Family | Refused] = {
         ),
     ),
     "PixArtTransformer2DModel": Family(
-        "pixart", _across("transformer_blocks", (Along("encoder_attention_mask", 2),)), mask="encoder_attention_mask",
+        "pixart", _across("transformer_blocks", _TEXT_MASK), mask=_M, rewords=True,
         encoded={TEXT: 0, "encoder_attention_mask": 1}, solve=Solve(solve.pixart, "steps", sigmas=False),
     ),
     "SanaTransformer2DModel": Family(
-        "sana", _across("transformer_blocks", _TEXT_MASK), mask="encoder_attention_mask",
+        "sana", _across("transformer_blocks", _TEXT_MASK), mask="encoder_attention_mask", rewords=True,
         encoded={TEXT: 0, "encoder_attention_mask": 1}, linear=True,
         solve=Solve(solve.masked, "scaled", sigmas=False),
     ),
@@ -80,7 +80,7 @@ FAMILIES: dict[str, Family | Refused] = {
         sample="x", timestep="t", text="cap_feats", text_first=False, alone=_REFINED, guidance="cond, uncond",
         flag="apply_cfg", encode=odd.z_image_encode, modular={"cap_feats": "prompt_embeds"},
         place=odd.z_image_place, lengths=odd.z_image_lengths, tokens=odd.z_image_tokens,
-        wrap=odd.chat(True), latent=Latent("list"), residuals=("controlnet_block_samples",),
+        wrap=odd.chat(True), rewords=True, latent=Latent("list"), residuals=("controlnet_block_samples",),
         rotary=("axes_dims", "rope_theta"),
         refuse=((odd.nested, "mixes several texts and pictures in its omni mode: use ZImagePipeline"),),
         solve=Solve(
@@ -89,7 +89,8 @@ FAMILIES: dict[str, Family | Refused] = {
     ),
     "Flux2Transformer2DModel": Family(
         "flux2", _two(_ROPE, None), ids=("txt_ids", (3,)), cut=True, guidance="apart", modular=_EMBEDS,
-        wrap=odd.chat(False), latent=Latent("tokens", scale="batch norm"), rotary=("axes_dims_rope", "rope_theta"),
+        wrap=odd.chat(False), rewords=True, latent=Latent("tokens", scale="batch norm"),
+        rotary=("axes_dims_rope", "rope_theta"),
         refuse=((odd.keeps_keys, "keeps keys of its references from step to step, where a negative would go wrong in "
                                  "silence: use Flux2KleinPipeline"),),
         solve=Solve(solve.flux2, shift=solve.empirical, pipelines=("Flux2KleinPipeline", "Flux2Pipeline")),
@@ -103,7 +104,7 @@ FAMILIES: dict[str, Family | Refused] = {
     "ChromaTransformer2DModel": Family(
         "chroma", _two((*_ROPE, Along("attention_mask", 1)), None), mask="attention_mask",
         encoded={TEXT: 0, "attention_mask": 2}, place=odd.chroma_place, guidance="apart", latent=Latent("packed"),
-        rotary=("axes_dims_rope", 10000.0),
+        rewords=True, rotary=("axes_dims_rope", 10000.0),
         solve=Solve(solve.chroma, shift=solve.by_cells, handed="packed", pipelines=("ChromaPipeline",)),
     ),
     "Lumina2Transformer2DModel": Family(
@@ -111,7 +112,7 @@ FAMILIES: dict[str, Family | Refused] = {
         (Meet("layers", text=None, along=(Along("image_rotary_emb", 1, rope=True), Along("attention_mask", 1))),),
         mask="encoder_attention_mask", encoded={TEXT: 2, "encoder_attention_mask": 3}, as_negative=True, cut=True,
         alone=_REFINED, guidance="apart", lengths=odd.mask_lengths, tokens=odd.patches, masked=True,
-        wrap=odd.system_prompt, solve=Solve(
+        wrap=odd.system_prompt, rewords=True, solve=Solve(
             solve.masked, "rising", negated=True, shift=solve.by_channels,
             pipelines=("Lumina2Pipeline", "Lumina2Text2ImgPipeline"),
         ),
@@ -119,7 +120,7 @@ FAMILIES: dict[str, Family | Refused] = {
     "Krea2Transformer2DModel": Family(
         "krea2", (Meet("transformer_blocks", text=None, along=(*_ROPE, Along("attention_mask", 3))),),
         mask="encoder_attention_mask", encoded={TEXT: 0, "encoder_attention_mask": 1}, cut=True,
-        alone=(("text_fusion", "text"),), place=odd.krea_place, guidance="apart", wrap=odd.template,
+        alone=(("text_fusion", "text"),), rewords=True, place=odd.krea_place, guidance="apart", wrap=odd.template,
         dropped="prompt_template_encode_start_idx", latent=Latent("packed", scale="channel"),
     ),
     "AuraFlowTransformer2DModel": Family(

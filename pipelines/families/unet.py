@@ -58,6 +58,10 @@ class UNetAdapter(Adapter):
     def films(self) -> bool:
         return type(self.denoiser).__name__ == "UNetMotionModel"
 
+    @property
+    def rewords(self) -> bool:
+        return not self.films
+
     def with_words(self, inputs: Inputs, rows: slice, text: Text) -> Inputs:
         if self.films:
             raise UnsupportedPipelineError(

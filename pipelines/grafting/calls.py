@@ -22,6 +22,7 @@ from .run import Plan, Run
 from .session import RunSession
 from .stream_stage import add_streams
 from .text import Texts
+from .text_stage import reword
 
 
 class Calls:
@@ -40,7 +41,7 @@ class Calls:
         self.seams: dict[str, Seam] = {}
 
     def before(self, run: Run, args: tuple[Any, ...], kwargs: Inputs) -> Inputs:
-        """The denoiser's inputs after the latent, the branch and the stream stage."""
+        """The denoiser's inputs after the text, the latent, the branch and the stream stage."""
         run.follow(find_running(run.adapter.denoiser, run.adapter.pipe))
         inputs = run.adapter.bind(args, kwargs)
         if run.pending is not None and not _stays_in_step(run, inputs):
@@ -85,6 +86,7 @@ class Calls:
     def _staged(self, run: Run, active: Sequence[Plugin], inputs: Inputs) -> Inputs:
         if "cond" not in run.step.rows:
             return moved_again(run, inputs)
+        inputs = reword(run, active, inputs)
         movers = [plugin for plugin in active if plugin.moves(run.step)]
         if movers:
             inputs = move(run, movers, inputs, lambda: self._plan(run, active))

@@ -9,7 +9,7 @@ import torch
 
 from ...attention.layer import AttentionLayer
 from ...attention.step import Step
-from ...plugins.base import Made, Plugin, Prompt, Text
+from ...plugins.base import Made, Plugin, Prompt, Text, Words
 from ...plugins.rotary import Rotary
 from ..families import latents
 from ..families.running import part_for
@@ -83,7 +83,16 @@ class RunSession:
     def text(self) -> torch.Tensor:
         return self._run.inputs[self._run.adapter.text]
 
-    def encode(self, texts: Sequence[str], *, keep: bool = True) -> Text:
+    @property
+    def words(self) -> Words:
+        return self._run.adapter.words(self._run.inputs, self._run.step.rows["cond"])
+
+    @property
+    def rewords(self) -> bool:
+        return self._run.adapter.rewords
+
+    def encode(self, texts: Sequence[str], *, keep: bool = True, prompts: bool = False) -> Text:
+        texts = self._run.adapter.as_prompts(texts) if prompts else texts
         return self._texts.encode(texts, self._run.running, keep=keep)
 
     def remember(self, key: Any, make: Callable[[], Made]) -> Made:
@@ -91,6 +100,9 @@ class RunSession:
 
     def knows(self, text: str) -> bool:
         return self._texts.knows(text)
+
+    def pooled(self, text: str, *, masked: bool = False) -> torch.Tensor:
+        return self._texts.pooled(text, masked)
 
     def encode_text(self, texts: Sequence[str]) -> torch.Tensor:
         return self.encode(texts).embeddings

@@ -124,6 +124,22 @@ class Texts:
             )
         return found
 
+    def pooled(self, text: str, masked: bool) -> torch.Tensor:
+        """The first text encoder's pooled text, see `Session.pooled`."""
+        encoder: Any = getattr(self.adapter.pipe, "text_encoder", None)
+        ids = self.ids(text)
+        inner = self._inner(ids)
+        rows = torch.tensor([ids] * (len(inner) if masked else 1), device=getattr(encoder, "device", None))
+        if masked:
+            rows[torch.arange(len(inner)), torch.tensor(inner)] = 0
+        with torch.inference_mode(False), torch.no_grad():
+            found = None if encoder is None else getattr(encoder(rows), "pooler_output", None)
+        if found is None:
+            raise UnsupportedPipelineError(
+                f"the text encoder of {type(self.adapter.pipe).__name__} pools no text: rule='safree' needs a CLIP"
+            )
+        return found
+
     def _find(self, ids: list[int], phrase: str) -> list[list[int]]:
         found: dict[int, list[int]] = {}  # by their ends: one token for the space makes no other place
         for text in (phrase, f" {phrase}"):  # Gemma's and Qwen's words are other tokens behind a space

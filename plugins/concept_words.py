@@ -1,0 +1,87 @@
+"""How a blocked concept leaves the prompt's embeddings, before a model whose text and image are one sequence."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from ..attention.errors import UnsupportedPipelineError
+from ..attention.step import Step
+from .base import Words
+from .concept_edits import Blocking, without
+from .concept_geometry import contrast
+from .concept_safree import safree
+
+
+@dataclass
+class Rewording:
+    """The texts of one pipeline call without the concepts.
+
+    Attributes:
+        made: texts by the rows that have been replaced; of the version of `state` that they were made for.
+    """
+
+    state: Blocking
+    phrases: Sequence[str]
+    made: dict[tuple[int, ...], Words] = field(default_factory=dict[tuple[int, ...], Words])
+    version: int = 0
+    parts: list[tuple[torch.Tensor, int]] = field(default_factory=list[tuple[torch.Tensor, int]])
+
+    def words(self, step: Step, words: Words) -> Words | None:
+        """What stands for these texts at this step, None where nothing changes."""
+        state = self.state
+        state.look(words)
+        if not state.open:
+            return None
+        if self.version != state.version:
+            self.version, self.made = state.version, {}
+            self.parts = [self._row(i, row) for i, row in enumerate(words.rows)]
+        held = tuple(i for i, (_, steps) in enumerate(self.parts) if step.index < steps)
+        if held not in self.made:
+            rows = [self.parts[i][0] if i in held else row for i, row in enumerate(words.rows)]
+            self.made[held] = replace(words, rows=rows, pooled=self._pooled(words))
+        return self.made[held] if held else None
+
+    def _row(self, number: int, row: torch.Tensor) -> tuple[torch.Tensor, int]:
+        """A row's new text and for how many steps it stands."""
+        state, removals = self.state, self.state.removals(number)
+        if not removals:
+            return row, 0
+        if state.settings.rule == "safree":
+            return self._safree(number, row)
+        left = row.flatten(1)
+        for removal in removals:
+            left = without(left, removal.texts, removal.weight, state.settings.rule)
+        return left.to(row.dtype).reshape(row.shape), 1 << 30
+
+    def _safree(self, number: int, row: torch.Tensor) -> tuple[torch.Tensor, int]:
+        session, texts = self.state.session, self.state.session.prompt.texts
+        if texts is None:
+            raise UnsupportedPipelineError(
+                "rule='safree' masks the prompt's words one by one: give a prompt instead of embeddings, or use "
+                "rule='contrast'"
+            )
+        concepts = torch.cat([session.pooled(phrase) for phrase in self.phrases])
+        masked, tokens = session.pooled(texts[number], masked=True), session.token_range(texts[number])
+        if session.encoders != 1 or masked.shape[-1] != row.shape[-1]:
+            raise UnsupportedPipelineError(
+                "rule='safree' needs one CLIP whose pooled text is as wide as its text, as in SD1.x and SD2.x: use "
+                "rule='contrast'"
+            )
+        new, steps = safree(row, masked.to(row), concepts.to(row), tokens, self.state.settings.strength)
+        return new.to(row.dtype), steps
+
+    def _pooled(self, words: Words) -> dict[str, torch.Tensor]:
+        """The texts as one vector each, without the concepts."""
+        found: dict[str, torch.Tensor] = {}
+        for name, rows in words.pooled.items():
+            new = list(rows.unbind())
+            for i in range(len(new)):
+                for removal in self.state.removals(i) if self.state.settings.rule == "contrast" else ():
+                    c, *f = removal.pooled[name].to(new[i])
+                    weight = new[i].new_tensor([self.state.settings.strength])
+                    new[i] = contrast(new[i][None], c[None], torch.stack(f).mean(0)[None], weight)[0].to(new[i])
+            found[name] = torch.stack(new)
+        return found
