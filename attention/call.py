@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 from .layer import AttentionLayer
 from .masks import level_grid
+from .sequence import Columns, row_mask
 from .step import Rows, Step
 
 Kernel = Callable[..., torch.Tensor]
@@ -62,6 +63,8 @@ class AttentionCall:
         aside: notes that an edit keeps from one stage to the next.
         streams: columns of further texts in a joint sequence, in front of the prompt's.
         picture: of its group's pictures the one that this row is of, where rows run one at a time; None elsewhere.
+        each: the sequence of each row, where their texts differ in length and edits take all rows at once; `text` is
+            None then.
     """
 
     layer: AttentionLayer
@@ -80,6 +83,7 @@ class AttentionCall:
     aside: dict[Any, Any] = field(default_factory=_nothing)
     streams: tuple[slice, ...] = ()
     picture: int | None = None
+    each: tuple[Columns, ...] = ()
 
     @property
     def rows(self) -> Rows:
@@ -131,4 +135,24 @@ class AttentionCall:
         return AttentionCall(
             self.layer, self.q[rows], self.k[rows], self.v[rows], mask, self.scale, self.number, self.step, self.text,
             self.causal, self.gqa, self.kernel, self.project, self.aside, self.streams, self.picture,
+            tuple(self.each[i] for i in _indices(rows, len(self.q))) if self.each else (),
         )  # fmt: skip
+
+    def row(self, number: int) -> tuple[AttentionCall, list[int]]:
+        """One row of those that differ in their columns, without its padding, and the columns that it has."""
+        kept, whole = self.each[number].kept()
+        q, k, v = (tensor[number : number + 1, :, kept] for tensor in (self.q, self.k, self.v))
+        mask = row_mask(self.mask, number, kept)
+        return replace(self, q=q, k=k, v=v, mask=mask, text=whole.text, streams=whole.streams, each=()), kept
+
+    def image_part(self, rows: slice) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Queries, keys and values of the picture's own tokens of some rows, [n, H, N, D]."""
+        if not self.each:
+            return self.q[rows][:, :, self.asked], self.k[rows][:, :, self.image], self.v[rows][:, :, self.image]
+        found = [(i, self.each[i].image) for i in _indices(rows, len(self.q))]
+        q, k, v = (torch.cat([t[i : i + 1, :, own] for i, own in found]) for t in (self.q, self.k, self.v))
+        return q, k, v
+
+
+def _indices(rows: slice | list[int], count: int) -> list[int]:
+    return list(range(count))[rows] if isinstance(rows, slice) else rows

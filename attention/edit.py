@@ -32,7 +32,7 @@ class Edit:
             by layer or by thread, but what `planned` put into it. With other edits a compiled model runs eager.
         ragged: what it takes of rows of a joint sequence whose texts differ in length: "" refuses them, "behind" reads
             the image's columns alone, which are the same where texts stand behind it, "any" takes one row at a time
-            too.
+            too, "each" takes all rows at once with `AttentionCall.each`.
     """
 
     order: int = 0
@@ -42,7 +42,7 @@ class Edit:
     keeps_text: bool = False
     owns: str | None = None
     traced: bool = False
-    ragged: Literal["", "behind", "any"] = ""
+    ragged: Literal["", "behind", "any", "each"] = ""
 
     def selects(self, layer: AttentionLayer) -> bool:
         """Which layers the edit is put on; asked once, when the graft is attached."""

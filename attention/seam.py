@@ -34,7 +34,7 @@ from .edit import Edit, attend
 from .errors import AttentionNotReachedError
 from .layer import AttentionLayer
 from .memo import TextMemo
-from .sequence import Columns
+from .sequence import Columns, padded, row_mask
 from .step import Step
 
 _SDPA, _LINEAR = F.scaled_dot_product_attention, F.linear
@@ -131,10 +131,13 @@ class Tap(TorchFunctionMode):
         if not edits:
             return task.kernel(*args, **kwargs)
         given: dict[str, Any] = dict(zip(_ARGUMENTS, args, strict=False)) | kwargs
-        if len(task.columns) > 1:
+        several = len(task.columns) > 1
+        if several and not all(edit.ragged == "each" for edit in edits):
             return _by_row(task, given, number, self.project, edits)
         call = _call(task, given, number, self.project)
-        if task.columns:
+        if several:
+            call.each = tuple(task.columns)
+        elif task.columns:
             call.text, call.streams = task.columns[0].text, task.columns[0].streams
         return attend(call, edits)
 
@@ -146,17 +149,14 @@ def _by_row(
     outs: list[torch.Tensor] = []
     for row, columns in enumerate(work.columns):
         kept, whole = columns.kept()
-        own = dict(given, attn_mask=_mask_of(given.get("attn_mask"), row, kept))
+        own = dict(given, attn_mask=row_mask(given.get("attn_mask"), row, kept))
         own |= {name: given[name][row : row + 1, :, kept] for name in ("query", "key", "value")}
         call = _call(work, own, number, project)
         held = {name: rows for name, rows in work.step.rows.items() if rows.start <= row < rows.stop}
         call.step = replace(work.step, rows=dict.fromkeys(held, slice(0, 1)))
         call.text, call.streams = whole.text, whole.streams
         call.picture = next((row - rows.start for rows in held.values()), None)
-        out = attend(call, edits)
-        place = torch.tensor(kept, device=out.device)
-        padded = out.new_zeros(1, out.shape[1], given["query"].shape[-2], out.shape[-1])
-        outs.append(padded.index_copy(2, place, out))
+        outs.append(padded(attend(call, edits), kept, given["query"].shape[-2]))
     return torch.cat(outs)
 
 
@@ -166,15 +166,6 @@ def _by_frame(step: Step, batch: int, total: int) -> Step:
         return step
     n = batch // total
     return replace(step, rows={name: slice(rows.start * n, rows.stop * n) for name, rows in step.rows.items()})
-
-
-def _mask_of(mask: torch.Tensor | None, row: int, kept: list[int]) -> torch.Tensor | None:
-    """One row's mask over its kept columns, None where it hides nothing."""
-    if mask is None:
-        return None
-    own = (mask[row : row + 1] if len(mask) > 1 else mask)[..., kept]
-    own = own[..., kept, :] if own.shape[-2] > 1 else own
-    return None if own.dtype == torch.bool and bool(own.all()) else own
 
 
 class _Listener(TorchFunctionMode):

@@ -28,6 +28,21 @@ def placed(tensor: torch.Tensor, rows: slice | list[int], new: torch.Tensor) -> 
     return tensor
 
 
+def row_mask(mask: torch.Tensor | None, row: int, kept: list[int]) -> torch.Tensor | None:
+    """One row's mask over its kept columns, None where it hides nothing."""
+    if mask is None:
+        return None
+    own = (mask[row : row + 1] if len(mask) > 1 else mask)[..., kept]
+    own = own[..., kept, :] if own.shape[-2] > 1 else own
+    return None if own.dtype == torch.bool and bool(own.all()) else own
+
+
+def padded(out: torch.Tensor, kept: list[int], length: int) -> torch.Tensor:
+    """A row's tokens [1, H, kept, D] at their columns of a sequence of `length`, zeros elsewhere."""
+    place = torch.tensor(kept, device=out.device)
+    return out.new_zeros(1, out.shape[1], length, out.shape[-1]).index_copy(2, place, out)
+
+
 @dataclass(frozen=True)
 class Columns:
     """Where everything stands in the joint sequence of one batch row, or of all that are alike.

@@ -13,6 +13,7 @@ from ..attention.edit import Edit
 from ..attention.errors import SettingError, SettingTypeError
 from ..attention.layer import AttentionLayer
 from ..attention.plain import plain, plainly
+from ..attention.seam import Task
 from ..attention.step import Rows, Step
 from .rotary import Rotary
 
@@ -271,6 +272,8 @@ class Plugin:
 
     Attributes:
         films: whether it also works on pipelines that make films, whose latents and maps have frames.
+        beside_guidance: whether `branches` is asked in the call, too, that guidance makes apart; its rows are "uncond".
+        wraps: classes of the denoiser's modules in whose place `around` runs.
 
     Args:
         start, end: fractions of the run's steps; outside [start, end) nothing of the plugin runs.
@@ -279,6 +282,8 @@ class Plugin:
     """
 
     films: bool = False
+    beside_guidance: bool = False
+    wraps: tuple[type, ...] = ()
 
     def __init__(self, *, start: float = 0.0, end: float = 1.0) -> None:
         if not 0.0 <= finite(start, "start") <= finite(end, "end") <= 1.0:
@@ -322,6 +327,10 @@ class Plugin:
     def edits(self) -> Sequence[Edit]:
         """The edits of attention, asked once at attach."""
         return ()
+
+    def around(self, step: Step) -> Task | None:
+        """What runs in place of each module of the classes in `wraps` at this step, None for the module itself."""
+        return None
 
     def streams(self, step: Step) -> Sequence[Text]:
         """Texts, n = 1 or one a prompt, that the model is to hear beside the prompt's own at this step.

@@ -162,7 +162,7 @@ class _Look(Edit):
     """Keeps what layers attend with while a reference is looked at, and sums the losses while the latent is."""
 
     order = 900  # behind the edits that change what is attended with
-    traced, ragged = True, "behind"  # it runs in probes only, which are eager
+    traced, ragged = True, "each"  # it runs in probes only, which are eager
 
     def __init__(self, plugin: AttentionDistillation, chosen: set[str]) -> None:
         self.plugin, self.chosen = plugin, chosen
@@ -178,7 +178,7 @@ class _Look(Edit):
         seen.dtype = call.q.dtype
         q, k, v, mask, mine = call.q, call.k, call.v, call.mask, out
         if call.layer.kind == "joint":  # the image's part: its attention to itself
-            q, k, v, mask = q[:, :, call.asked], k[:, :, call.image], v[:, :, call.image], None
+            (q, k, v), mask = call.image_part(slice(0, len(q))), None
         if seen.role == "style":
             seen.keys[name] = k, v
         elif seen.role == "content":

@@ -17,12 +17,14 @@ from ..attention.call import AttentionCall
 from ..attention.edit import Edit
 from ..attention.errors import SettingError, SettingTypeError, UnsupportedPipelineError
 from ..attention.layer import AttentionLayer, Place
+from ..attention.seam import Task
 from ..attention.step import Rows, Step
 from .base import Branch, Plugin, Probe, Session, Text, finite, listed
 from .reference import Reference, Sight
 from .rotary import Rotary
-from .style_forms import Operands, adain, preserved_query, shared_attention
+from .style_forms import UNPROMPTED, Operands, adain, preserved_query, reference_of, shared_attention
 from .style_joint import JointStyle, Manner
+from .style_norms import SharedNorms
 
 Method = Literal["styleid", "stylealigned", "ip_adapter"]
 Layers = Literal["decoder", "up", "all"] | Sequence[int]
@@ -93,12 +95,13 @@ class _Rows:
         ordered = sorted(rows.items(), key=lambda pair: pair[1].start)
         each = [(name, i) for name, own in ordered for i in range(own.stop - own.start)]
 
-        def partners(group: str) -> torch.Tensor:
-            start, stop = rows[group].start, rows[group].stop
-            return torch.tensor([start + i % (stop - start) for _, i in each], device=device)
+        def partners(groups: Sequence[str]) -> torch.Tensor:
+            found = [(rows[group], i) for group, (_, i) in zip(groups, each, strict=True)]
+            return torch.tensor([own.start + i % (own.stop - own.start) for own, i in found], device=device)
 
-        own = torch.tensor([name in ("style", "content") for name, _ in each], device=device)
-        style, content = partners("style"), partners("content") if "content" in rows else None
+        own = torch.tensor([name in ("style", "content", UNPROMPTED) for name, _ in each], device=device)
+        style = partners([name if name == UNPROMPTED else reference_of(name, rows) for name, _ in each])
+        content = partners(["content"] * len(each)) if "content" in rows else None
         keys = torch.where(own, torch.arange(len(each), device=device), style)
         return cls(style, keys, content, own[:, None, None, None])
 
@@ -123,8 +126,12 @@ class _Restyle(Edit):
         return layer.kind == "self" and layer.name in self.plugin.chosen
 
     def active(self, layer: AttentionLayer, step: Step) -> bool:
+        return self.styles(step)
+
+    def styles(self, step: Step) -> bool:
+        """Whether this call has a reference."""
         if not self.plugin.leads:
-            return step.phase == "predict" and "style" in step.rows
+            return step.phase == "predict" and not step.rows.keys().isdisjoint(("style", UNPROMPTED))
         return step.phase == "predict" and any(rows.stop - rows.start > 1 for rows in step.rows.values())
 
     def planned(self, layer: AttentionLayer, step: Step) -> Edit | None:
@@ -178,11 +185,12 @@ class _StyleAligned(_Restyle):
 
 @dataclass(frozen=True)
 class Call:
-    """The references in one pipeline call, and the text of their rows."""
+    """The references in one pipeline call, the text of their rows, and whether guidance has one text for all."""
 
     style: Sight
     content: Sight | None
     text: Text
+    alike: bool
 
 
 # -- the plugin ----------------------------------------------------------------------------------------------------
@@ -207,13 +215,16 @@ class StyleInjection(Plugin):
         scale: of the IP-Adapter in its style block.
         start_adain: the initial latents get the style's mean and deviation in each channel; None: for styleid only.
         layers: "decoder" (without its coarsest level where there are three), "up", "all", or numbers of self-attention
-            layers. On a transformer those two are its later half. None is "decoder", and "all" for a set and where
-            text and image are one sequence.
+            layers. On a transformer those two are its later half. None is "decoder", and "all" for "stylealigned", as
+            published, and where text and image are one sequence.
         apart: widths of the picture by which the reference is moved aside, 0 for none: where positions are rotary, a
             reference's token attracts the one at the same place, and its content leaks (AlignedGen, arXiv 2509.17088).
         key_weights: factors of the reference's keys at the highest and the lowest rotary frequencies, such as
             (0.5, 1.2), None for none (arXiv 2602.05013). Both need rotary positions.
-        prompt: the text of the reference row.
+        share_norms: group norms take their statistics over a row and its reference together ("stylealigned" on UNets),
+            which is the published program's default.
+        prompt: the text of the reference row. Under guidance "stylealigned" has a second one, with the negative's text,
+            for guidance's own rows, as published.
         generator: draws the noise of a style or a content that is a picture; without it that is always the same.
         start, end: fractions of the steps.
 
@@ -221,11 +232,13 @@ class StyleInjection(Plugin):
         SettingError, SettingTypeError: a setting out of range.
     """
 
+    beside_guidance = True
+
     def __init__(
         self, style: Any = None, *, method: Method = "styleid", content: Any = None,
         strength: float = 1.0, gamma: float = 0.75, temperature: float = 1.5, shift: float | None = None,
         scale: float = 1.0, start_adain: bool | None = None, layers: Layers | None = None, prompt: str = "",
-        apart: float = 0.0, key_weights: tuple[float, float] | None = None,
+        apart: float = 0.0, key_weights: tuple[float, float] | None = None, share_norms: bool = False,
         generator: torch.Generator | None = None, start: float = 0.0, end: float = 1.0,
     ) -> None:  # fmt: skip
         super().__init__(start=start, end=end)
@@ -245,6 +258,10 @@ class StyleInjection(Plugin):
         self.apart = finite(apart, "apart")
         self.key_weights = None if key_weights is None else _pair(key_weights)
         self.scale = finite(scale, "scale")
+        if share_norms and method != "stylealigned":
+            raise SettingError(f"share_norms=True belongs to method='stylealigned', not to {method!r}")
+        self.share_norms = bool(share_norms)
+        self.wraps = (torch.nn.GroupNorm,) if share_norms else ()
         self.start_adain = method == "styleid" if start_adain is None else bool(start_adain)
         self._style = None if style is None else Reference(style, generator)
         self._content = None if content is None else Reference(content, generator, "content")
@@ -269,13 +286,15 @@ class StyleInjection(Plugin):
             raise UnsupportedPipelineError(
                 "apart= and key_weights= move a reference's rotary positions, which this model has not: leave them out"
             )
-        layers = self.layers or ("all" if self.leads or self._joint else "decoder")
+        layers = self.layers or ("all" if self._joint or self.method == "stylealigned" else "decoder")
         self.chosen = choose_layers(session.layers, layers)
 
     def begin(self, session: Session, step: Step) -> None:
         if self._style is not None:
             content = None if self._content is None else self._content.begin(session)
-            step.notes[self] = Call(self._style.begin(session), content, session.encode([self.prompt]))
+            prompt = session.prompt
+            alike = prompt.texts is not None and isinstance(prompt.negative, str | None)
+            step.notes[self] = Call(self._style.begin(session), content, session.encode([self.prompt]), alike)
 
     def call(self, step: Step) -> Call:
         """What the pipeline call of this step holds; only where there is a style picture."""
@@ -298,15 +317,22 @@ class StyleInjection(Plugin):
     def branches(self, step: Step) -> Sequence[Branch]:
         if self.method == "ip_adapter" or self.leads:
             return ()
-        call = self.call(step)
-        own = {"style": call.style.at(step)}
-        if call.content is not None and self.method == "styleid" and self.gamma > 0:
-            own["content"] = call.content.at(step)
+        call, aligned = self.call(step), self.method == "stylealigned"
+        style, group = call.style.at(step), "cond" if "cond" in step.rows else "uncond"
         told: dict[str, Any] = {"words": call.text} if self._joint else {"text": call.text.embeddings}
-        return [
-            Branch(name, latent=lambda _, latent=latent: latent, shared=len(latent) == 1, **told)
-            for name, latent in own.items()
-        ]
+        own = [_branch("style", group, style, told)]
+        if aligned and "uncond" in step.rows:  # with the text that it copies
+            bare = _branch(UNPROMPTED, "uncond", style, {}, call.alike)
+            own = [*own, bare] if group == "cond" else [bare]
+        if call.content is not None and self.method == "styleid" and self.gamma > 0:
+            own.append(_branch("content", group, call.content.at(step), told))
+        return own
+
+    def around(self, step: Step) -> Task | None:
+        edit = _StyleAligned(self)
+        if not edit.styles(step):
+            return None
+        return SharedNorms(edit.rows_in(step.rows, step.device).style, self.strength)
 
     def moves(self, step: Step) -> bool:
         return self.start_adain and step.index == 0
@@ -346,6 +372,11 @@ def block_of(layers: Sequence[AttentionLayer], place: Place, preferred: str) -> 
     if not blocks:
         raise UnsupportedPipelineError(f"the model has no cross-attention in its {place} blocks")
     return preferred if preferred in blocks else blocks[len(blocks) // 2]
+
+
+def _branch(name: str, like: str, latent: torch.Tensor, told: dict[str, Any], alike: bool = True) -> Branch:
+    """Rows of a reference's latents, one for all pictures where their texts are alike too."""
+    return Branch(name, like, latent=lambda _: latent, shared=len(latent) == 1 and alike, **told)
 
 
 def _block(layer: AttentionLayer) -> str:

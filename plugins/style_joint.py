@@ -15,14 +15,10 @@ from ..attention.call import PLAIN, AttentionCall
 from ..attention.edit import Edit
 from ..attention.errors import UnsupportedPipelineError
 from ..attention.layer import AttentionLayer
+from ..attention.sequence import padded
 from ..attention.step import Step
 from .rotary import Rotary, turned, weighted
-from .style_forms import adain, preserved_query
-
-
-def image_part(call: AttentionCall, rows: slice) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Queries, keys and values of the image's own tokens of some rows, [n, H, N, D]."""
-    return call.q[rows][:, :, call.asked], call.k[rows][:, :, call.image], call.v[rows][:, :, call.image]
+from .style_forms import matched, preserved_query, reference_of
 
 
 def for_rows(reference: torch.Tensor, rows: int) -> torch.Tensor:
@@ -67,6 +63,14 @@ class Guest:
     v: torch.Tensor
     content: torch.Tensor | None = None
 
+    def row(self, number: int) -> Guest:
+        """What one row of a group gets of it."""
+
+        def own(tensor: torch.Tensor) -> torch.Tensor:
+            return tensor if len(tensor) == 1 else tensor[number : number + 1]
+
+        return Guest(own(self.q), own(self.k), own(self.v), None if self.content is None else own(self.content))
+
 
 class JointStyle(Edit):
     """Computes the attention of one group, "cond" or "uncond": its image tokens see the reference's as well.
@@ -76,7 +80,7 @@ class JointStyle(Edit):
         lead: without reference rows the group's first row is the reference of all others.
     """
 
-    traced, ragged = True, "behind"
+    traced, ragged = True, "each"
 
     def __init__(self, group: str, layers: set[str], manner: Manner, lead: bool) -> None:
         self.owns, self.layers, self.manner, self.lead = group, layers, manner, lead
@@ -88,7 +92,7 @@ class JointStyle(Edit):
         rows = step.rows.get(str(self.owns))
         if step.phase != "predict" or rows is None:
             return False
-        return rows.stop - rows.start > 1 if self.lead else "style" in step.rows
+        return rows.stop - rows.start > 1 if self.lead else reference_of(str(self.owns), step.rows) in step.rows
 
     def qkv(self, call: AttentionCall) -> None:
         if call.picture is not None:
@@ -98,21 +102,32 @@ class JointStyle(Edit):
             )
         if self.lead:
             first = call.rows[str(self.owns)].start
-            guest = Guest(*image_part(call, slice(first, first + 1)))
+            guest = Guest(*call.image_part(slice(first, first + 1)))
         else:
-            guest = Guest(*image_part(call, call.rows["style"]))
+            guest = Guest(*call.image_part(call.rows[reference_of(str(self.owns), call.rows)]))
             if "content" in call.rows:
-                guest.content = image_part(call, call.rows["content"])[0]
+                guest.content = call.image_part(call.rows["content"])[0]
         call.aside[self, "guest"] = guest
 
     def attention(self, call: AttentionCall) -> torch.Tensor:
         guest: Guest = call.aside.pop((self, "guest"))
+        if not call.each:
+            return self._beside(call, guest, self.lead)
+        outs: list[torch.Tensor] = []
+        for number in range(len(call.q)):
+            own, kept = call.row(number)
+            image = plainly(own) if self.lead and not number else self._beside(own, guest.row(number), False)
+            outs.append(padded(image, kept, call.q.shape[-2]))
+        return torch.cat(outs)
+
+    def _beside(self, call: AttentionCall, guest: Guest, lead: bool) -> torch.Tensor:
+        """Attention of rows that are alike in their columns; of a set the first one stays what it is."""
         asked, out = call.asked, plainly(call)
         image = styled(call, guest, self.manner)
         if self.manner.strength != 1:
             image = torch.lerp(out[:, :, asked], image, self.manner.strength)
         image = torch.cat([out[:, :, : asked.start], image, out[:, :, asked.stop :]], -2)
-        return torch.cat([out[:1], image[1:]]) if self.lead else image
+        return torch.cat([out[:1], image[1:]]) if lead else image
 
 
 def plainly(call: AttentionCall) -> torch.Tensor:
@@ -124,7 +139,7 @@ def plainly(call: AttentionCall) -> torch.Tensor:
 def styled(call: AttentionCall, guest: Guest, manner: Manner) -> torch.Tensor:
     """Attention [n, H, N, D] of the image's queries over their row's text and images as `manner` says."""
     n, image = len(call.q), call.image
-    q, k, v = image_part(call, slice(0, n))
+    q, k, v = call.image_part(slice(0, n))
     q_ref, k_ref, v_ref = (for_rows(tensor, n) for tensor in (guest.q, guest.k, guest.v))
     others = [slice(0, image.start), slice(image.stop, call.k.shape[-2])]
     text_k, text_v = (torch.cat([t[:, :, part] for part in others], -2) for t in (call.k, call.v))
@@ -135,7 +150,7 @@ def styled(call: AttentionCall, guest: Guest, manner: Manner) -> torch.Tensor:
         content = guest.content
         q = q if content is None else preserved_query(q, for_rows(content, n), manner.gamma)
         return _over(call, q * manner.temperature, [(text_k, text_v), (far, v_ref)], mask, 0.0)
-    q, k = adain(q, q_ref, (-2,)), adain(k, k_ref, (-2,))
+    q, k = matched(q, q_ref), matched(k, k_ref)
     return _over(call, q, [(text_k, text_v), (k, v), (far, v_ref)], mask, manner.shift)
 
 

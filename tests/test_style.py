@@ -8,9 +8,11 @@ import threading
 
 import pytest
 import tiny
+import tiny_transformers as tt
 import torch
 from diffusers import EulerDiscreteScheduler, StableDiffusionControlNetPipeline
 from PIL import Image
+from plugins_for_tests import fingerprint
 from test_matrix import load_ip_adapter
 from torch.profiler import ProfilerActivity, profile
 
@@ -55,8 +57,8 @@ def test_shared_attention_is_the_papers():
     q, k, v, q_ref, k_ref, v_ref = (normal(2, 3, 5, 4, seed=i) for i in range(6))
 
     def matched(x, reference):
-        flat = reference.std(-2, keepdim=True, correction=0) * (x - x.mean(-2, keepdim=True))
-        return flat / x.std(-2, keepdim=True, correction=0) + reference.mean(-2, keepdim=True)
+        variance, wanted = x.var(-2, keepdim=True) + 1e-5, reference.var(-2, keepdim=True) + 1e-5
+        return (x - x.mean(-2, keepdim=True)) * (wanted / variance).sqrt() + reference.mean(-2, keepdim=True)
 
     bias = torch.cat([torch.zeros(5), math.log(2) * torch.ones(5)]).double()
     both = torch.cat([matched(k, k_ref), k_ref], -2)
@@ -119,10 +121,10 @@ def test_the_content_as_its_own_style_comes_back():
 
 def test_the_reference_joins_as_a_row_and_styles_the_picture(family):
     style, plain = normal(1, 4, 16, 16, seed=3).float(), tiny.sample(family)
-    for method in ("styleid", "stylealigned"):
+    for method, rows in (("styleid", 3), ("stylealigned", 4)):  # uncond, cond, style, and it with the negative's text
         with dg.graft(family, dg.StyleInjection(style, method=method)) as g:
             got = tiny.sample(family)
-        assert g.report().rows == [3]  # uncond, cond, style
+        assert g.report().rows == [rows]
         assert not torch.equal(got, plain)
         with dg.graft(family, dg.StyleInjection(style, method=method)):
             assert torch.equal(tiny.sample(family), got)
@@ -225,8 +227,91 @@ def test_pictures_share_a_reference_row(make, prompts, rows, method):
         with dg.graft(pipe, dg.StyleInjection(one, method=method, content=other)) as g:
             got.append((tiny.sample(pipe, prompts, **call), g.report().rows[0]))
     torch.testing.assert_close(got[0][0], got[1][0], rtol=0, atol=1e-11)
-    own = 2 if method == "styleid" else 1
+    own = 2  # style and content, or the style with its text and with the negative's
     assert [counted for _, counted in got] == [4 + own * rows // 2, 4 + own * 2]
+
+
+class Published(torch.overrides.TorchFunctionMode):
+    """StyleAligned's program, written again from its description: of each half of the batch the first row leads; its
+    statistics in queries and keys, its keys and values beside a row's own, and in group norms its picture below."""
+
+    def __init__(self, norms, shift):
+        super().__init__()
+        self.norms, self.shift = norms, shift
+
+    @staticmethod
+    def leaders(x):
+        half = len(x) // 2
+        return x[[0] * half + [half] * half]
+
+    def standard(self, x):
+        moments = x.mean(-2, keepdim=True), (x.var(-2, keepdim=True) + 1e-5).sqrt()
+        return (x - moments[0]) / moments[1] * self.leaders(moments[1]) + self.leaders(moments[0])
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is torch.nn.functional.group_norm and self.norms:
+            x, rows = args[0], args[0].shape[-2]
+            return func(torch.cat([x, self.leaders(x)], -2), *args[1:], **kwargs)[..., :rows, :]
+        if func is not torch.nn.functional.scaled_dot_product_attention or args[0].shape[-2] != args[1].shape[-2]:
+            return func(*args, **kwargs)
+        q, k, v = args
+        q, k = self.standard(q), self.standard(k)
+        k, v = (torch.cat([x, self.leaders(x)], -2) for x in (k, v))
+        bias = torch.zeros(k.shape[-2], dtype=q.dtype)
+        bias[k.shape[-2] // 2 :] = self.shift
+        return (q @ k.mT / q.shape[-1] ** 0.5 + bias).softmax(-1) @ v
+
+
+@pytest.mark.parametrize("norms", [False, True])
+@pytest.mark.parametrize("make", [tiny.sd15, tiny.sdxl])
+def test_stylealigned_is_its_published_program(make, norms, monkeypatch):
+    """Under guidance, in all layers: the style with its text and with the negative's, beside two pictures."""
+    pipe, z, style = double(make()), normal(2, 4, 8, 8, seed=2), normal(1, 4, 8, 8, seed=3)
+    if "text_encoder_2" in pipe.components:
+        pipe.text_encoder_2.double()
+    call = {"latents": z, "height": 16, "width": 16, "num_images_per_prompt": 2, "guidance_scale": 3.0}
+    plugin = dg.StyleInjection(Path(style), method="stylealigned", prompt="a red cat", share_norms=norms)
+    texts = []
+
+    class Encoded(dg.Plugin):
+        def begin(self, session, step):
+            texts.append(session.encode(["a red cat"]).embeddings)
+
+    with dg.graft(pipe, plugin) as g:
+        got = tiny.sample(pipe, "a ball", num_inference_steps=2, **call)
+    assert g.report().rows == [6]
+    with dg.graft(pipe, Encoded()):
+        tiny.sample(pipe, "a ball", num_inference_steps=1, **call)
+    own, index = pipe.unet.forward, [0, 0, 1, 2, 2, 3]
+
+    def forward(sample, timestep, encoder_hidden_states, added_cond_kwargs=None, **others):
+        sample, text = sample[index], encoder_hidden_states[index]
+        sample[[0, 3]] = style
+        text[3] = texts[0]
+        added = added_cond_kwargs and {name: value[index] for name, value in added_cond_kwargs.items()}
+        with Published(norms, math.log(2)):
+            out = own(sample, timestep, text, added_cond_kwargs=added, **others)[0]
+        return (out[[1, 2, 4, 5]],)
+
+    monkeypatch.setattr(pipe.unet, "forward", forward)
+    wanted = tiny.sample(pipe, "a ball", num_inference_steps=2, **call)
+    torch.testing.assert_close(got, wanted, rtol=0, atol=1e-10)
+
+
+def test_shared_norms_belong_to_stylealigned_on_unets(sd15):
+    before, plain = fingerprint(sd15), tiny.sample(sd15)
+    with pytest.raises(dg.SettingError, match="share_norms"):
+        dg.StyleInjection(normal(1, 4, 16, 16), share_norms=True)
+    half = dg.StyleInjection(normal(1, 4, 16, 16), method="stylealigned", share_norms=True, strength=0.5)
+    with dg.graft(sd15, half):
+        assert not torch.equal(tiny.sample(sd15), plain)
+    assert fingerprint(sd15) == before and torch.equal(tiny.sample(sd15), plain)
+    together = dg.StyleInjection(None, method="stylealigned", share_norms=True)
+    with dg.graft(sd15, together):
+        assert torch.equal(tiny.sample(sd15), plain)  # one picture leads itself
+    with pytest.raises(dg.UnsupportedPipelineError, match="GroupNorm"):
+        dg.graft(tt.flux(), together).attach()
 
 
 @pytest.mark.parametrize("negatives", [["red"], ["red", "blue"]])

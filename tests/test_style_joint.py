@@ -22,7 +22,7 @@ from diffgraft.attention.layer import AttentionLayer
 from diffgraft.attention.step import Step
 from diffgraft.pipelines.families.latents import channels_of
 from diffgraft.plugins.rotary import Rotary, turned, weighted
-from diffgraft.plugins.style_joint import Guest, JointStyle, Manner, image_part
+from diffgraft.plugins.style_joint import Guest, JointStyle, Manner
 
 SDPA = F.scaled_dot_product_attention
 GRID = (3, 4)
@@ -30,7 +30,7 @@ GRID = (3, 4)
 
 def statistics_of(x, like):
     """AdaIN by hand, over tokens."""
-    deviation = like.std(-2, keepdim=True, correction=0) / x.std(-2, keepdim=True, correction=0)
+    deviation = ((like.var(-2, keepdim=True) + 1e-5) / (x.var(-2, keepdim=True) + 1e-5)).sqrt()
     return (x - x.mean(-2, keepdim=True)) * deviation + like.mean(-2, keepdim=True)
 
 
@@ -117,7 +117,7 @@ def test_keys_are_turned_as_the_models_turn_them():
     assert factors[:4].eq(1).all() and factors[4] == 0.25 and factors[8] == 1 and factors[4] == factors[5]
 
 
-@pytest.mark.parametrize("name", ["flux", "qwen", "z-image", "chroma", "klein"])
+@pytest.mark.parametrize("name", ["flux", "qwen", "z-image", "chroma", "klein", "lumina2"])
 def test_declared_frequencies_are_the_models(pipes, name):
     """Attention depends on differences of places alone: with query and key both moved it stays what it is."""
     from diffgraft.pipelines.families import adapter_for
@@ -167,7 +167,7 @@ def told(name):
     return {"text_encoder_out_layers": (9, 18, 27)} if name == "klein" else {}
 
 
-JOINT = ["flux", "sd3", "qwen", "z-image", "chroma", "klein"]
+JOINT = ["flux", "sd3", "qwen", "z-image", "chroma", "klein", "lumina2"]
 
 
 def style(pipe, size=(16, 16), n=1):
@@ -179,17 +179,19 @@ def size_of(name):
 
 
 class Shared(TorchFunctionMode):
-    """Explicit shared attention: the last row is the reference of the others."""
+    """Explicit shared attention: the last row is the reference of the others; its image stands `ahead` of theirs."""
 
-    def __init__(self, first, tokens, least):
+    def __init__(self, first, tokens, least, ahead=0):
         super().__init__()
-        self.first, self.tokens, self.least = first, tokens, least
+        self.first, self.tokens, self.least, self.ahead = first, tokens, least, ahead
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         given = dict(zip(("query", "key", "value", "attn_mask"), args, strict=False)) | (kwargs or {})
         if func is not SDPA or given["key"].shape[-2] < self.least:
             return func(*args, **(kwargs or {}))
         q, k, v = (given[name] for name in ("query", "key", "value"))
+        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+        q, k, v = (torch.cat([x[:-1], x[-1:].roll(self.ahead, -2)]) for x in (q, k, v))
         mask, scale = given.get("attn_mask"), given.get("scale") or 1 / math.sqrt(q.shape[-1])
         image = slice(k.shape[-2] - self.tokens, None) if self.first else slice(0, self.tokens)
         plain = func(*args, **(kwargs or {}))
@@ -199,7 +201,7 @@ class Shared(TorchFunctionMode):
         return torch.cat([rows, plain[-1:]])
 
 
-@pytest.mark.parametrize("name", ["flux", "sd3", "z-image", "qwen"])
+@pytest.mark.parametrize("name", ["flux", "sd3", "z-image", "qwen", "lumina2"])
 def test_a_run_is_one_row_more_by_hand(pipes, monkeypatch, name):
     """The reference's latent and empty text beside the picture's in one batch, attention written out."""
     pipe, z = pipes(name), style(pipes(name), size_of(name))
@@ -224,7 +226,12 @@ def test_a_run_is_one_row_more_by_hand(pipes, monkeypatch, name):
         inputs = adapter.take(adapter.bind(args, kwargs), torch.tensor([0, 0]))
         inputs = adapter.with_words(inputs, slice(1, 2), empty[0])
         inputs = adapter.with_rows(inputs, slice(1, 2), noise)  # at the first step nothing but noise
-        with Shared(PIPES[name][1], 64, 64 if name == "sd3" else 65):  # SD3.5 has layers of the image alone
+        least, ahead = 64 if name == "sd3" else 65, 0  # SD3.5 has layers of the image alone
+        if name == "lumina2":  # each row's image follows its own text at once
+            lengths = inputs["encoder_attention_mask"].sum(1).tolist()
+            ahead = lengths[0] - lengths[1]
+            assert ahead > 0
+        with Shared(PIPES[name][1], 64, least, ahead):
             return (own(**inputs)[0][:1],)
 
     monkeypatch.setattr(pipe.transformer, "forward", forward)
@@ -301,11 +308,11 @@ def test_guests_are_image_tokens_alone():
     step = Step(0, 1, size=GRID, rows={"cond": slice(0, 1)})
     q = torch.arange(17.0).view(1, 1, 17, 1)
     call = AttentionCall(AttentionLayer("a", None, "joint", "block", 0), q, q, q, None, 1.0, 0, step, slice(0, 5))
-    guest = Guest(*image_part(call, slice(0, 1)))
+    guest = Guest(*call.image_part(slice(0, 1)))
     assert guest.k.flatten().tolist() == list(range(5, 17))
 
 
-@pytest.mark.parametrize("name", ["flux", "sd3", "qwen", "z-image", "chroma", "klein"])
+@pytest.mark.parametrize("name", JOINT)
 def test_stylize_gives_a_picture_of_the_contents_size(pipes, monkeypatch, name):
     pipe = pipes(name)
     monkeypatch.setattr(type(pipe), "default_sample_size", 8, raising=False)
@@ -326,3 +333,23 @@ def test_stylize_says_what_it_cannot(pipes):
         dg.stylize(tt.sana(), content, content, seed=1, steps=1, iterations=0)
     with pytest.raises(dg.UnsupportedPipelineError, match="cannot be inverted"):
         dg.stylize(tp.wan(), content, content)
+
+
+@pytest.mark.parametrize(("name", "scale"), [("chroma", 3.0), ("z-image", 2.0)])
+def test_both_halves_of_guidance_are_styled(pipes, name, scale):
+    """In one call or in two: the prompt beside the style, and the negative beside the style under its own text."""
+    pipe, z = pipes(name), style(pipes(name), size_of(name))
+
+    def made(prompt, words, **call):
+        with dg.graft(pipe, dg.StyleInjection(z, method="stylealigned", prompt=words)) as g:
+            return run(name, pipe, num_inference_steps=1, prompt=[prompt], **call), g.report().rows
+
+    given = {"negative_prompt": ["a blue cat"], "guidance_scale": scale}
+    (got, rows), (towards, _), (away, _) = (
+        made("a red ball", "", **given),
+        made("a red ball", ""),
+        made(*["a blue cat"] * 2),
+    )
+    assert rows == [4 if name == "z-image" else 2]
+    wanted = away + 3 * (towards - away)
+    assert (got - wanted).abs().max() <= 1e-5 * wanted.abs().max()

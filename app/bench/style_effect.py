@@ -68,12 +68,14 @@ class Way:
         return {name: value for name, value in asdict(self).items() if name != "name" and (name, value) != ("more", ())}
 
 
+ALL = (("layers", "all"),)
 WAYS = (
     Way("plain img2img, style in words", None, words=True),
     Way("AdaIN of the startpoint only", None),
     Way("StyleID"),
     Way("StyleID, style under noise instead of inverted", inverted=False),
-    Way("StyleAligned", "stylealigned"),
+    Way("StyleAligned", "stylealigned", more=ALL),
+    Way("StyleAligned, norms shared", "stylealigned", more=(*ALL, ("share_norms", True))),
     Way("attention distillation", "distillation"),
     Way("StyleID + filter", filtered=True),
     Way("StyleID + negative 1.5", omega=1.5),
@@ -81,7 +83,7 @@ WAYS = (
     Way("StyleID + negative 0.5", omega=0.5),
 )
 JOINT_WAYS = (
-    *(way for way in WAYS if way.omega is None),
+    *(way for way in WAYS if way.omega is None and ("share_norms", True) not in way.more),
     Way("StyleAligned, moved aside (the default)", "stylealigned", more=(("apart", 1.0),)),
     Way("StyleAligned, moved aside, keys weighted", "stylealigned", more=(("apart", 1.0), ("key_weights", (0.5, 1.2)))),
     Way("StyleID, moved aside", more=(("apart", 1.0),)),
@@ -89,7 +91,7 @@ JOINT_WAYS = (
 """Where text and image are one sequence, there is no negative by attention, and positions are rotary."""
 SWEEP = tuple(
     replace(way, name=f"{way.name}, strength {strength}", strength=strength)
-    for way in (Way("StyleID"), Way("StyleAligned", "stylealigned"), Way("StyleID + filter", filtered=True))
+    for way in (Way("StyleID"), Way("StyleAligned", "stylealigned", more=ALL), Way("StyleID + filter", filtered=True))
     for strength in (0.25, 0.5, 0.75, 1.0)
 )
 

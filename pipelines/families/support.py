@@ -45,9 +45,6 @@ def _refusals(denoiser: str, family: Family) -> Iterator[tuple[str, str]]:
         yield "erase", f"no pipeline of {denoiser} is known that hands out its latents while it samples"
     if family.how == "keys":
         yield from dict.fromkeys(_STYLE, "its image attends to itself and the text over keys of both at once").items()
-    if family.lengths is not None and family.text_first:
-        where = "each row's image stands behind its own text, where no other row finds it"
-        yield from dict.fromkeys(_STYLE, where).items()
     if family.linear:
         yield from dict.fromkeys((*_REMOVAL, *_STYLE), "its image attends to itself linearly, without logits").items()
     if family.latent.layout == "film":

@@ -112,7 +112,7 @@ FAMILIES: dict[str, Family | Refused] = {
         (Meet("layers", text=None, along=(Along("image_rotary_emb", 1, rope=True), Along("attention_mask", 1))),),
         mask="encoder_attention_mask", encoded={TEXT: 2, "encoder_attention_mask": 3}, as_negative=True, cut=True,
         alone=_REFINED, guidance="apart", lengths=odd.mask_lengths, tokens=odd.patches, masked=True,
-        wrap=odd.system_prompt, rewords=True, solve=Solve(
+        rotary=("axes_dim_rope", 10000.0), wrap=odd.system_prompt, rewords=True, solve=Solve(
             solve.masked, "rising", negated=True, shift=solve.by_channels,
             pipelines=("Lumina2Pipeline", "Lumina2Text2ImgPipeline"),
         ),

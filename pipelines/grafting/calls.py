@@ -85,7 +85,9 @@ class Calls:
 
     def _staged(self, run: Run, active: Sequence[Plugin], inputs: Inputs) -> Inputs:
         if "cond" not in run.step.rows:
-            return moved_again(run, inputs)
+            inputs = moved_again(run, inputs)
+            wanted = [plugin for plugin in active if plugin.beside_guidance] if "uncond" in run.step.rows else []
+            return add_rows(run, self.placed, wanted, RunSession(run, self.texts), inputs)
         inputs = reword(run, active, inputs)
         movers = [plugin for plugin in active if plugin.moves(run.step)]
         if movers:

@@ -14,10 +14,10 @@ from .run import Run
 def combine(run: Run, active: Sequence[Plugin], output: Any) -> Any:
     """The denoiser's output with the rows that the pipeline sent in, moved by the plugins' deltas."""
     step, prediction = run.step, _stacked(run.adapter.prediction(output))
-    if "cond" not in step.rows:  # guidance's other call gets what the first one was given
-        return _folded(run, output, len(prediction), tuple(step.rows))
-    combiners = [plugin for plugin in active if type(plugin).combine is not Plugin.combine]
     kept = max(rows.stop for name, rows in step.rows.items() if name not in step.likes)
+    if "cond" not in step.rows:  # guidance's other call gets what the first one was given
+        return _folded(run, output, kept, [name for name in step.rows if name not in step.likes])
+    combiners = [plugin for plugin in active if type(plugin).combine is not Plugin.combine]
     if not combiners and kept == len(prediction):
         return output
     if not combiners:

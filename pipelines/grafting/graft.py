@@ -228,6 +228,8 @@ class Graft:
         placed, seams = self._calls.placed, self._calls.seams
         for name, (_, layer) in placed.layers.items():
             seams[name] = stack.enter_context(seam_on(layer.module, functools.partial(self._again, name)))
+        for name, (_, module, _) in placed.wrapped.items():
+            seams[name] = stack.enter_context(seam_on(module, functools.partial(self._again, name)))
         for adapter in self.adapters:
             denoiser = adapter.denoiser
             before = functools.partial(self._before, adapter)

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from ...attention.call import Kernel
 from ...attention.edit import Edit
-from ...attention.errors import UnsupportedPipelineError
+from ...attention.errors import SettingError, UnsupportedPipelineError
 from ...attention.layer import AttentionLayer
 from ...attention.seam import Seam, Task, Work
 from ...attention.sequence import Columns
@@ -33,6 +34,7 @@ class Placed:
         edits: by name of the layer, sorted by their order, each with its plugin.
         blocks: where extra rows may join, in execution order; "" is the input.
         joins: of a group of rows the first block in which an edit touches it.
+        wrapped: modules that a plugin runs itself, by name, each with its adapter and the plugin.
     """
 
     plugins: tuple[Plugin, ...] = ()
@@ -40,6 +42,7 @@ class Placed:
     edits: dict[str, list[tuple[Plugin, Edit]]] = field(default_factory=dict[str, list[tuple[Plugin, Edit]]])
     blocks: tuple[str, ...] = ("",)
     joins: dict[str, str] = field(default_factory=dict[str, str])
+    wrapped: dict[str, tuple[Adapter, Any, Plugin]] = field(default_factory=dict[str, Any])
 
     @property
     def brings_rows(self) -> bool:
@@ -54,7 +57,7 @@ class Placed:
     @property
     def traced(self) -> bool:
         """Whether torch.compile may trace all edits."""
-        return all(edit.traced for _, edit in self._all())
+        return not self.wrapped and all(edit.traced for _, edit in self._all())
 
     def active(self, step: Step) -> list[Plugin]:
         """Plugins whose window holds this step."""
@@ -95,6 +98,7 @@ def place(adapters: Sequence[Adapter], plugins: Sequence[Plugin]) -> Placed:
                 placed.edits.setdefault(layer.name, []).append((plugin, edit))
             for group in {*(edit.rows or ()), edit.owns} - {None}:
                 _note_join(placed, str(group), chosen)
+        _wrap(placed, adapters, plugin)
     for pairs in placed.edits.values():
         pairs.sort(key=lambda pair: pair[1].order)
     every = [(adapter, layer) for adapter in adapters for layer in adapter.layers]
@@ -117,6 +121,10 @@ def make_plan(run: Run, placed: Placed, active: Sequence[Plugin], seams: Mapping
             if edits:
                 plan.append((seams[name], _work(run, layer, edits, kernel, total)))
                 run.tally.layers[name] += 1
+    around = {plugin: plugin.around(run.step) for plugin in active if plugin.wraps}
+    for name, (adapter, _, plugin) in placed.wrapped.items():
+        task = around.get(plugin) if adapter is run.adapter else None
+        plan += [] if task is None else [(seams[name], task)]
     return plan
 
 
@@ -133,7 +141,7 @@ def _columns(run: Run, edits: Sequence[Edit]) -> Sequence[Columns]:
     """Where rows of a joint sequence hold what, if further texts are in it, or if their own differ in length."""
     if run.joined is not None:
         return run.joined.columns()
-    adapter, takes = run.adapter, all(edit.ragged == "any" for edit in edits)
+    adapter, takes = run.adapter, all(edit.ragged in ("any", "each") for edit in edits)
     if not isinstance(adapter, DeclaredAdapter) or not takes or not adapter.spec.text_first:
         return ()
     columns = Joined(adapter, (), run.inputs, 1).columns()
@@ -150,6 +158,26 @@ def _chosen(adapters: Sequence[Adapter], plugin: Plugin, edit: Edit) -> list[Att
             f"(it has {len(layers)} attention layers: {', '.join(kinds)}); choose other layers"
         )
     return chosen
+
+
+def _wrap(placed: Placed, adapters: Sequence[Adapter], plugin: Plugin) -> None:
+    """Note the modules that a plugin runs itself."""
+    if not plugin.wraps:
+        return
+    found: dict[str, tuple[Adapter, Any, Plugin]] = {
+        name: (adapter, module, plugin)
+        for adapter in adapters
+        for name, module in adapter.denoiser.named_modules()
+        if isinstance(module, plugin.wraps)
+    }
+    if not found:
+        kinds = ", ".join(kind.__name__ for kind in plugin.wraps)
+        raise UnsupportedPipelineError(
+            f"{type(plugin).__name__} wants {kinds}, of which {type(adapters[0].denoiser).__name__} has none"
+        )
+    if found.keys() & placed.wrapped.keys():
+        raise SettingError("two plugins run the same modules: graft one of them")
+    placed.wrapped.update(found)
 
 
 def _note_join(placed: Placed, group: str, chosen: Sequence[AttentionLayer]) -> None:
