@@ -32,8 +32,9 @@ from gradio_client.utils import QueueError
 from PIL import Image
 
 import diffgraft as dg
-from diffgraft.app.demo import checks, drawing, forms, looks, make_shown, menu, preview, server, visit
+from diffgraft.app.demo import checks, drawing, forms, improve, looks, make_shown, menu, preview, server, visit
 from diffgraft.app.demo.arguments import arguments
+from diffgraft.app.demo.improve import ImprovePart, curve
 from diffgraft.app.demo.painting import telling_words
 from diffgraft.app.demo.restore import restored
 from diffgraft.app.demo.seeds import SeedsPart, picked
@@ -58,7 +59,7 @@ BOMB = Image.new("L", (6000, 6000))
 
 
 def opener(name, device="auto"):
-    if name not in ("picturebook", "turbo", "other"):
+    if name not in ("picturebook", "picturebook-one-step", "turbo", "other"):
         raise dg.ModelLoadError(f"{name!r} does not exist")
     return tiny.sd15()
 
@@ -320,6 +321,31 @@ def test_eight_seeds_are_ranked_as_the_library_does_and_one_is_chosen(studio):
     assert picked(event, [(None, entry["caption"]) for entry in shown]) == order[2]
     with pytest.raises(gr.Error, match="no such seed"):
         told(picked)(event, [])
+
+
+def test_improve_shows_the_picture_before_and_after_and_the_losses_that_the_library_finds(studio, monkeypatch):
+    monkeypatch.setattr(improve, "UPDATES", 2)
+    both, line, seed, settings = ImprovePart(studio).improve(PROMPT, "ball, star", "cat", seed=4, **QUICK)
+    told_of = {"plugins": [dg.NegativeAway("cat")], "seed": 4, **QUICK}
+    found = dg.optimise_startpoint(
+        tiny.sd15(), PROMPT, "a-star", concepts=["ball", "star"], surrogate=tiny.sd15(), iterations=2,
+        guidance=2.5, **told_of,
+    )  # fmt: skip
+    before, after = (pixels(one["path"] if isinstance(one, dict) else one) for one in both.value)
+    assert np.array_equal(before, plain(4, plugins=told_of["plugins"]))
+    assert np.array_equal(after, np.asarray(found.picture)) and seed == "4"
+    losses = json.loads(settings)["losses"]
+    assert len(losses) == 3 and min(losses) <= losses[0]
+    assert line.value == curve(found.losses[0]) and f"{losses[0]:.3f}" in line.value
+    with pytest.raises(dg.SettingError, match="two concepts"):
+        ImprovePart(studio).improve("a ball", **QUICK)
+
+
+def test_the_curve_goes_down_where_the_loss_does():
+    flat, falling = curve([1.0]), curve([3.0, 1.0, 2.0])
+    assert "after 0 of 0" in flat and "after 1 of 2" in falling
+    heights = [float(point.split(",")[1]) for point in falling.split('points="')[1].split('"')[0].split()]
+    assert heights[0] < heights[2] < heights[1]  # downwards on the page
 
 
 def test_the_strip_keeps_the_newest_first_and_hands_a_picture_on():
@@ -682,7 +708,7 @@ def test_progress_counts_the_steps_that_were_taken(studio):
 
 def test_the_api_has_plain_names_and_says_what_each_argument_is(page):
     api = client(page).view_api(return_format="dict", print_info=False)["named_endpoints"]
-    assert set(api) == {"/generate", "/seeds", "/one_step", "/erase", "/stylize", "/compose", "/stop"}
+    assert set(api) == {"/generate", "/seeds", "/improve", "/one_step", "/erase", "/stylize", "/compose", "/stop"}
     names = [parameter["parameter_name"] for parameter in api["/erase"]["parameters"]]
     assert names[:3] == ["picture", "mask", "prompt"] and "request" not in names and "progress" not in names
 
@@ -833,7 +859,7 @@ def test_mcp_tools_are_the_same_functions(studio):
         tools, answer = asyncio.run(ask())
     finally:
         pages.close(blocks)
-    assert {"generate", "seeds", "one_step", "erase", "stylize", "compose", "stop"} == set(tools)
+    assert {"generate", "seeds", "improve", "one_step", "erase", "stylize", "compose", "stop"} == set(tools)
     assert "every concept appears" in tools["generate"].description
     assert tools["generate"].inputSchema["properties"]["negative"]["description"].startswith("What to keep away")
     assert not answer.isError and any('"seed": 3' in getattr(part, "text", "") for part in answer.content)

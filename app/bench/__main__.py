@@ -11,6 +11,7 @@ from pathlib import Path
 
 TABLES = {
     "optimise_effect": "startpoints found on the student, drawn by the many-step model",
+    "optimise_cost": "peak bytes and passes of a search for a startpoint",
     "overhead": "what a graft costs in Python",
     "compiled": "what a graft costs on a compiled model",
     "negative_cost": "FLOPs of negatives inside attention",

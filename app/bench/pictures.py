@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from PIL import Image, ImageDraw
 
-from ... import AttentionSegregation, NegativeAway, erase, generate, stylize
+from ... import AttentionSegregation, ConceptBlock, NegativeAway, erase, generate, optimise_startpoint, stylize
 from .judge import load_judge, look
 from .model_card import ASSETS, GUIDANCE
 from .rows import subject
@@ -69,6 +69,30 @@ def negative(pipe: Any) -> Image.Image:
     return titled({"one step": plain, f"one step, NegativeAway({', '.join(shown)})": grafted})
 
 
+def blocked(pipe: Any) -> Image.Image:
+    """Captions of two things, of which the first one's kind, or its colour, is never drawn."""
+    scenes = [scene(SHEET + 500 + i, split="unseen", count=2, style="plain") for i in range(4)]
+    texts, first = [caption(s) for s in scenes], [s.things[0] for s in scenes]
+    concepts = [thing.colour if i % 2 else thing.kind for i, thing in enumerate(first)]
+    plain = drawn(pipe, texts, guidance=GUIDANCE)
+    without = drawn(pipe, texts, [ConceptBlock(concept) for concept in concepts], guidance=GUIDANCE)
+    return titled({"plain pipeline": plain, f"ConceptBlock: {', '.join(concepts)}": without})
+
+
+def searched(pipe: Any) -> Image.Image:
+    """Captions of three things, from the seeds' own noise and from what was found on the student."""
+    scenes, student = [scene(SHEET + 600 + i, count=3, style="plain") for i in range(4)], subject(one_step=True)
+    found = [
+        optimise_startpoint(
+            pipe, caption(s), "a-star", concepts=[t.kind for t in s.things], surrogate=student, iterations=12,
+            seed=SEED + i, guidance=GUIDANCE,
+        ).picture
+        for i, s in enumerate(scenes)
+    ]  # fmt: skip
+    plain = drawn(pipe, [caption(s) for s in scenes], guidance=GUIDANCE)
+    return titled({"plain pipeline": plain, "optimise_startpoint: 12 updates on the student": found})
+
+
 def erased(pipe: Any) -> Image.Image:
     """Scenes, the first thing's mask, the thing gone, and the truth."""
     scenes = [scene(SHEET + 200 + i, count=2, style="plain") for i in range(6)]
@@ -93,7 +117,8 @@ def styled(pipe: Any) -> Image.Image:
 
 
 PICTURES = {
-    "sheet": sheet_of_captions, "segregation": segregation, "negative": negative, "erase": erased, "style": styled,
+    "sheet": sheet_of_captions, "segregation": segregation, "negative": negative, "concept": blocked,
+    "startpoint": searched, "erase": erased, "style": styled,
 }  # fmt: skip
 
 

@@ -122,6 +122,8 @@ CSS = f"""
 .gradio-container .dg-look-place:not(:has(.dg-look)) { display: none; }
 .dg-look img { width: 128px; height: 128px; border-radius: 8px; }
 .dg-look p { margin: 0; }
+.dg-curve figure { margin: 0; }
+.dg-curve svg { max-width: 100%; height: auto; }
 .gradio-container .dg-strip .grid-container { grid-template-columns: repeat(auto-fill, 92px) !important; }
 .gradio-container .dg-seeds .grid-container { grid-template-columns: repeat(auto-fill, minmax(76px, 1fr)) !important; }
 .gradio-container .dg-strip .empty { min-height: 96px !important; }

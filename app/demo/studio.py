@@ -17,7 +17,7 @@ from ...attention.errors import GraftError, SettingError
 from ...pipelines.families.family import HIDDEN
 from ...pipelines.families.loop import solve_of
 from ...pipelines.families.solve import Solve
-from ..models import EMBEDDED, PICTUREBOOK, denoiser_of, open_model
+from ..models import EMBEDDED, ONE_STEP, PICTUREBOOK, denoiser_of, open_model
 from .checks import text
 from .preview import Guess, clean, learn, spread
 
@@ -52,6 +52,17 @@ class Job:
         self._what, self._steps, self._done, self._time = what, max(1, steps), 0, None
         self.doing, self.rough = f"{what}: reading the prompt", None
         self._tell((0, self._steps), what)
+
+    def tick(self, done: int) -> None:
+        """So much of what was expected is done, where that is more than the model's own steps.
+
+        Raises:
+            Stopped: the visitor pressed stop.
+        """
+        if self._stop.is_set():
+            raise Stopped(f"stopped at {done} of {self._steps}")
+        self.doing = f"{self._what}: {done} of {self._steps}"
+        self._tell((min(done, self._steps), self._steps), self._what)
 
     def before(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Runs before each call of the denoiser: the place to stop, and a new timestep is a step."""
@@ -110,6 +121,7 @@ class Studio:
         self._name: str | None = None
         self._pipe: Any = None
         self._guess: Guess | None = None
+        self._student: Any = None
         self._jobs: dict[str, Job] = {}
         self._loading = ""
         self._stops: dict[str, list[threading.Event]] = {}
@@ -160,6 +172,14 @@ class Studio:
         """
         with self._turn:
             self._get(self.model, lambda done, what: None)
+
+    def surrogate(self, name: str) -> Any:
+        """The one-step student of the embedded model, for whoever has its turn; None for all other models."""
+        if name != PICTUREBOOK:
+            return None
+        if self._student is None:
+            self._student = self._opener(ONE_STEP, device=self.device)
+        return private(self._student)
 
     def seen(self, visitor: str) -> tuple[str, Image.Image | None]:
         """What this visitor's request does just now, and a rough look at its picture; "" if it does not run."""

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import gradio as gr
 
-from . import checks, parts, seeds
+from . import checks, improve, parts, seeds
 from .drawing import WORDS, as_text, canvas, legend
 from .painting import asked, caption, look, paint
 from .parts import Laid, Runs, Shown, keep
@@ -60,13 +60,16 @@ class GenerateTab:
                 compare = gr.Checkbox(True, label="Also paint it plain, with the same seed")
                 run, halt = parts.buttons("Paint")
                 runs = Runs(self.studio, halt)
-                tries = gr.Button("Try 8 seeds, rank them")
+                with gr.Row():
+                    tries = gr.Button("Try 8 seeds, rank them", min_width=140)
+                    better = gr.Button("Improve this seed", min_width=140)
                 knobs = parts.knobs(steps=25, guidance=2.5, seed=self.first["seed"])
                 with gr.Accordion("Size", open=False):
                     width, height = parts.size_row()
                 gr.Examples(EXAMPLES, [prompt, concepts, negative, places], label="Try", example_labels=LABELS)
             with gr.Column(scale=5, min_width=300):
                 thumbs = seeds.gallery()
+                both, line = improve.fields()
                 pictures = parts.gallery("Pictures", made)
                 maps = parts.gallery("Where each word looked", seen, columns=4)
                 seed, settings = parts.facts(used, how)
@@ -81,12 +84,15 @@ class GenerateTab:
         trying = [*inputs[:3], *inputs[4:6], *inputs[7:]]
         trial = seeds.SeedsPart(self.studio).seeds
         runs.on(tries.click, trial, trying, [thumbs])
+        search = improve.ImprovePart(self.studio).improve
+        runs.on(better.click, search, trying, [both, line, seed, settings])
+        runs.offer(search, [both, line, seed, settings])
         runs.offer(self.generate, outputs)
         runs.offer(trial, [thumbs])
         runs.close()
         names = ["prompt", "concepts", "negative", "compare", "steps", "guidance", "count", "seed", "width", "height"]
         fields = dict(zip([*names, "model", "never", "places", "drawing"], inputs, strict=True))
-        lost = [(field, "AttentionSegregation") for field in (concepts, places, drawing, tries)]
+        lost = [(field, "AttentionSegregation") for field in (concepts, places, drawing, tries, better)]
         needs = [*lost, (never, "ConceptBlock"), (negative, "NegativeAway")]
         return Laid(self.name, pictures, [painted, again], fields, needs, note, knobs)
 
