@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -21,6 +21,10 @@ from .moves import LOSS_SCALE, gradient_of, need_gradients
 from .reference import Reference, Sight
 from .style_injection import Layers, choose_layers
 
+Order = Literal["before", "after"]
+PUBLISHED = 6
+"""Self-attention layers of UNets, the last ones, that are published."""
+
 
 def difference(x: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """Mean of |x - target| of each picture [n]: the L1 distance of equations 3 and 4, for x of [n, H, N, D]."""
@@ -29,7 +33,7 @@ def difference(x: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
 
 
 class AttentionDistillation(Plugin):
-    """Moves the latent, before each step, along the gradient of a loss on self-attention.
+    """Moves the latent, between the steps, along the gradient of a loss on self-attention.
 
     The loss of a layer is the distance of softmax(Q K^T) V from softmax(Q K_s^T) V_s, the style's keys and values held
     fixed, plus `content_weight` times the distance of Q from the content's. Style and content are looked at under the
@@ -41,7 +45,10 @@ class AttentionDistillation(Plugin):
         rate: step of Adam in latents of unit variance; 0 is neutral. The paper uses 0.05.
         content_weight: the paper uses 0.25 for a style. 0 leaves the content out.
         updates: of each step; Adam starts anew at every step.
-        layers: as of `StyleInjection`; "decoder" are the paper's six of SD1.5.
+        layers: as of `StyleInjection`; None is the last six of "decoder", as published for SD1.5 and SDXL, and the
+            later half of a transformer.
+        order: "before" moves the latent before each step, "after" behind each step, as published: not the first noise.
+            What is published moves the finished latent once more, which is left out.
         generator: draws the noise of a style or a content that is a picture.
         start, end: fractions of the steps.
 
@@ -51,19 +58,22 @@ class AttentionDistillation(Plugin):
 
     def __init__(
         self, style: Any, *, content: Any = None, rate: float = 0.05, content_weight: float = 0.25, updates: int = 1,
-        layers: Layers = "decoder", generator: torch.Generator | None = None, start: float = 0.0, end: float = 1.0,
+        layers: Layers | None = None, order: Order = "before", generator: torch.Generator | None = None,
+        start: float = 0.0, end: float = 1.0,
     ) -> None:  # fmt: skip
         super().__init__(start=start, end=end)
+        if order not in ("before", "after"):
+            raise SettingError(f"order={order!r}: choose before or after")
         if isinstance(updates, bool) or not isinstance(updates, int):
             raise SettingTypeError(f"updates={updates!r}: a whole number is needed")
         if not 1 <= updates <= 1000:
             raise SettingError(f"updates={updates}: must be 1 ... 1000")
         self.rate, self.content_weight = finite(rate, "rate", 0), finite(content_weight, "content_weight", 0)
-        self.updates = updates
-        self.layers: Layers = layers if isinstance(layers, str) else listed(layers)
+        self.updates, self.order = updates, order
+        self.layers: Layers | None = layers if layers is None or isinstance(layers, str) else listed(layers)
         self._style = Reference(style, generator)
-        reference = None if content is None else Reference(content, generator, "content")
-        self._content = reference if content_weight else None
+        self._content_given = None if content is None else Reference(content, generator, "content")
+        self._content = self._content_given if content_weight else None
         self._chosen: set[str] = set()
 
     @property
@@ -71,7 +81,10 @@ class AttentionDistillation(Plugin):
         return self.rate == 0
 
     def bind(self, session: Session) -> None:
-        self._chosen = choose_layers(session.layers, self.layers)
+        chosen = choose_layers(session.layers, self.layers or "decoder")
+        names = [layer.name for layer in session.layers if layer.name in chosen]
+        unet = any(layer.place == "up" for layer in session.layers)
+        self._chosen = set(names[-PUBLISHED:] if unet and self.layers is None else names)
 
     def edits(self) -> Sequence[Edit]:
         return (_Look(self, self._chosen),)
@@ -85,35 +98,45 @@ class AttentionDistillation(Plugin):
         """The state of the pipeline call that runs."""
         return step.notes[self]
 
+    def moves(self, step: Step) -> bool:
+        return self.order == "before" or step.index > 0
+
     def latent(self, step: Step, latent: torch.Tensor, probe: Probe) -> torch.Tensor | None:
         call = self.call(step)
         step.may_stop = False  # what other plugins have seen is not all that this one wants to see
         try:
-            with torch.no_grad():
-                call.look(probe, call.style.at(step).to(latent), "style")
-                if call.content is not None:
-                    call.look(probe, call.content.at(step).to(latent), "content")
+            content = None if call.content is None else call.content.at(step).to(latent)
+            self.refer(call, probe, call.style.at(step).to(latent), content)
             alpha, sigma = call.session.signal(step)
-            return self._moved(call, latent, probe, self.rate * (alpha**2 + sigma**2) ** 0.5)
+            z = latent.detach().clone()
+            adam = torch.optim.Adam([z], lr=self.rate * (alpha**2 + sigma**2) ** 0.5)
+            return z if self.updated(call, z, adam, probe) else None
         finally:
             step.may_stop = True
-            call.seen = Seen()
+            call.forget()
 
-    def _moved(self, call: Call, latent: torch.Tensor, probe: Probe, rate: float) -> torch.Tensor | None:
-        """`latent` after Adam's updates, None if a loss or a gradient is not finite."""
-        z = latent.detach().clone().requires_grad_()
-        adam = torch.optim.Adam([z], lr=rate)
+    def refer(self, call: Call, probe: Probe, style: torch.Tensor, content: torch.Tensor | None) -> None:
+        """Look at the references' latents."""
+        with torch.no_grad():
+            call.look(probe, style, "style")
+            if content is not None:
+                call.look(probe, content, "content")
+
+    def updated(self, call: Call, z: torch.Tensor, adam: torch.optim.Adam, probe: Probe, scale: float = 1.0) -> bool:
+        """Let Adam move `z`, of which the model is shown `scale` z; False if a loss or a gradient is not finite."""
         for _ in range(self.updates):
-            call.look(probe, z, "loss")
+            z.requires_grad_()
+            call.look(probe, z * scale, "loss")
             seen = call.seen
             losses = seen.style + self.content_weight * seen.content
-            z.grad = gradient_of(losses.sum(), z, LOSS_SCALE if seen.dtype == torch.float16 else 1.0)
-            if not (z.grad.isfinite().all() and losses.isfinite().all()):
+            gradient = gradient_of(losses.sum(), z, LOSS_SCALE if seen.dtype == torch.float16 else 1.0)
+            z.requires_grad_(False).grad = gradient
+            if not (gradient.isfinite().all() and losses.isfinite().all()):
                 call.session.skip("the gradient is not finite")
-                return None
+                return False
             adam.step()
             call.losses.append(losses.detach().mean())
-        return z.detach()
+        return True
 
 
 @dataclass
@@ -135,13 +158,18 @@ class Seen:
 
 @dataclass
 class Call:
-    """State of one pipeline call; `losses` are the means of all updates."""
+    """State of one pipeline call; `losses` are the means of all updates, `clean` is the content without noise."""
 
     session: Session
     style: Sight
     content: Sight | None
     seen: Seen = field(default_factory=Seen)
     losses: list[torch.Tensor] = field(default_factory=list[torch.Tensor])
+    clean: torch.Tensor | None = None
+
+    def forget(self) -> None:
+        """Drop what was looked at, and the graph with it."""
+        self.seen = Seen()
 
     def look(self, probe: Probe, latent: torch.Tensor, role: str) -> None:
         """Look at a latent as the "style", as the "content", or for the "loss"."""

@@ -5,13 +5,16 @@ from __future__ import annotations
 import pytest
 import tiny
 import torch
+from PIL import Image
 from plugins_for_tests import fingerprint
 from test_style import Path, double, normal
 
 import diffgraft as dg
+from diffgraft.app.bench.configs import SD15, SDXL, meta_pipe
 from diffgraft.plugins import distillation
 from diffgraft.plugins.distillation import difference
 from diffgraft.plugins.moves import gradient_of
+from diffgraft.plugins.optimised_style import OptimisedStyle
 
 ONE = {"num_inference_steps": 1, "guidance_scale": 1.0, "height": 16, "width": 16}
 
@@ -174,3 +177,70 @@ def test_a_gradient_that_is_not_finite_moves_nothing(sd15):
 def test_bad_settings_say_what_to_do(call, says):
     with pytest.raises(dg.GraftError, match=says):
         dg.AttentionDistillation(**({"style": torch.zeros(1, 4, 8, 8)} | call))
+
+
+def loss_at(pipe, point, timestep, text, chosen, style, content):
+    """The published loss of a latent, its references as they are given."""
+    with torch.no_grad():
+        ours, theirs = (looked_at(pipe, x, timestep, text, chosen) for x in (style, content))
+    total = torch.zeros((), dtype=torch.float64)
+    for name, (q, k, v) in looked_at(pipe, point, timestep, text, chosen).items():
+        total = total + (explicit(q, k, v) - explicit(q, *ours[name][1:]).detach()).abs().mean()
+        total = total + 0.25 * (q - theirs[name][0]).abs().mean()
+    return total
+
+
+@pytest.mark.parametrize(("config", "count"), [(SD15, 16), (SDXL, 70)], ids=["sd15", "sdxl"])
+def test_the_layers_are_the_last_six(config, count):
+    """On SDXL the decoder has 36."""
+    plugin, pipe = dg.AttentionDistillation(normal(1, 4, 16, 16)), meta_pipe(config)
+    names = [layer.name for layer in dg.find_layers(pipe.unet) if layer.kind == "self"]
+    with dg.graft(pipe, plugin):
+        assert plugin.edits()[0].chosen == set(names[count - 6 :])
+
+
+def test_a_latent_is_optimised_as_published():
+    """From the clean content, one Adam over all timesteps, style and content without noise."""
+    pipe, style, content = double(tiny.sd15()), normal(1, 4, 8, 8, seed=2), normal(1, 4, 8, 8, seed=3)
+    chosen = [layer.name for layer in dg.find_layers(pipe.unet) if layer.kind == "self" and layer.place == "up"]
+    text = pipe.encode_prompt("", "cpu", 1, False)[0].detach()
+    pipe.scheduler.set_timesteps(3)
+    z = content.clone().requires_grad_()
+    adam = torch.optim.Adam([z], lr=0.05)
+    for timestep in pipe.scheduler.timesteps:
+        adam.zero_grad()
+        loss_at(pipe, z, timestep, text, chosen, style, content).backward()
+        adam.step()
+    plugin = OptimisedStyle(style, content, layers="up")
+    with dg.graft(pipe, plugin):
+        tiny.sample(pipe, "", **ONE | {"num_inference_steps": 3})
+    torch.testing.assert_close(plugin.found, z.detach(), rtol=0, atol=1e-10)
+
+
+def test_updates_behind_the_steps_leave_the_first_noise_alone():
+    pipe, z, style = double(tiny.sd15()), normal(1, 4, 8, 8), normal(1, 4, 8, 8, seed=2)
+    chosen = [layer.name for layer in dg.find_layers(pipe.unet) if layer.kind == "self" and layer.place == "up"]
+    text = pipe.encode_prompt("", "cpu", 1, False)[0].detach()
+    pipe.scheduler.set_timesteps(2)
+    first, second = pipe.scheduler.timesteps
+    with torch.no_grad():
+        x = pipe.scheduler.step(pipe.unet(z, first, text)[0], first, z).prev_sample
+    point = x.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(loss_at(pipe, point, second, text, chosen, style, style), point)
+    x = x - 0.05 * gradient / (gradient.abs() + 1e-8)
+    with torch.no_grad():
+        wanted = pipe.scheduler.step(pipe.unet(x, second, text)[0], second, x).prev_sample
+    plugin = dg.AttentionDistillation(Path(style), content=Path(style), layers="up", order="after")
+    with dg.graft(pipe, plugin):
+        got = tiny.sample(pipe, "", latents=z, **ONE | {"num_inference_steps": 2})
+    torch.testing.assert_close(got, wanted, rtol=0, atol=1e-7)
+
+
+def test_stylize_decodes_the_optimised_latent(sd15):
+    content, style = (Image.new("RGB", (32, 24), colour) for colour in ("teal", "orange"))
+    made = dg.stylize(sd15, content, style, seed=1, steps=2, method="optimised")
+    assert made.size == (32, 24) and made.info["diffgraft"]["method"] == "optimised"
+    assert made.tobytes() != content.tobytes()
+    assert (
+        dg.stylize(sd15, content, style, seed=1, steps=2, method="optimised", strength=0).tobytes() == content.tobytes()
+    )

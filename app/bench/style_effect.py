@@ -19,6 +19,7 @@ from PIL import Image
 
 from ... import AttentionDistillation, Inversion, Plugin, StartpointFilter, StyleInjection, graft, invert
 from ...pipelines.families.latents import decode_latents, encode_image
+from ...plugins.optimised_style import OptimisedStyle
 from . import world
 from .judge import WEIGHTS, Verdict, load_judge, look
 from .rows import KEPT, Rows, drawing, fingerprint, scale_of, subject
@@ -27,7 +28,7 @@ from .style_plot import plot
 from .style_scores import layout_accuracy, leak, psnr, style_distance
 from .training import share_cores
 
-STEPS = 20
+STEPS, OPTIMISED = 20, 50
 HEAD = (
     "| way | PSNR to the truth, dB | layout accuracy | style distance / nothing done | canary leak "
     "| judge: style right | judge: kinds kept | judge sees the style picture's thing |\n"
@@ -77,6 +78,7 @@ WAYS = (
     Way("StyleAligned", "stylealigned", more=ALL),
     Way("StyleAligned, norms shared", "stylealigned", more=(*ALL, ("share_norms", True))),
     Way("attention distillation", "distillation"),
+    Way("attention distillation, optimised in 50 steps (its paper's loop)", "optimised"),
     Way("StyleID + filter", filtered=True),
     Way("StyleID + negative 1.5", omega=1.5),
     Way("StyleID + both (StyleSSP)", filtered=True, omega=1.5),
@@ -152,6 +154,8 @@ class Studio:
         pipe, n = self.pipe, len(batch)
         if way.words:
             return self._in_words(batch, seed)
+        if way.method == "optimised":
+            return self._optimised(batch, styles, way.strength)
         content, reference = self._contents(batch, way.omega, styles), encode_image(pipe, list(styles))
         if way.inverted:
             reference = self._remembered(("styles", *(s.tobytes() for s in styles)), lambda: self._invert(styles, None))
@@ -183,6 +187,14 @@ class Studio:
             self.pipe, list(pictures), steps=self.steps, negative=negative, guidance=omega, trajectory=True,
             iterations=2,
         )  # fmt: skip
+
+    def _optimised(self, batch: Sequence[Pair], styles: Sequence[Image.Image], strength: float) -> list[Image.Image]:
+        pipe, contents = self.pipe, [world.render(pair.content) for pair in batch]
+        clean = [encode_image(pipe, pictures).float() for pictures in (list(styles), contents)]
+        plugin, steps = OptimisedStyle(*clean, rate=0.05 * strength), min(OPTIMISED, 10 * self.steps)
+        with graft(pipe, plugin):
+            pipe([""] * len(batch), output_type="latent", **drawing(pipe, steps, 1.0))
+        return decode_latents(pipe, plugin.found)
 
     def _in_words(self, batch: Sequence[Pair], seed: int) -> list[Image.Image]:
         noise = [torch.Generator().manual_seed(seed + i) for i in range(len(batch))]

@@ -12,12 +12,13 @@ from typing import Any, Literal, get_args
 import torch
 from PIL import Image, ImageOps
 
-from ...attention.errors import SettingError, SettingTypeError, UnsupportedPipelineError
+from ...attention.errors import NonFiniteError, SettingError, SettingTypeError, UnsupportedPipelineError
 from ...attention.pictures import as_rgb
 from ...attention.plain import plainly
 from ...plugins.base import Plugin, finite
 from ...plugins.defaults import measured
 from ...plugins.distillation import AttentionDistillation
+from ...plugins.optimised_style import OptimisedStyle
 from ...plugins.startpoint import StartpointFilter
 from ...plugins.style_injection import StyleInjection
 from ..families import adapter_for, latents
@@ -31,7 +32,7 @@ from .inversion import Inversion, invert
 from .region import Region, whole_region
 from .schedule import EXACT, invertible
 
-How = Literal["styleid", "stylealigned", "ip_adapter", "distillation"]
+How = Literal["styleid", "stylealigned", "ip_adapter", "distillation", "optimised"]
 _ETA = 2010025020
 """Added to the seed for the noise of `eta`, which is not to be the noise of the refill."""
 
@@ -110,6 +111,8 @@ def stylize(
             too, in the inversion and while sampling, unless the call says otherwise.
         method: "styleid", "stylealigned" or "ip_adapter", see `StyleInjection`; "distillation" is
             `AttentionDistillation` with rate = 0.05 * strength and content_weight = structure / 2, dearer by gradients.
+            "optimised" takes the same loss as its paper transfers style: nothing is inverted or sampled, the content's
+            latent is optimised by one Adam over the timesteps; published with steps=200.
             None is "styleid", and "stylealigned" where text and image are one sequence; there the reference's rotary
             positions are moved aside by a picture's width.
         alpha: of `StartpointFilter`, 1 is off. gamma, temperature: of `StyleInjection`.
@@ -260,12 +263,28 @@ def paint(pipe: Any, recipe: Recipe, pair: Pair) -> Image.Image:
     }  # fmt: skip
     if recipe.look.strength == 0:
         return _noted(pair.subject.picture.copy(), settings)
-    settings["negative"] = pair.inversion.negative
-    with graft(pipe, *_plugins(pipe, recipe.look, pair), *recipe.plugins):
-        out = pipe(**_options(pipe, recipe, pair))
-    settings |= unblanked(out, [pair.seed])
-    [picture] = latents.as_pil(out.images)
+    if recipe.look.method == "optimised":
+        picture = _optimised(pipe, recipe, pair)
+    else:
+        settings["negative"] = pair.inversion.negative
+        with graft(pipe, *_plugins(pipe, recipe.look, pair), *recipe.plugins):
+            out = pipe(**_options(pipe, recipe, pair, pair.inversion.call(pipe)))
+        settings |= unblanked(out, [pair.seed])
+        [picture] = latents.as_pil(out.images)
     return _noted(pair.subject.region.uncut(picture), settings)
+
+
+def _optimised(pipe: Any, recipe: Recipe, pair: Pair) -> Image.Image:
+    """The latent that `OptimisedStyle` finds, decoded."""
+    style, content = (latents.encode_image(pipe, seen).float() for seen in (pair.reference.fitted, pair.subject.seen))
+    look = recipe.look
+    plugin = OptimisedStyle(style, content, rate=0.05 * look.strength, content_weight=look.structure / 2)
+    with graft(pipe, plugin, *recipe.plugins):
+        pipe(**_options(pipe, recipe, pair, {"num_inference_steps": recipe.steps}) | {"output_type": "latent"})
+    if plugin.found is None or not plugin.found.isfinite().all():
+        raise NonFiniteError("the optimised latent is not finite: lower strength=")
+    [picture] = latents.as_pil(latents.decode_latents(pipe, plugin.found, "np"))
+    return picture
 
 
 def _plugins(pipe: Any, look: Look, pair: Pair) -> list[Plugin]:
@@ -277,11 +296,12 @@ def _plugins(pipe: Any, look: Look, pair: Pair) -> list[Plugin]:
     if look.method == "distillation":
         how: dict[str, Any] = {"rate": 0.05 * look.strength, "content_weight": look.structure / 2}
         return [*start, AttentionDistillation(pair.reference.style, content=pair.inversion, generator=noise, **how)]
-    aside = 1.0 if look.method == "stylealigned" and adapter_for(pipe).rotary else 0.0
+    method: Any = look.method  # one of those that are left
+    aside = 1.0 if method == "stylealigned" and adapter_for(pipe).rotary else 0.0
     return [
         *start,
         StyleInjection(
-            None if adapter else pair.reference.style, method=look.method,
+            None if adapter else pair.reference.style, method=method,
             content=pair.inversion if styleid else None, strength=look.strength, gamma=look.gamma,
             temperature=look.temperature, start_adain=look.invert_style and not adapter, generator=noise,
             apart=aside,
@@ -293,10 +313,10 @@ def _has_adapter(pipe: Any) -> bool:
     return hasattr(pipe, "unet") and has_ip_adapter(pipe.unet)
 
 
-def _options(pipe: Any, recipe: Recipe, pair: Pair) -> dict[str, Any]:
-    """What the pipeline is called with."""
+def _options(pipe: Any, recipe: Recipe, pair: Pair, start: dict[str, Any]) -> dict[str, Any]:
+    """What the pipeline is called with, `start` among it."""
     width, height = pair.subject.region.padded
-    options = pair.inversion.call(pipe) | _guidance(pipe, recipe) | {
+    options = start | _guidance(pipe, recipe) | {
         "prompt": recipe.prompt, "width": width, "height": height,
         "output_type": "np", "generator": torch.Generator().manual_seed((pair.seed + _ETA) % SEEDS),
     }  # fmt: skip
