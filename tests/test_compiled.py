@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 
 import pytest
 import test_families as families
@@ -19,6 +20,7 @@ from torch._inductor.exc import InvalidCxxCompiler
 import diffgraft as dg
 from diffgraft.pipelines.families import adapters_for
 from diffgraft.pipelines.families.hear import blocks
+from diffgraft.pipelines.grafting.compiled import own_graphs
 
 PICTURE = Image.new("RGB", (32, 32), "teal")
 MASK = Image.new("L", (32, 32))
@@ -70,8 +72,11 @@ def compile_by(pipe, how, backend):
         setattr(pipe, name, torch.compile(denoiser, backend=backend, fullgraph=True))
     elif how == "module.compile":
         denoiser.compile(backend=backend, fullgraph=True)
-    else:
+    elif denoiser._repeated_blocks:
         denoiser.compile_repeated_blocks(backend=backend, fullgraph=True)
+    else:
+        for block in denoiser.transformer_blocks:
+            block.compile(backend=backend, fullgraph=True)
     compiled = [module for module in denoiser.modules() if module._compiled_call_impl is not None]
 
     def undo():
@@ -82,22 +87,41 @@ def compile_by(pipe, how, backend):
     return undo
 
 
+@contextlib.contextmanager
+def counting(denoiser, backend):
+    """How many graphs were made while each compiled part ran."""
+    made, before = Counter(), Counter()
+
+    @torch.compiler.disable
+    def note(module, *given):
+        made[module] += backend.graphs - before[module] if len(given) > 1 else 0
+        before[module] = backend.graphs
+
+    parts = [part for part in denoiser.modules() if part._compiled_call_impl is not None]
+    handles = [f(note) for x in parts for f in (x.register_forward_pre_hook, x.register_forward_hook)]
+    yield made
+    for handle in handles:
+        handle.remove()
+
+
 def check(pipe, how, plugin, call, steps=10):
-    """Runs plain, grafted and plain again, compiled; then grafted, eager."""
+    """Runs plain, grafted and plain again, compiled; then grafted, eager. No part is compiled more than twice more."""
     backend = Counted()
     undo = compile_by(pipe, how, backend)
     try:
         call = {"num_inference_steps": steps, **call}
         plain = tiny.sample(pipe, **call)
         before = backend.graphs
-        with dg.graft(pipe, plugin()) as g:
+        with dg.graft(pipe, plugin()) as g, counting(adapters_for(pipe)[0].denoiser, backend) as made:
             compiled = tiny.sample(pipe, **call)
         grafted = backend.graphs - before
         again = tiny.sample(pipe, **call)
     finally:
         undo()
+    assert not any("forward" in module.__dict__ for module in adapters_for(pipe)[0].denoiser.modules())
     assert not counters["graph_break"], dict(counters["graph_break"])
     assert before > 0 and backend.graphs == before + grafted and torch.equal(plain, again)
+    assert max(made.values(), default=0) <= 2
     with dg.graft(pipe, plugin()):
         eager = tiny.sample(pipe, **call)
     assert not torch.equal(eager, plain) and torch.allclose(eager, compiled, rtol=0, atol=1e-5)
@@ -119,7 +143,7 @@ def test_compiled_blocks_stay_compiled(small, plugin):
     """
     steps = 10 if plugin in ("nasa", "redirection") else 4
     before, grafted = check(small, "compile_repeated_blocks", PLUGINS[plugin], {"guidance_scale": 1.0}, steps)
-    assert grafted <= (3 if plugin.startswith("style") else 2) * before
+    assert grafted <= 3 * before  # of edited blocks and of others together
 
 
 @pytest.mark.parametrize(("how", "plugin"), [("torch.compile", "nasa"), ("module.compile", "redirection")])
@@ -132,11 +156,12 @@ def test_a_model_that_is_compiled_whole_stays_compiled(how, plugin):
 
 
 def test_joint_attention_stays_compiled_block_by_block():
-    """The negative rides in the sequence, so a block is compiled for the longer one as well."""
-    pipe = tiny_transformers.flux()
-    del pipe.transformer.transformer_blocks[1:], pipe.transformer.single_transformer_blocks[1:]
+    """The negative rides in the sequence, so a block is compiled for the longer one as well. Of SD3.5's class there are
+    three kinds, each of which a window compiles twice: with the plain graphs that is more than torch's eight.
+    """
+    pipe = tiny_transformers.sd3()
     before, grafted = check(pipe, "compile_repeated_blocks", PLUGINS["nag"], {"guidance_scale": 1.0}, steps=4)
-    assert 0 < grafted <= 2 * before
+    assert (before, grafted) == (3, 6) and torch._dynamo.config.recompile_limit == 8
 
 
 def test_joint_attention_stays_compiled_whole():
@@ -170,6 +195,28 @@ def test_models_stay_compiled_wherever_text_meets_image(name, form, whole):
             block._compiled_call_impl = None
     assert backend.graphs - before[0] <= 2 * before[0] and backend.runs == 2 * before[1] > 0
     assert not counters["graph_break"] and (got - eager).abs().max() <= 1e-5 * eager.abs().max()
+
+
+def test_a_copy_of_a_block_s_code_goes_with_its_last_user(small):
+    """Of two grafts at once the second finds the first one's; whoever wraps it meanwhile keeps it."""
+    block = next(x for name, x in small.unet.named_modules() if name.endswith("transformer_blocks.0"))
+    block._compiled_call_impl = lambda: None
+    before, code = dict(block.__dict__), lambda: block.forward.__func__.__code__
+    with own_graphs(small.unet, {block.attn1}, "one"):
+        one = code()
+        assert one is not type(block).forward.__code__ and one == type(block).forward.__code__
+    assert block.__dict__ == before
+    first, second = (own_graphs(small.unet, {block.attn1}, kind) for kind in ("one", "two"))
+    first.__enter__(), second.__enter__()
+    first.__exit__(None, None, None)
+    assert code() is one  # also of the graph that was made before
+    second.__exit__(None, None, None)
+    assert "forward" not in block.__dict__
+    with own_graphs(small.unet, {block.attn1}, "two"):
+        assert code() is not one
+        wrapper = block.__dict__["forward"] = lambda: None
+    assert block.__dict__.pop("forward") is wrapper and block.__dict__ == before
+    block._compiled_call_impl = None
 
 
 def seen(pipe, plugins, steps=3):

@@ -1,16 +1,24 @@
-"""Compiled models under a graft: what cannot be traced runs eager, for its own calls only."""
+"""Compiled models under a graft: what cannot be traced runs eager, for its own calls only.
+
+Torch counts graphs by code object and keeps eight for one; blocks of one class share theirs, and a class may have three
+kinds of them. So under a graft a compiled block runs a copy of its code, one for each kind of graft, with eight of its
+own: the plain graphs and those of other plugins are not counted.
+"""
 
 from __future__ import annotations
 
+import functools
 import threading
-from collections.abc import Callable, Generator
+import types
+from collections.abc import Callable, Generator, Hashable
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
 _LOCK = threading.RLock()
-_CALL = "_compiled_call_impl"
+_CALL, _CODE = "_compiled_call_impl", "_diffgraft_code"
 Ask = Callable[[frozenset[int] | None], bool]
 """ask(parts): whether what this thread runs now must run eager: the whole denoiser where `parts` is None, else the part
 of it that consists of the modules of these identities."""
@@ -70,3 +78,62 @@ def _take(module: nn.Module, name: str, ask: Ask) -> None:
             choice.asks = tuple(kept for kept in choice.asks if kept is not ask)
             if not choice.asks:
                 module.__dict__[name] = choice.compiled
+
+
+# -- graphs of their own -------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Copy:
+    """What a module carries whose `forward` is a copy meanwhile: that, and how many want it."""
+
+    forward: Any
+    users: int = 0
+
+
+@contextmanager
+def own_graphs(denoiser: nn.Module, edited: set[nn.Module], kind: Hashable) -> Generator[None]:
+    """Inside, compiled parts of a denoiser that hold edited layers make and find graphs of their own.
+
+    Args:
+        kind: grafts of one kind share graphs.
+    """
+    parts = [each for each in denoiser.modules() if each.__dict__.get(_CALL) is not None and each is not denoiser]
+    holders = [part for part in parts if part not in edited and not edited.isdisjoint(part.modules())]
+    copied = [part for part in holders if _copy_on(part, kind)]
+    try:
+        yield
+    finally:
+        for part in copied:
+            _copy_off(part)
+
+
+def _copy_on(module: nn.Module, kind: Hashable) -> bool:
+    own = module.__dict__
+    with _LOCK:
+        if _CODE not in own:
+            if "forward" in own:  # somebody's, and so is its code
+                return False
+            own["forward"] = types.MethodType(_copied(type(module).forward, kind), module)
+            own[_CODE] = _Copy(own["forward"])
+        own[_CODE].users += 1
+        return True
+
+
+def _copy_off(module: nn.Module) -> None:
+    own = module.__dict__
+    with _LOCK:
+        copy: _Copy = own[_CODE]
+        copy.users -= 1
+        if not copy.users:
+            del own[_CODE]
+            if own.get("forward") is copy.forward:  # nobody has wrapped it
+                del own["forward"]
+
+
+@functools.cache
+def _copied(own: Any, kind: Hashable) -> Any:
+    """A function of the same code, which torch takes for another one."""
+    made = types.FunctionType(own.__code__.replace(), own.__globals__, own.__name__, own.__defaults__, own.__closure__)
+    made.__kwdefaults__ = own.__kwdefaults__
+    return functools.update_wrapper(made, own)

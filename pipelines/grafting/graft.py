@@ -24,7 +24,7 @@ from ..families.base import Adapter, Inputs
 from ..families.words import in_turn
 from .blocks import Block, block_here, complaint, holders
 from .calls import Calls
-from .compiled import choosing, is_whole
+from .compiled import choosing, is_whole, own_graphs
 from .gradients import run_again_for
 from .hooks import hook_denoiser
 from .plan import Placed, place
@@ -226,6 +226,9 @@ class Graft:
 
     def _hook(self, stack: ExitStack) -> None:
         placed, seams = self._calls.placed, self._calls.seams
+        edited = {layer.module for _, layer in placed.layers.values()}
+        for adapter in self.adapters:  # before seams are on, and until they are off
+            stack.enter_context(own_graphs(adapter.denoiser, edited, tuple(map(_kind, placed.plugins))))
         for name, (_, layer) in placed.layers.items():
             seams[name] = stack.enter_context(seam_on(layer.module, functools.partial(self._again, name)))
         for name, (_, module, _) in placed.wrapped.items():
@@ -334,6 +337,11 @@ def graft(pipe: Any, *plugins: Plugin, backend: str = "auto", strict: bool = Fal
         >>> print(g.report())
     """
     return Graft(pipe, plugins, backend, strict)
+
+
+def _kind(plugin: Plugin) -> tuple[Any, ...]:
+    """What tells the graphs of plugins apart, their numbers aside."""
+    return type(plugin), getattr(plugin, "rule", ""), getattr(plugin, "method", ""), getattr(plugin, "form", "")
 
 
 def _device(pipe: Any) -> torch.device:
