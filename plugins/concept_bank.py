@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from ..attention.errors import ConceptError
 from .base import Session, Text
 from .concept_geometry import calibrated, phrase_nearness
-from .neutral_words import FUNCTION_WORDS, NEUTRAL_WORDS
+from .neutral_words import FUNCTION_WORDS, MANNERS, NEUTRAL_WORDS
 
 FILLER = "a"
 _NEAR, _KIN, _EXACT, _BATCH = 16, 8, 16, 64
@@ -92,7 +92,8 @@ def make_bank(session: Session, phrases: Sequence[str], blocked: Sequence[str], 
         encoder.length_of(phrase)
     words = encoder.single(NEUTRAL_WORDS, blocked)
     near = _nearest(encoder, phrases[0], words)
-    chosen = [replace] if replace else near[min(_KIN, len(near)) // 2 : _KIN]
+    kin = [word for word in near if word not in MANNERS]  # in the place of a colour they would repaint the picture
+    chosen = [replace] if replace else kin[min(_KIN, len(kin)) // 2 : _KIN]
     followers = [*encoder.single(FUNCTION_WORDS[1:3], blocked), words[0]]
     own = [encoder.places(phrase, followers) for phrase in phrases]
     function = encoder.single(FUNCTION_WORDS, blocked)

@@ -251,3 +251,13 @@ def test_letters_that_look_alike_do_not_bring_it_back(student, written):
     """What is another token is no star to the model either; what the tokenizer makes the same, is blocked."""
     picture, report = draw(student, f"a red {written} , sky", dg.ConceptBlock("star"), output_type="pt")
     assert not shown(look(load_judge(), picture * 2 - 1)[0], "star"), str(report)
+
+
+@pytest.mark.parametrize("colour", ["red", "purple"])
+def test_what_stands_in_for_a_colour_is_no_way_of_painting(student, colour):
+    """Words as "sketch" are near to colours; in the place of one they would change the whole picture's style."""
+    prompts = [f"a {colour} {kind} and a blue tree , sky" for kind in ("ball", "house", "boat")]
+    generators = [torch.Generator().manual_seed(i) for i in range(3)]
+    pictures, _ = draw(student, prompts, dg.ConceptBlock(colour), output_type="pt", generator=generators)
+    seen = look(load_judge(), pictures * 2 - 1)
+    assert [one.style for one in seen] == ["plain"] * 3 and not any(shown(one, colour) for one in seen)

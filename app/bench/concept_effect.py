@@ -1,7 +1,8 @@
 """Does a blocked concept stay out of the picture, and everything else in it? Ten kinds and eight colours, judged.
 
 Shown: the judge sees the concept anywhere. Kept: the other thing of the caption is there in its colour, on its
-background. Whatever has been drawn is kept under outputs/bench/ and not drawn again.
+background. Plain style: as no caption here names another one. Whatever has been drawn is kept under outputs/bench/
+and not drawn again.
 """
 
 from __future__ import annotations
@@ -26,6 +27,10 @@ from .statistics import paired_difference, share
 from .training import share_cores
 
 SEED = 90_000
+FORM = 2
+"""Rises when the same settings come to mean something else, so that what was kept before is drawn again."""
+Outcome = tuple[bool, bool, bool]
+"""(shown, kept, in plain style)."""
 Maker = Callable[[str], Plugin | None]
 
 
@@ -45,6 +50,8 @@ WAYS = (
     PLAIN, BLOCK, Way("`NegativeAway`", NegativeAway),
     Way('`ConceptBlock(rule="nasa")`', partial(ConceptBlock, rule="nasa")),
     Way('`ConceptBlock(rule="adavd")`', partial(ConceptBlock, rule="adavd")),
+    Way('`ConceptBlock(rule="safree")`', partial(ConceptBlock, rule="safree")),
+    Way('`ConceptBlock(space="embeddings")`', partial(ConceptBlock, space="embeddings")),
 )  # fmt: skip
 OWN = Way("the pipeline's negative prompt", own_negative=True)
 EMBEDDED = Way("`ConceptBlock`, embeddings for the prompt", ConceptBlock, embedded=True)
@@ -58,10 +65,11 @@ class Bench:
     ) -> None:
         self.pipe, self.judge, self.steps, self.guidance = pipe, judge, steps, guidance
         self.rows, self.key = Rows(path), fingerprint(pipe) | {"steps": steps, "guidance": guidance}
+        self.key |= {"form": FORM}
 
-    def seen(self, way: Way, concept: str, captions: Sequence[Asked], seeds: int) -> list[tuple[bool, bool]]:
-        """(shown, kept) of every caption and seed."""
-        plugin, found = way.make(concept), list[tuple[bool, bool]]()
+    def seen(self, way: Way, concept: str, captions: Sequence[Asked], seeds: int) -> list[Outcome]:
+        """What became of every caption and seed."""
+        plugin, found = way.make(concept), list[Outcome]()
         told = None if plugin is None else {"plugin": type(plugin).__name__} | plugin.settings()
         for seed in range(seeds):
             key = {**self.key, "row": told, "own": way.own_negative, "embedded": way.embedded, "concept": concept}
@@ -71,10 +79,12 @@ class Bench:
 
     def _seen(
         self, way: Way, plugin: Plugin | None, concept: str, captions: Sequence[Asked], seed: int
-    ) -> list[tuple[bool, bool]]:
+    ) -> list[Outcome]:
         pictures = self.draw([one.text for one in captions], seed, plugin, concept if way.own_negative else None, way)
         verdicts = look(self.judge, pictures)
-        return [(shown(v, concept), one.kept(v)) for v, one in zip(verdicts, captions, strict=True)]
+        return [
+            (shown(v, concept), one.kept(v), v.style == "plain") for v, one in zip(verdicts, captions, strict=True)
+        ]
 
     def draw(
         self, texts: Sequence[str], seed: int, plugin: Plugin | None, negative: str | None = None, way: Way = PLAIN
@@ -103,17 +113,19 @@ class Bench:
 def table(bench: Bench, title: str, ways: Sequence[Way], seeds: int) -> None:
     """Print one model's rows."""
     say(f"\n{title}: {len(CONCEPTS)} concepts, 10 captions each, seeds: {seeds}\n")
-    say("| | pictures | shown, all | kinds | colours | other thing and background kept | change, points |")
-    say("|---|---|---|---|---|---|---|")
-    plain: list[tuple[bool, bool]] = []
+    say("| | pictures | shown, all | kinds | colours | other thing and background kept | change, points "
+        "| plain style |")  # fmt: skip
+    say("|---|---|---|---|---|---|---|---|")
+    plain: list[Outcome] = []
     for way in ways:
         by = {concept: bench.seen(way, concept, asking(concept), seeds) for concept in CONCEPTS}
         every = [one for found in by.values() for one in found]
         plain = plain or every
-        cells = [way.name, str(len(every)), share([s for s, _ in every]).percent()]
-        cells += [share([s for c in part for s, _ in by[c]]).percent() for part in (KINDS, PAINTS)]
-        kept, before = ([k for _, k in found] for found in (every, plain))
+        cells = [way.name, str(len(every)), share([s for s, *_ in every]).percent()]
+        cells += [share([s for c in part for s, *_ in by[c]]).percent() for part in (KINDS, PAINTS)]
+        kept, before = ([k for _, k, _ in found] for found in (every, plain))
         cells += [share(kept).percent(), "" if every is plain else points(paired_difference(kept, before))]
+        cells.append(share([style for *_, style in every]).percent())
         say(f"| {' | '.join(cells)} |")
 
 
@@ -121,11 +133,11 @@ def others(bench: Bench, seeds: int) -> None:
     """Print what was written in other ways, several concepts at once, attacks, and prompts without the concept."""
     say("\n| | pictures | shown |\n|---|---|---|")
     for way in (PLAIN, BLOCK):
-        odd = [s for c in CONCEPTS for s, _ in bench.seen(way, c, oddly(c), seeds)]
+        odd = [s for c in CONCEPTS for s, *_ in bench.seen(way, c, oddly(c), seeds)]
         say(f"| odd forms, {way.name} | {len(odd)} | {share(odd).percent()} |")
     for count in (2, 5):
         several = Way(f"{count} kinds at once", lambda concept, n=count: ConceptBlock(_ring(concept, n)))
-        found = [s for c in KINDS for s, _ in bench.seen(several, c, asking(c), seeds)]
+        found = [s for c in KINDS for s, *_ in bench.seen(several, c, asking(c), seeds)]
         say(f"| {several.name}, each asked for | {len(found)} | {share(found).percent()} |")
     for title, plugin in (("plain", None), ("the block", ConceptBlock)):
         found = [

@@ -8,8 +8,10 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass, field
 from typing import Any
+from unittest import mock
 
 import torch
+import torch.nn.functional as F  # noqa: N812
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -19,7 +21,6 @@ from ... import colour_loss, picturebook
 from ...pipelines.tasks.optimise import initial_noise
 from ...pipelines.tasks.search import Objective, OnMaps, OnPictures, Surrogate, prepared
 from .configs import SD15, SDXL, meta_inputs, meta_pipe
-from .segregation_cost import Flash
 
 SHAPES = {"SD1.5 512": (SD15, 64), "SDXL 1024": (SDXL, 128)}
 FULL = 25
@@ -72,12 +73,18 @@ class Calls:
         self._hook.remove()
 
 
+def flash(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **more: Any) -> torch.Tensor:
+    """Attention that keeps no probabilities; put in by name, as a mode is off while a backward pass runs forwards."""
+    return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, scale=more.get("scale"))[0]
+
+
 def update(pipe: Any, latent: int, steps: int, rows: int, checkpointed: bool) -> None:
     """The gradient of a number with respect to the noise, through `steps` calls of a meta denoiser."""
     inputs = meta_inputs(pipe.unet, rows, (latent, latent))
     noise = torch.zeros(1, 4, latent, latent, device="meta", dtype=pipe.unet.dtype, requires_grad=True)
     given = {name: value.to(pipe.unet.dtype) if torch.is_tensor(value) else value for name, value in inputs.items()}
-    with prepared(Surrogate(pipe, [""], steps, None, checkpointed=checkpointed)), Flash(), torch.enable_grad():
+    at = Surrogate(pipe, [""], steps, None, checkpointed=checkpointed)
+    with prepared(at), mock.patch.object(F, "scaled_dot_product_attention", flash), torch.enable_grad():
         z = noise
         for _ in range(steps):
             found = pipe.unet(**given | {"sample": z.expand(rows, -1, -1, -1)}, return_dict=False)[0]

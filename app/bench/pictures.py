@@ -134,7 +134,8 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     for name in args.names:
         made = PICTURES[name](subject(one_step=name == "negative"))
-        made.save(args.out / f"{name}.png", optimize=True)
+        small = name in ("concept", "startpoint")
+        (made.quantize(200) if small else made).save(args.out / f"{name}.png", optimize=True)
 
 
 if __name__ == "__main__":
