@@ -14,6 +14,7 @@ import tiny_transformers
 import torch
 from diffusers import modular_pipelines as modular
 from diffusers.pipelines import auto_pipeline
+from PIL import Image
 from torch import nn
 
 import diffgraft as dg
@@ -219,6 +220,44 @@ def test_what_a_family_is_said_to_be_unable_to_do_is_refused_when_it_is_tried(na
         except dg.UnsupportedPipelineError:
             refused.add(plugin)
     assert refused == {*unable(denoiser)} & {*tried}
+
+
+TASKS = ("erase", "stylize", "invert")
+
+
+@pytest.mark.parametrize("name", [name for name in tf.models() if " " not in name and name in DECLARED])
+def test_every_family_does_a_task_or_refuses_it_by_name(name):
+    """Those that do are run in test_erase_transformers, test_style_joint and test_inversion_families."""
+    from diffgraft.pipelines.families.support import unable
+
+    picture, mask, pipe = Image.new("RGB", (32, 32)), np.zeros((32, 32), bool), tf.bare(name)
+    mask[8:16, 8:16] = True
+    tasks = {
+        "erase": lambda: dg.erase(pipe, picture, mask, seed=0, steps=2),
+        "stylize": lambda: dg.stylize(pipe, picture, picture, seed=0, steps=1),
+        "invert": lambda: dg.invert(pipe, picture, steps=1),
+    }
+    for task in {*unable(name)} & {*TASKS}:
+        with pytest.raises(dg.UnsupportedPipelineError, match=name) as refused:
+            tasks[task]()
+        assert re.search(r"SD2|SD3|Flux", str(refused.value))  # what to use instead
+
+
+def test_every_family_that_does_a_task_is_run():
+    import test_erase_transformers
+    import test_inversion_families
+    import test_style_joint
+
+    from diffgraft.pipelines.families.support import unable
+
+    called = {"klein": "flux2", "flux guidance": "flux"}
+    run = {
+        "erase": test_erase_transformers.MAKE, "stylize": [*test_style_joint.JOINT, "pixart"],
+        "invert": test_inversion_families.PIPES,
+    }  # fmt: skip
+    for task in TASKS:
+        able = {said.name for name, said in DECLARED.items() if task not in unable(name)} - {"unet"}
+        assert able == {called.get(name, name) for name in run[task]}
 
 
 def test_families_without_a_declaration_can_do_nothing():

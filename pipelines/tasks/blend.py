@@ -130,8 +130,8 @@ def sibling(pipe: Any) -> tuple[Any, bool]:
         if plain != "Diffusion" and kind is not None:
             return (pipe if type(pipe) is kind else same_parts(pipe, kind)), inpainting
     raise UnsupportedPipelineError(
-        f"diffusers has no {'inpainting' if inpainting else 'image-to-image'} form of {type(pipe).__name__}: "
-        "use a pipeline of SD1, SD2 or SDXL, with ControlNet or not"
+        f"diffusers has no {'inpainting' if inpainting else 'image-to-image'} form of {type(pipe).__name__} with "
+        f"its {type(pipe.unet).__name__}: use a pipeline of SD1, SD2 or SDXL, with ControlNet or not"
     )
 
 
