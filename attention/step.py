@@ -32,6 +32,7 @@ class Step:
         heard: further texts of this call, by the identity of what their plugin gave, as the blocks get them whose
             layers attend across, each with the other arguments of the layer that go with it, its mask among them.
         notes: what plugins keep of this pipeline call, each under itself; emptied when the call is over.
+        tail: tokens behind the image's that other candidates have in its hole; nothing attends to them.
     """
 
     index: int = 0
@@ -47,6 +48,7 @@ class Step:
     device: torch.device | None = None
     heard: dict[int, tuple[torch.Tensor, dict[str, Any]]] = field(default_factory=dict[int, Any])
     notes: dict[Any, Any] = field(default_factory=dict[Any, Any])
+    tail: int = 0
 
     def within(self, start: float, end: float) -> bool:
         """Whether this step lies in [start, end), fractions of the run's steps."""

@@ -328,6 +328,13 @@ class Plugin:
         """The edits of attention, asked once at attach."""
         return ()
 
+    def unseen(self, step: Step) -> torch.Tensor | None:
+        """Indices of the image's tokens that nothing attends to at this step, in no layer; None if there are none.
+
+        Rows that differ in these tokens alone run as one, with `Step.tail`.
+        """
+        return None
+
     def around(self, step: Step) -> Task | None:
         """What runs in place of each module of the classes in `wraps` at this step, None for the module itself."""
         return None

@@ -86,6 +86,7 @@ class SelfAttentionRedirection(Plugin):
         if not any(one.any() for one in self._masks):
             warnings.warn("the mask is empty: nothing is redirected", stacklevel=2)
         self._chosen: set[str] = set()
+        self._everywhere = False
 
     @property
     def neutral(self) -> bool:
@@ -93,6 +94,8 @@ class SelfAttentionRedirection(Plugin):
 
     def bind(self, session: Session) -> None:
         self._chosen = {layer.name for layer in choose_layers(session.layers, self.layers)}
+        joint = {layer.name for layer in session.layers if layer.kind == "joint"}
+        self._everywhere = bool(joint) and joint <= self._chosen
 
     def begin(self, session: Session, step: Step) -> None:
         pictures = step.rows["cond"].stop - step.rows["cond"].start
@@ -133,6 +136,11 @@ class SelfAttentionRedirection(Plugin):
             if not mask.any():
                 delta[row] = 0
         return delta
+
+    def unseen(self, step: Step) -> torch.Tensor | None:
+        if not self._everywhere or len(self._masks) > 1 or not self.alone(step):
+            return None
+        return self.tokens(step.size, step, step.device)[0][1]
 
     def alone(self, step: Step) -> bool:
         """Whether the redirected prediction is all that is wanted: at scale 1 without a second guidance."""

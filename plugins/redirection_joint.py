@@ -14,13 +14,14 @@ from ..attention.errors import SettingError, UnsupportedPipelineError
 from ..attention.layer import AttentionLayer
 
 
-def visible(kept: torch.Tensor, image: slice, length: int) -> torch.Tensor:
+def visible(kept: torch.Tensor, image: slice, length: int, others: int = 0) -> torch.Tensor:
     """Columns of a sequence of `length` that are attended to: all but the masked ones of the image.
 
     Args:
-        kept: indices of the image's background tokens. image: its columns.
+        kept: indices of the image's background tokens. image: its columns. others: so many columns behind the image are
+            masked tokens of other candidates.
     """
-    head, tail = (torch.arange(*span, device=kept.device) for span in ((image.start,), (image.stop, length)))
+    head, tail = (torch.arange(*span, device=kept.device) for span in ((image.start,), (image.stop + others, length)))
     return torch.cat([head, kept + image.start, tail])
 
 
@@ -36,7 +37,7 @@ def redirected(
         suppression: factor of the logits of masked queries on the image's keys, None for none.
     """
     image, asked = call.image, call.asked
-    index = visible(kept, image, call.k.shape[-2])
+    index = visible(kept, image, call.k.shape[-2], call.step.tail)
     k, v = (tensor.index_select(-2, index) for tensor in (call.k, call.v))
     mask = None if call.mask is None else call.mask.index_select(-1, index)
     out = _attend(call, call.q, k, v, mask)
@@ -46,6 +47,8 @@ def redirected(
     scaled = k.clone()
     scaled[:, :, seen] *= suppression
     inside = hidden + asked.start
+    if call.step.tail:
+        inside = torch.cat([inside, torch.arange(asked.stop, asked.stop + call.step.tail, device=inside.device)])
     if mask is not None and mask.shape[-2] > 1:
         mask = mask.index_select(-2, inside)
     own = _attend(call, call.q.index_select(-2, inside), scaled, v, mask)

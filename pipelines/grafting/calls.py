@@ -16,6 +16,7 @@ from ..families.base import Inputs
 from ..families.running import find_running, swap_processors
 from .branch_stage import add_rows
 from .combine_stage import combine
+from .fold import fold_rows, unfold_rows
 from .latent_stage import move, moved_again
 from .plan import Placed, make_plan
 from .run import Plan, Run
@@ -62,12 +63,12 @@ class Calls:
     def after(self, run: Run, output: Any) -> Any:
         """The denoiser's output after the combine stage, with the rows that the pipeline sent in."""
         run.end()
-        return combine(run, self.placed.active(run.step), output)
+        return combine(run, self.placed.active(run.step), unfold_rows(run, output))
 
     def aborted(self, run: Run) -> None:
         """The denoiser raised: this pipeline call will not step, nor put back what PAG replaced."""
         swap_processors(run.adapter.denoiser, run.running.before_pag)
-        run.pending = None
+        run.pending = run.fold = None
         run.end()
 
     def stepped(self, run: Run, sample: torch.Tensor) -> torch.Tensor:
@@ -93,7 +94,7 @@ class Calls:
         if movers:
             inputs = move(run, movers, inputs, lambda: self._plan(run, active))
         inputs = add_rows(run, self.placed, active, RunSession(run, self.texts), inputs)
-        return add_streams(run, active, inputs)
+        return fold_rows(run, active, add_streams(run, active, inputs))
 
     def _begin(self, run: Run, inputs: Inputs) -> None:
         adapter, scheduler = run.adapter, run.running.pipe.scheduler

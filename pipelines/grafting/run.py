@@ -17,6 +17,7 @@ from ..families.base import Adapter, Inputs
 from ..families.join import Joined
 from ..families.running import Running
 from .clock import Clock
+from .folded import Fold
 from .widen import Widen
 
 Plan = Sequence[tuple[Seam, Task]]
@@ -54,6 +55,7 @@ class Run:
         deltas: what plugins add to the prediction of this step.
         late: rows that join on the way, and the number of the block in `Placed.blocks` where they do.
         joined: further texts in the sequence of a joint-attention model.
+        fold: rows that run as one.
         memo, notes: what is kept over the steps of a pipeline call.
         stranded: whether a pipeline call ended with a moved latent that no step had started from.
         tally: for the report.
@@ -69,6 +71,7 @@ class Run:
     deltas: list[torch.Tensor] = field(default_factory=list[torch.Tensor])
     late: tuple[Widen, int] | None = None
     joined: Joined | None = None
+    fold: Fold | None = None
     memo: TextMemo = field(default_factory=TextMemo)
     notes: dict[Any, Any] = field(default_factory=dict[Any, Any])
     stranded: bool = False

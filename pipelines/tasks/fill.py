@@ -29,7 +29,9 @@ from .schedule import EXACT
 
 @dataclass(frozen=True)
 class Sampling:
-    """How holes are regenerated: as the arguments of `erase`; `redirection` is what the technique takes."""
+    """How holes are regenerated: as the arguments of `erase`; `redirection` is what the technique takes, `shared` says
+    that pictures which are the same have the same noise outside of their hole.
+    """
 
     method: str
     steps: int
@@ -39,6 +41,7 @@ class Sampling:
     plugins: Sequence[Plugin]
     call: dict[str, Any] = field(default_factory=dict[str, Any])
     origin: str = "picture"
+    shared: bool = False
 
     @property
     def empty(self) -> bool:
@@ -80,6 +83,9 @@ def sample(pipe: Any, jobs: Sequence[Job], sampling: Sampling) -> list[Image.Ima
     plugins = [redirection, *sampling.plugins]
     source = _source(pipe, clean, [job.seed for job in jobs], sampling, flow=loop is not None)
     tokens = torch.stack([level_mask(mask, grid, grid) for mask in masks])[:, None]
+    if sampling.shared and len({job.prompt for job in jobs}) == 1:
+        redirection, source = _sharing(redirection, source, masks, tokens, sampling)
+        plugins[0] = redirection
     call = _for_each(sampling.call, jobs)
     if inpainting:
         call |= _inpainting(pipe, parts, tokens)
@@ -135,6 +141,20 @@ def _source(
     inversion = invert(pipe, clean, steps=sampling.steps, iterations=0, trajectory=True)
     inversion.call(pipe)  # refuses a scheduler that goes other ways than the inversion
     return Inverted(clean, inversion.at)
+
+
+def _sharing(
+    redirection: SelfAttentionRedirection, source: Noised | Inverted | Flowing, masks: Sequence[Bools],
+    tokens: torch.Tensor, sampling: Sampling,
+) -> tuple[SelfAttentionRedirection, Noised | Inverted | Flowing]:  # fmt: skip
+    """One mask and, outside of it, one noise for pictures that are the same; else what was given."""
+    same = (
+        isinstance(source, Flowing) and bool((source.clean == source.clean[:1]).all()) and (tokens == tokens[:1]).all()
+    )
+    if not isinstance(source, Flowing) or not same:
+        return redirection, source
+    noise = torch.where(tokens.to(source.noise.device), source.noise, source.noise[:1])
+    return SelfAttentionRedirection(masks[0], **sampling.redirection), Flowing(source.clean, noise)
 
 
 def _for_each(call: dict[str, Any], jobs: Sequence[Job]) -> dict[str, Any]:
