@@ -65,14 +65,28 @@ DEFAULTS: Mapping[str, Mapping[str, Default]] = {
 NUMBERS: Mapping[str, Mapping[str, float]] = {
     "stylize: strength of styleid": {"picturebook": 0.6, "other": 1.0},
     "stylize: damping of the startpoint by structure": {"picturebook": 0.0, "other": 0.6},
+    "stylize: begin of distillation": {"picturebook": 0.4, "other": 0.0},
+    "stylize: structure of distillation": {"picturebook": 0.2, "other": 0.5},
+    "stylize: steps that share the way of distillation": {"picturebook": 20, "other": 0},
     "attention_masks: power": {"picturebook": 1, "other": 4},
 }
 """Setting of a task -> family -> number; "other" is what the papers use, the picture book's are measured there."""
+
+CHOICES: Mapping[str, Mapping[str, str]] = {
+    "stylize: method": {"picturebook": "distillation", "other": "styleid"},
+}
+"""The same for what is no number."""
 
 
 def measured(setting: str, family: str) -> float:
     """The default of a task's setting on a family."""
     rows = NUMBERS[setting]
+    return rows.get(family, rows["other"])
+
+
+def preferred(setting: str, family: str) -> str:
+    """The same for a choice."""
+    rows = CHOICES[setting]
     return rows.get(family, rows["other"])
 
 

@@ -88,7 +88,7 @@ def test_redirection_effect(pipe, tmp_path, capsys):
     splits = {name for name in table if name.startswith(("scenes", "plain (", "styled (", "textured ("))}
     assert len(splits) >= 2
     table = {name: line for name, line in table.items() if name not in splits}
-    assert set(table) == {"fill", *redirection_effect.DIFFUSION, *redirection_effect.FILLS}
+    assert set(table) == {"fill", *redirection_effect.DIFFUSION, redirection_effect.CAP, *redirection_effect.FILLS}
     assert all(len(line) == 7 for name, line in table.items() if name != redirection_effect.PLAIN)
     resumed = redirection_effect.Bench(pipe, path, steps=2)
     resumed.pipe = resumed.judge = None  # nothing is drawn or judged again

@@ -94,7 +94,7 @@ def test_numbers_by_family_stand_in_one_table():
     rooms = (ROOT / "plugins", ROOT / "pipelines" / "tasks", ROOT / "pipelines" / "grafting")
     found = {p.name for room in rooms for p in room.glob("*.py") if re.search(asking, p.read_text(encoding="utf-8"))}
     assert found == {"defaults.py"}
-    tables = [*defaults.DEFAULTS.values(), *defaults.NUMBERS.values()]
+    tables = [*defaults.DEFAULTS.values(), *defaults.NUMBERS.values(), *defaults.CHOICES.values()]
     assert all("other" in rows for rows in tables) and defaults.measured("attention_masks: power", "picturebook") == 1
     assert defaults.measured("stylize: strength of styleid", "sdxl") == 1.0
 

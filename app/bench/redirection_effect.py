@@ -19,6 +19,7 @@ from PIL import Image
 
 from ... import erase
 from ...attention.morphology import grow
+from ...pipelines.families.latents import decode_latents, encode_image
 from .fills import FILLS
 from .judge import WEIGHTS, load_judge, look
 from .redirection_scores import FIRST, KINDS, Case, Score, cases, score, textured
@@ -27,6 +28,8 @@ from .statistics import mean, paired_difference, share
 from .training import share_cores
 
 PLAIN, CLEAN, PUBLISHED = "blended diffusion", "clean start (the default)", "redirection as published"
+CAP = "the truth behind the autoencoder"
+"""What no model on this autoencoder can pass, but by pasting."""
 BACKGROUND = "<background>"
 _AS_PUBLISHED: dict[str, Any] = {"origin": "picture"}
 _NAMED: dict[str, Any] = {"prompt": BACKGROUND, "guidance": 3.0}
@@ -70,7 +73,7 @@ class Bench:
         """Scores of a fill by its name; but for those in `SEVERAL`, one seed a scene."""
         chosen, found = list(cases(scenes, kind)), [list[Score]() for _ in range(scenes)]
         bare = {"judge": self.key["judge"]}
-        what = bare if name in FILLS else self.key | {"settings": DIFFUSION[name] | self.more}
+        what = bare if name in FILLS else self.key | {"settings": DIFFUSION.get(name, {}) | self.more}
         for seed in range(seeds if name in SEVERAL else 1):
             for start in range(0, scenes, BATCH):
                 part = chosen[start : start + BATCH]
@@ -83,12 +86,20 @@ class Bench:
 
     def _scored(self, name: str, chosen: Sequence[Case], seed: int) -> list[dict[str, Any]]:
         share_cores()
-        outs = _without_model(FILLS[name], chosen) if name in FILLS else self._by_model(name, chosen, seed)
+        outs = self._made(name, chosen, seed)
         scores = [score(case, out) for case, out in zip(chosen, outs, strict=True)]
         if self.judge is not None:
             verdicts = look(self.judge, [Image.fromarray(out.round().astype(np.uint8)) for out in outs])
             scores = [replace(s, colours=v.colours) for s, v in zip(scores, verdicts, strict=True)]
         return [asdict(one) for one in scores]
+
+    def _made(self, name: str, chosen: Sequence[Case], seed: int) -> list[NDArray[Any]]:
+        if name in FILLS:
+            return _without_model(FILLS[name], chosen)
+        if name == CAP:
+            outs = decode_latents(self.pipe, encode_image(self.pipe, [case.truth for case in chosen]))
+            return [np.asarray(out, float) for out in outs]
+        return self._by_model(name, chosen, seed)
 
     def _by_model(self, name: str, chosen: Sequence[Case], seed: int) -> list[NDArray[Any]]:
         call = {"prompt": "", "batch_size": BATCH} | DIFFUSION[name] | self.more
@@ -175,7 +186,7 @@ def tables(bench: Bench, scenes: int, seeds: int) -> None:
     for kind in KINDS:
         sys.stdout.write(f"\nMasks: {kind}\n\n{HEAD}")
         chosen, found = list(cases(scenes, kind)), dict[str, Found]()
-        for name in [*(DIFFUSION if kind == "exact" else SEVERAL[:2]), *FILLS]:
+        for name in [*((*DIFFUSION, CAP) if kind == "exact" else SEVERAL[:2]), *FILLS]:
             found[name] = bench.measure(name, kind, scenes, seeds)
             sys.stdout.write(row(name, found[name], None if name == PLAIN else found[PLAIN], chosen))
             sys.stdout.flush()

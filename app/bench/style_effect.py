@@ -19,6 +19,7 @@ from PIL import Image
 
 from ... import AttentionDistillation, Inversion, Plugin, StartpointFilter, StyleInjection, graft, invert
 from ...pipelines.families.latents import decode_latents, encode_image
+from ...pipelines.tasks.stylize import distilling, look_of
 from ...plugins.optimised_style import OptimisedStyle
 from . import world
 from .judge import WEIGHTS, Verdict, load_judge, look
@@ -29,6 +30,8 @@ from .style_scores import layout_accuracy, leak, psnr, style_distance
 from .training import share_cores
 
 STEPS, OPTIMISED = 20, 50
+ITERATIONS = 0
+"""Extra evaluations a step of an inversion."""
 HEAD = (
     "| way | PSNR to the truth, dB | layout accuracy | style distance / nothing done | canary leak "
     "| judge: style right | judge: kinds kept | judge sees the style picture's thing |\n"
@@ -70,7 +73,12 @@ class Way:
 
 
 ALL = (("layers", "all"),)
+DEFAULT = Way(
+    "attention distillation, late (the default)", "distillation",
+    more=tuple(sorted(distilling("picturebook", look_of("picturebook", "distillation"), STEPS).items())),
+)  # fmt: skip
 WAYS = (
+    DEFAULT,
     Way("plain img2img, style in words", None, words=True),
     Way("AdaIN of the startpoint only", None),
     Way("StyleID"),
@@ -85,7 +93,11 @@ WAYS = (
     Way("StyleID + negative 0.5", omega=0.5),
 )
 JOINT_WAYS = (
-    *(way for way in WAYS if way.omega is None and ("share_norms", True) not in way.more),
+    *(
+        way
+        for way in WAYS
+        if way.omega is None and ("share_norms", True) not in way.more and way is not DEFAULT
+    ),
     Way("StyleAligned, moved aside (the default)", "stylealigned", more=(("apart", 1.0),)),
     Way("StyleAligned, moved aside, keys weighted", "stylealigned", more=(("apart", 1.0), ("key_weights", (0.5, 1.2)))),
     Way("StyleID, moved aside", more=(("apart", 1.0),)),
@@ -146,7 +158,7 @@ class Studio:
     def __init__(self, pipe: Any, path: Path = KEPT / "style.jsonl", steps: int = STEPS) -> None:
         self.pipe, self.steps, self.rows = pipe, steps, Rows(path)
         self.inversions: dict[Any, Inversion] = {}
-        self.key = fingerprint(pipe) | {"steps": steps}
+        self.key = fingerprint(pipe) | {"steps": steps, "iterations": ITERATIONS}
         self.judge = load_judge() if WEIGHTS.exists() else None
 
     def paint(self, way: Way, batch: Sequence[Pair], styles: Sequence[Image.Image], seed: int) -> list[Image.Image]:
@@ -185,7 +197,7 @@ class Studio:
     def _invert(self, pictures: Sequence[Image.Image], negative: Any, omega: float = 1.5) -> Inversion:
         return invert(
             self.pipe, list(pictures), steps=self.steps, negative=negative, guidance=omega, trajectory=True,
-            iterations=2,
+            iterations=ITERATIONS,
         )  # fmt: skip
 
     def _optimised(self, batch: Sequence[Pair], styles: Sequence[Image.Image], strength: float) -> list[Image.Image]:
@@ -211,7 +223,8 @@ def _technique(way: Way, reference: Any, content: Any, noise: torch.Generator) -
     if way.method is None:
         return StartAdaIN(StyleInjection(reference, generator=noise))
     if way.method == "distillation":
-        return AttentionDistillation(reference, content=content, rate=0.05 * way.strength, generator=noise)
+        slow: dict[str, Any] = {"content": content, "rate": 0.05 * way.strength, **dict(way.more)}
+        return AttentionDistillation(reference, generator=noise, **slow)
     method: Any = way.method
     how: dict[str, Any] = {"content": content, "strength": way.strength, **dict(way.more)}
     return StyleInjection(reference, method=method, generator=noise, **how)

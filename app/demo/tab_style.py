@@ -18,6 +18,7 @@ from .uploads import picture
 
 PASSES = 3  # the content is inverted, the style is inverted, the result is sampled
 REFINEMENTS = 2
+STRUCTURE = 0.2  # the picture book's own
 EXAMPLES = [
     ("winter", "mosaic", "a house and a tree , snow"), ("winter", "sketch", "a house and a tree"),
     ("fish", "sketch", "a fish , sea"), ("winter", "dots", ""),
@@ -32,7 +33,7 @@ class StyleTab:
     name: ClassVar[str] = "stylize"
     first: ClassVar[dict[str, Any]] = {
         "content": example(EXAMPLES[0][0]), "style": example(EXAMPLES[0][1]), "prompt": EXAMPLES[0][2],
-        "strength": 0.8, "seed": 4,
+        "strength": 1.0, "seed": 4,
     }  # fmt: skip
 
     def build(self, model: gr.Dropdown) -> Laid:
@@ -43,8 +44,10 @@ class StyleTab:
                 note = parts.note()
                 with gr.Row():
                     content, style = (upload(*pair) for pair in zip(EXAMPLES[0][:2], ("Content", "Style"), strict=True))
-                strength = gr.Slider(0, 1, 0.8, step=0.05, label="Style", info="How much of its colours and texture")
-                structure = gr.Slider(0, 1, 0.5, step=0.05, label="Structure", info="How firmly the layout is held")
+                strength = gr.Slider(0, 1, 1.0, step=0.05, label="Style", info="How much of its colours and texture")
+                structure = gr.Slider(
+                    0, 1, STRUCTURE, step=0.05, label="Structure", info="How firmly the layout is held"
+                )  # fmt: skip
                 prompt = gr.Textbox(
                     EXAMPLES[0][2], label="What the content shows", info="May be empty; naming it keeps it what it is"
                 )
@@ -72,8 +75,8 @@ class StyleTab:
         self,
         content: str,
         style: str,
-        strength: float = 0.6,
-        structure: float = 0.5,
+        strength: float = 1.0,
+        structure: float | None = None,
         prompt: str = "",
         steps: int = 20,
         guidance: float = 1.0,
@@ -88,7 +91,7 @@ class StyleTab:
             content: The picture whose layout is kept.
             style: The picture whose style is wanted.
             strength: How much of the style, 0 to 1.
-            structure: How firmly the layout is held, 0 to 1.
+            structure: How firmly the layout is held, 0 to 1; empty for what suits the model.
             prompt: What the content shows; may be empty.
             steps: Denoising steps, 1 to 100.
             guidance: Classifier-free guidance while sampling, 0 to 30; 1 is off.
@@ -101,7 +104,7 @@ class StyleTab:
         before, wanted = picture(content, "the content"), picture(style, "the style")
         wish: dict[str, Any] = {
             "strength": checks.number(strength, "style", 0, 1),
-            "structure": checks.number(structure, "structure", 0, 1),
+            "structure": None if structure is None else checks.number(structure, "structure", 0, 1),
             "prompt": checks.text(prompt, "the prompt"),
             **checks.sampling(steps, guidance),
         }

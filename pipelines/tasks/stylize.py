@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 from PIL import Image, ImageOps
@@ -16,7 +16,7 @@ from ...attention.errors import NonFiniteError, SettingError, SettingTypeError, 
 from ...attention.pictures import as_rgb
 from ...attention.plain import plainly
 from ...plugins.base import Plugin, finite
-from ...plugins.defaults import measured
+from ...plugins.defaults import measured, preferred
 from ...plugins.distillation import AttentionDistillation
 from ...plugins.optimised_style import OptimisedStyle
 from ...plugins.startpoint import StartpointFilter
@@ -48,11 +48,12 @@ class Look:
     gamma: float
     temperature: float
     invert_style: bool
+    begin: float = 0.0
 
     def __post_init__(self) -> None:
         if self.method not in get_args(How):
             raise SettingError(f"method={self.method!r}: choose {', '.join(get_args(How))}")
-        for name in ("strength", "structure", "alpha", "gamma"):
+        for name in ("strength", "structure", "alpha", "gamma", "begin"):
             finite(getattr(self, name), name, 0, 1)
         finite(self.temperature, "temperature", 1e-3)
 
@@ -83,16 +84,16 @@ class Recipe:
 @plainly
 def stylize(
     pipe: Any, content: Any, style: Any, *, seed: int | None = None, strength: float | None = None,
-    structure: float = 0.5, prompt: str = "", steps: int = 50, guidance: float = 1.0, method: How | None = None,
+    structure: float | None = None, prompt: str = "", steps: int = 50, guidance: float = 1.0, method: How | None = None,
     alpha: float | None = None, gamma: float | None = None, temperature: float = 1.5, invert_style: bool = True,
-    negative: Any = None, omega: float = 1.5, iterations: int = 5, tolerance: float = 1e-3,
+    begin: float | None = None, negative: Any = None, omega: float = 1.5, iterations: int = 5, tolerance: float = 1e-3,
     plugins: Sequence[Plugin] = (), **call: Any,
 ) -> Any:  # fmt: skip
     """Repaint a picture in the style of another one.
 
-    The content is inverted, its startpoint filtered (StyleSSP), and sampled again beside the style (StyleID or
-    StyleAligned). A ControlNet on the pipeline is shown the content. An IP-Adapter is shown the style by
-    method="ip_adapter" and adds nothing to the others: two at once over-stylise.
+    The content is inverted, its startpoint filtered (StyleSSP), and sampled again beside the style (StyleID,
+    StyleAligned or attention distillation). A ControlNet on the pipeline is shown the content. An IP-Adapter is shown
+    the style by method="ip_adapter" and adds nothing to the others: two at once over-stylise.
 
     Args:
         pipe: a text-to-image pipeline, with ControlNet or IP-Adapter or not. Its scheduler is left alone; where it has
@@ -103,21 +104,25 @@ def stylize(
         strength: 0 (the content) ... 1, how much of the style's colours and texture. None is 1, what the papers do,
             but 0.6 for "styleid" on the picture book: there that costs a tenth of the style and keeps the layout.
         structure: 0 ... 1, how firmly the layout is held. Sets gamma = 0.5 + structure / 2, alpha = 1 - 0.6 * structure
-            and the ControlNet's scale; at 0.5 the first two are those of the papers. On the picture book alpha stays 1:
-            there the filter is measured to cost layout.
+            and the ControlNet's scale. None is 0.5, where the first two are those of the papers. On the picture book
+            alpha stays 1, since the filter is measured to cost layout, and None is 0.2 for "distillation".
         prompt: what the content shows; empty works.
         steps: of the inversion and of the sampling.
         guidance: classifier-free guidance while sampling; 1 is none, as in StyleID. What a model was distilled for is 1
             too, in the inversion and while sampling, unless the call says otherwise.
         method: "styleid", "stylealigned" or "ip_adapter", see `StyleInjection`; "distillation" is
-            `AttentionDistillation` with rate = 0.05 * strength and content_weight = structure / 2, dearer by gradients.
+            `AttentionDistillation` with rate = 0.05 * strength and content_weight = structure / 2, dearer by gradients
+            (on the picture book that rate is for 20 steps, and 50 steps share its way: else they go too far).
             "optimised" takes the same loss as its paper transfers style: nothing is inverted or sampled, the content's
             latent is optimised by one Adam over the timesteps; published with steps=200.
             None is "styleid", and "stylealigned" where text and image are one sequence; there the reference's rotary
-            positions are moved aside by a picture's width.
+            positions are moved aside by a picture's width; and "distillation" on the picture book.
         alpha: of `StartpointFilter`, 1 is off. gamma, temperature: of `StyleInjection`.
         invert_style: follow the style's inverted trajectory, and begin with its mean and deviation; False saves its
             inversion, uses it under noise and is much weaker.
+        begin: share of the steps, 0 ... 1, that repeat the content before style gets in. Later keeps more of what the
+            content shows. None is 0, as in the papers, but 0.4 for "distillation" on the picture book. An IP-Adapter is
+            there from the first step on.
         negative: what the content's inversion steers away from, see `invert`; "style" is the style picture, which
             makes an inversion for each pair. None shares one inversion for each content.
         omega: guidance of that inversion. iterations, tolerance: of every inversion.
@@ -137,9 +142,8 @@ def stylize(
     guided_by = "guidance_scale" if solve is None else solve.guided_by
     check_call(sampler, call, (guided_by, "latents", "width", "height", "prompt_embeds"))
     joint = any(layer.kind == "joint" for layer in adapter.layers)
-    method = method or ("stylealigned" if joint else "styleid")
-    firm = finite(structure, "structure", 0, 1)
-    look = look_of(adapter.family, method, firm, strength, alpha, gamma, temperature, invert_style)
+    method = method or ("stylealigned" if joint else cast("How", preferred("stylize: method", adapter.family)))
+    look = look_of(adapter.family, method, structure, strength, alpha, gamma, temperature, invert_style, begin)
     inverting = Inverting(negative, finite(omega, "omega"), iterations, tolerance)
     recipe = Recipe(prompt, steps, finite(guidance, "guidance"), look, inverting, as_list(plugins), call)
     contents, styles = as_list(content), [as_rgb(item) for item in as_list(style)]
@@ -151,15 +155,20 @@ def stylize(
 
 
 def look_of(
-    family: str, method: How, structure: float, strength: float | None, alpha: float | None, gamma: float | None,
-    temperature: float, invert_style: bool,
+    family: str, method: How, structure: float | None = None, strength: float | None = None,
+    alpha: float | None = None, gamma: float | None = None, temperature: float = 1.5, invert_style: bool = True,
+    begin: float | None = None,
 ) -> Look:  # fmt: skip
     """What was given, and what is usual on this family for the rest."""
+    slow = method == "distillation"
+    firm = measured("stylize: structure of distillation", family) if slow else 0.5
+    firm = firm if structure is None else finite(structure, "structure", 0, 1)
     usual = measured("stylize: strength of styleid", family) if method == "styleid" else 1.0
-    damped = structure * measured("stylize: damping of the startpoint by structure", family)
+    first = measured("stylize: begin of distillation", family) if slow else 0.0
+    damped = firm * measured("stylize: damping of the startpoint by structure", family)
     return Look(
-        method, usual if strength is None else strength, structure, 1 - damped if alpha is None else alpha,
-        0.5 + structure / 2 if gamma is None else gamma, temperature, invert_style,
+        method, usual if strength is None else strength, firm, 1 - damped if alpha is None else alpha,
+        0.5 + firm / 2 if gamma is None else gamma, temperature, invert_style, first if begin is None else begin,
     )  # fmt: skip
 
 
@@ -294,7 +303,7 @@ def _plugins(pipe: Any, look: Look, pair: Pair) -> list[Plugin]:
     if _has_adapter(pipe) and not adapter:  # as in the inversion
         start.append(StyleInjection(method="ip_adapter", scale=0.0))
     if look.method == "distillation":
-        how: dict[str, Any] = {"rate": 0.05 * look.strength, "content_weight": look.structure / 2}
+        how = distilling(adapter_for(pipe).family, look, pair.subject.recipe.steps)
         return [*start, AttentionDistillation(pair.reference.style, content=pair.inversion, generator=noise, **how)]
     method: Any = look.method  # one of those that are left
     aside = 1.0 if method == "stylealigned" and adapter_for(pipe).rotary else 0.0
@@ -304,9 +313,16 @@ def _plugins(pipe: Any, look: Look, pair: Pair) -> list[Plugin]:
             None if adapter else pair.reference.style, method=method,
             content=pair.inversion if styleid else None, strength=look.strength, gamma=look.gamma,
             temperature=look.temperature, start_adain=look.invert_style and not adapter, generator=noise,
-            apart=aside,
+            apart=aside, start=0.0 if adapter else look.begin,
         ),
     ]  # fmt: skip
+
+
+def distilling(family: str, look: Look, steps: int) -> dict[str, Any]:
+    """Arguments of `AttentionDistillation`: its rate is the paper's, or so much smaller that more steps go as far."""
+    shared = measured("stylize: steps that share the way of distillation", family)
+    pace = min(2.0, shared / steps) if shared else 1.0
+    return {"rate": 0.05 * look.strength * pace, "content_weight": look.structure / 2, "start": look.begin}
 
 
 def _has_adapter(pipe: Any) -> bool:
