@@ -17,6 +17,8 @@ import torch
 from torch import nn
 
 _LOCK = threading.RLock()
+_ON: weakref.WeakKeyDictionary[nn.Module, weakref.WeakSet[Gate]] = weakref.WeakKeyDictionary()
+"""The hooks that are on a model; weak, for what sits on them holds the model."""
 _BEFORE, _AFTER = 2, 3
 _CALL = nn.Module._wrapped_call_impl.__code__  # pyright: ignore[reportPrivateUsage]
 
@@ -103,16 +105,19 @@ def _register(root: nn.Module, module: nn.Module, takes: int) -> Gate:
         gate.handle = module.register_forward_hook(hook, with_kwargs=True, always_call=True)
     else:
         gate.handle = module.register_forward_pre_hook(hook, with_kwargs=True, prepend=True)
+    _ON.setdefault(root, weakref.WeakSet()).add(gate)
     return gate
 
 
 def sweep(root: nn.Module) -> None:
     """Take the empty hooks off a model, unless another thread is inside of it."""
     with _LOCK:
-        empty = [gate for module in root.modules() for gate in _gates(module) if not gate.functions]
+        on = _ON.get(root, weakref.WeakSet[Gate]())
+        empty = [gate for gate in on if not gate.functions]
         if empty and not in_use(root):
             for gate in empty:
                 gate.handle.remove()
+                on.discard(gate)
 
 
 def in_use(module: nn.Module, threads: set[int] | None = None) -> bool:

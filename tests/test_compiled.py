@@ -202,17 +202,17 @@ def test_a_copy_of_a_block_s_code_goes_with_its_last_user(small):
     block = next(x for name, x in small.unet.named_modules() if name.endswith("transformer_blocks.0"))
     block._compiled_call_impl = lambda: None
     before, code = dict(block.__dict__), lambda: block.forward.__func__.__code__
-    with own_graphs(small.unet, {block.attn1}, "one"):
+    with own_graphs([block], {block.attn1}, "one"):
         one = code()
         assert one is not type(block).forward.__code__ and one == type(block).forward.__code__
     assert block.__dict__ == before
-    first, second = (own_graphs(small.unet, {block.attn1}, kind) for kind in ("one", "two"))
+    first, second = (own_graphs([block], {block.attn1}, kind) for kind in ("one", "two"))
     first.__enter__(), second.__enter__()
     first.__exit__(None, None, None)
     assert code() is one  # also of the graph that was made before
     second.__exit__(None, None, None)
     assert "forward" not in block.__dict__
-    with own_graphs(small.unet, {block.attn1}, "two"):
+    with own_graphs([block], {block.attn1}, "two"):
         assert code() is not one
         wrapper = block.__dict__["forward"] = lambda: None
     assert block.__dict__.pop("forward") is wrapper and block.__dict__ == before

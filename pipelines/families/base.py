@@ -53,6 +53,13 @@ class Adapter:
         self.layers: list[AttentionLayer] = find_layers(denoiser)
         self._modules: list[nn.Module] = []
 
+    @property
+    def modules(self) -> list[nn.Module]:
+        """The denoiser's, as they were at the first look: what is switched on later is switched on in these."""
+        if not self._modules:
+            self._modules = list(self.denoiser.modules())
+        return self._modules
+
     # -- inputs and outputs ------------------------------------------------------------------------------------
 
     def bind(self, args: tuple[Any, ...], kwargs: Inputs) -> Inputs:
@@ -358,9 +365,7 @@ class Adapter:
         Raises:
             UnsupportedPipelineError: names what was found and how to switch it off.
         """
-        if not self._modules:
-            self._modules = list(self.denoiser.modules())  # what is switched on later is switched on in these
-        found = _obstacle(self.denoiser, self._modules)
+        found = _obstacle(self.denoiser, self.modules)
         if found:
             raise UnsupportedPipelineError(f"{type(self.denoiser).__name__} has {found}, then attach again")
 

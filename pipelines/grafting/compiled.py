@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import threading
 import types
-from collections.abc import Callable, Generator, Hashable
+from collections.abc import Callable, Generator, Hashable, Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -35,6 +35,11 @@ class Choice:
         return (self.eager if any(ask(self.parts) for ask in self.asks) else self.compiled)(*args, **kwargs)
 
 
+def compiled_of(modules: Iterable[nn.Module]) -> list[nn.Module]:
+    """Those that are compiled."""
+    return [module for module in modules if module.__dict__.get(_CALL) is not None]
+
+
 def is_whole(pipe: Any, denoiser: nn.Module) -> bool:
     """Whether a pipeline's denoiser is compiled as one."""
     return denoiser.__dict__.get(_CALL) is not None or bool(_wrappers(pipe, denoiser))
@@ -47,9 +52,9 @@ def _wrappers(pipe: Any, denoiser: nn.Module) -> list[nn.Module]:
 
 
 @contextmanager
-def choosing(pipe: Any, denoiser: nn.Module, ask: Ask) -> Generator[None]:
-    """Inside, whatever is compiled of a pipeline's denoiser asks first: it, a part of it, or `torch.compile`'s own."""
-    places = [(each, _CALL) for each in denoiser.modules() if each.__dict__.get(_CALL) is not None]
+def choosing(pipe: Any, denoiser: nn.Module, compiled: Sequence[nn.Module], ask: Ask) -> Generator[None]:
+    """Inside, whatever is compiled of a pipeline's denoiser asks first: its modules, or what `torch.compile` made."""
+    places = [(each, _CALL) for each in compiled]
     places += [(part, "forward") for part in _wrappers(pipe, denoiser)]
     for module, name in places:
         _put(module, name, denoiser, ask)
@@ -92,13 +97,12 @@ class _Copy:
 
 
 @contextmanager
-def own_graphs(denoiser: nn.Module, edited: set[nn.Module], kind: Hashable) -> Generator[None]:
+def own_graphs(parts: Sequence[nn.Module], edited: set[nn.Module], kind: Hashable) -> Generator[None]:
     """Inside, compiled parts of a denoiser that hold edited layers make and find graphs of their own.
 
     Args:
         kind: grafts of one kind share graphs.
     """
-    parts = [each for each in denoiser.modules() if each.__dict__.get(_CALL) is not None and each is not denoiser]
     holders = [part for part in parts if part not in edited and not edited.isdisjoint(part.modules())]
     copied = [part for part in holders if _copy_on(part, kind)]
     try:

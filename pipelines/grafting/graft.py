@@ -24,7 +24,7 @@ from ..families.base import Adapter, Inputs
 from ..families.words import in_turn
 from .blocks import Block, block_here, complaint, holders
 from .calls import Calls
-from .compiled import choosing, is_whole, own_graphs
+from .compiled import choosing, compiled_of, is_whole, own_graphs
 from .gradients import run_again_for
 from .hooks import hook_denoiser
 from .plan import Placed, place
@@ -227,8 +227,10 @@ class Graft:
     def _hook(self, stack: ExitStack) -> None:
         placed, seams = self._calls.placed, self._calls.seams
         edited = {layer.module for _, layer in placed.layers.values()}
+        compiled = {id(adapter): compiled_of(adapter.modules) for adapter in self.adapters}
         for adapter in self.adapters:  # before seams are on, and until they are off
-            stack.enter_context(own_graphs(adapter.denoiser, edited, tuple(map(_kind, placed.plugins))))
+            parts = [part for part in compiled[id(adapter)] if part is not adapter.denoiser]
+            stack.enter_context(own_graphs(parts, edited, tuple(map(_kind, placed.plugins))))
         for name, (_, layer) in placed.layers.items():
             seams[name] = stack.enter_context(seam_on(layer.module, functools.partial(self._again, name)))
         for name, (_, module, _) in placed.wrapped.items():
@@ -241,7 +243,8 @@ class Graft:
                 self._meet(stack, adapter)
             for name, block in adapter.late_blocks() if placed.brings_rows else ():
                 seams[name] = stack.enter_context(seam_on(block))
-            stack.enter_context(choosing(self.pipe, denoiser, functools.partial(self._eager, adapter)))
+            ask = functools.partial(self._eager, adapter)
+            stack.enter_context(choosing(self.pipe, denoiser, compiled[id(adapter)], ask))
         stack.callback(self._unlink)
         stack.enter_context(in_turn(self.pipe))
 

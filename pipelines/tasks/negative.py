@@ -19,7 +19,7 @@ from ...plugins.style_injection import AttendTo, ImagePrompt, block_of
 from ..families import latents
 from ..families.base import has_ip_adapter
 from ..families.loop import Loop
-from ..grafting.compiled import choosing
+from ..grafting.compiled import choosing, compiled_of
 from .schedule import Level
 
 LAYOUT_BLOCK = "down_blocks.2.attentions.1"
@@ -185,7 +185,8 @@ def editing(loop: Loop, edits: Sequence[Edit], step: Step) -> Generator[None]:
     thread = threading.get_ident()
     with ExitStack() as stack:
         if edits:
-            stack.enter_context(choosing(loop.pipe, loop.denoiser, lambda whole: threading.get_ident() == thread))
+            compiled = compiled_of(loop.denoiser.modules())
+            stack.enter_context(choosing(loop.pipe, loop.denoiser, compiled, lambda _: threading.get_ident() == thread))
         for layer in loop.layers:
             asked = [edit.planned(layer, step) for edit in edits if edit.selects(layer)]
             chosen = [edit for edit in asked if edit is not None]
