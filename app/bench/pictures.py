@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -104,15 +105,16 @@ def erased(pipe: Any) -> Image.Image:
 
 
 def styled(pipe: Any) -> Image.Image:
-    """One content in every style, and what the world draws for it."""
-    manners = ["sketch", "mosaic", "dots", "watercolor"]
-    contents = [scene(SHEET + 300 + i, count=1, style="plain") for i in range(2)]
-    models = [render(scene(SHEET + 400 + i, count=1, style=manner)) for i, manner in enumerate(manners)]
-    rows: dict[str, Sequence[Image.Image]] = {"style": [Image.new("RGB", (SIDE, SIDE), "white"), *models]}
-    for content in contents:
-        shown = f"a {content.things[0].kind}"
-        [made] = stylize(pipe, [render(content)], models, seed=SEED, prompt=shown)
-        rows[f'stylize(content, styles, prompt="{shown}")'] = [render(content), *made]
+    """Two contents, each in every style of a picture on its background."""
+    manners, rows = ["sketch", "mosaic", "dots", "watercolor"], dict[str, Sequence[Image.Image]]()
+    for i in range(2):
+        content = scene(SHEET + 300 + i, count=1, style="plain")
+        others = [scene(SHEET + 400 + j, count=1, style=manner) for j, manner in enumerate(manners)]
+        styles = [render(replace(other, background=content.background)) for other in others]
+        white = Image.new("RGB", (SIDE, SIDE), "white")
+        rows[f"style {i + 1}"] = [white, *styles]
+        made = stylize(pipe, render(content), styles, seed=SEED, steps=20, iterations=0)
+        rows[f"stylize(content, styles {i + 1}, steps=20, iterations=0)"] = [render(content), *made]
     return titled(rows)
 
 

@@ -125,7 +125,8 @@ def stylize(
             there from the first step on.
         negative: what the content's inversion steers away from, see `invert`; "style" is the style picture, which
             makes an inversion for each pair. None shares one inversion for each content.
-        omega: guidance of that inversion. iterations, tolerance: of every inversion.
+        omega: guidance of that inversion. iterations, tolerance: of every inversion; 0 iterations are DDIM inversion,
+            as in the papers, and with that the picture book's default was measured.
         plugins: more plugins for the sampling.
         call: passed on to the pipeline.
 
