@@ -12,6 +12,7 @@ import diffgraft as dg
 from diffgraft.app.bench.autoencoder import measure
 from diffgraft.app.bench.judge import look
 from diffgraft.app.bench.model_card import ASSETS, cells, held_out
+from diffgraft.app.bench.rows import drawing
 from diffgraft.app.bench.styles import STYLES
 
 CAPTIONS = ["a red ball , sky", "a yellow house , snow", "a blue star , desert", "a purple fish , sea , dots style"]
@@ -77,10 +78,21 @@ def test_the_card_prints_the_autoencoder_and_the_judge_on_held_out_renders(judge
     assert cells({"plain": 27.123, "all": 26.0}, ".1f") == "| 27.1 |  |  |  |  | 26.0 |"
 
 
-def test_the_transformer_editions_autoencoder_is_finished_and_its_absence_is_told():
-    vae = diffusers.AutoencoderKL.from_pretrained(ASSETS / "picturebook-transformer" / "vae", dtype=torch.float32)
-    found = measure(vae, 2)
+def test_the_transformer_edition_is_a_plain_z_image_pipeline_that_draws_what_it_is_told(judge):
+    pipe = dg.picturebook(transformer=True)
+    assert type(pipe) is diffusers.ZImagePipeline
+    assert pipe.vae.config.shift_factor == 0  # the pipeline adds it
+    found = measure(pipe.vae, 2)
     assert found["all"] > 30.5 and found["hue kept"] == 1
-    assert vae.config.shift_factor == 0  # the pipeline adds it
+    pipe.set_progress_bar_config(disable=True)
+    generators = [torch.Generator().manual_seed(i) for i in range(len(CAPTIONS))]
+    made = pipe(CAPTIONS, generator=generators, **drawing(pipe, 25, 2.5)).images
+    verdicts = look(judge, made)
+    assert sum(v.colours == wanted for v, wanted in zip(verdicts, WANTED, strict=True)) >= 3, verdicts
+    assert [v.background for v in verdicts] == ["sky", "snow", "desert", "sea"]
+
+
+def test_an_installation_without_the_transformer_edition_says_so(monkeypatch, tmp_path: Path):
+    monkeypatch.setattr("diffgraft.pipelines.picturebook.TRANSFORMER", tmp_path)
     with pytest.raises(dg.ModelLoadError, match="not part of this installation"):
         dg.picturebook(transformer=True)
