@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -35,17 +36,18 @@ class AttentionLayer:
     level: int = 0
 
 
-def find_layers(denoiser: nn.Module) -> list[AttentionLayer]:
+def find_layers(denoiser: nn.Module, named: Iterable[tuple[str, nn.Module]] | None = None) -> list[AttentionLayer]:
     """Every attention layer of a diffusers denoiser in execution order.
 
-    `named_modules()` of a UNet lists down, up, mid; it runs down, mid, up.
+    `named_modules()` of a UNet lists down, up, mid; it runs down, mid, up. `named` is what it lists, where that is
+    known already: the walk is dear in a large model.
     """
     from diffusers.models.attention import AttentionModuleMixin
     from diffusers.models.attention_processor import Attention
 
     found: list[tuple[str, Any]] = [
         (name, module)
-        for name, module in denoiser.named_modules()
+        for name, module in (denoiser.named_modules() if named is None else named)
         # GLIGEN's fusers attend over image and grounding tokens: neither kind, never edited.
         if isinstance(module, (Attention, AttentionModuleMixin)) and ".fuser." not in name
     ]

@@ -259,6 +259,12 @@ def positional_names(forward: Callable[..., Any]) -> tuple[str, ...]:
     return tuple(name for name, found in inspect.signature(forward).parameters.items() if found.kind in kinds)
 
 
+@functools.lru_cache(maxsize=512)
+def _method_names(method: Callable[..., Any]) -> tuple[str, ...]:
+    """The same of a class's function, without `self`: asked for every layer whenever a graft goes on."""
+    return positional_names(method)[1:]
+
+
 def run_edited(work: Work, forward: Callable[..., Any], names: tuple[str, ...], args: Any, kwargs: Any) -> Any:
     """Run `forward` of a layer with its attention edited.
 
@@ -379,7 +385,7 @@ def _put_on(module: nn.Module, asked: list[Callable[[], Task | None]]) -> Seam:
         while key in module.__dict__ and not _is_seamed(module, key):
             key += "_"  # somebody wrapped on top of that one, or the module is an unpickled copy
         if key not in module.__dict__:
-            seam = Seam(key, module.forward, "forward" in module.__dict__, positional_names(own)[1:])
+            seam = Seam(key, module.forward, "forward" in module.__dict__, _method_names(own))
             module.__dict__[key] = seam
             module.__dict__["forward"] = types.MethodType(_seamed(own, key), module)
         seam: Seam = module.__dict__[key]

@@ -37,6 +37,7 @@ class Adapter:
         positional: names of its positional arguments in order.
         batched: arguments (tensors, or nests of them) whose tensors have the batch as first dimension.
         modular, rows_at, rows_only: see `Family`.
+        modules: the denoiser's, as they were at first: what is switched on later is switched on in these.
     """
 
     sample = "sample"
@@ -50,15 +51,9 @@ class Adapter:
 
     def __init__(self, pipe: Any, denoiser: nn.Module) -> None:
         self.pipe, self.denoiser = pipe, denoiser
-        self.layers: list[AttentionLayer] = find_layers(denoiser)
-        self._modules: list[nn.Module] = []
-
-    @property
-    def modules(self) -> list[nn.Module]:
-        """The denoiser's, as they were at the first look: what is switched on later is switched on in these."""
-        if not self._modules:
-            self._modules = list(self.denoiser.modules())
-        return self._modules
+        named = list(denoiser.named_modules())
+        self.modules = [module for _, module in named]
+        self.layers: list[AttentionLayer] = find_layers(denoiser, named)
 
     # -- inputs and outputs ------------------------------------------------------------------------------------
 
