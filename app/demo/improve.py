@@ -47,8 +47,6 @@ class ImprovePart:
         height: int | None = None,
         model: str = "",
         never: str = "",
-        places: str = "",
-        drawing: dict[str, Any] | None = None,
         request: gr.Request | None = None,
         progress: gr.Progress = gr.Progress(),  # noqa: B008
     ) -> Any:
@@ -65,8 +63,6 @@ class ImprovePart:
             height: Pixels, a multiple of 8; empty leaves it to the model.
             model: Empty for the page's model, else a folder, a .safetensors file or a Hub id.
             never: Words that must not be drawn, separated by commas.
-            places: Not used here.
-            drawing: Not used here.
 
         Returns:
             The picture before and after, the curve of the loss as SVG, the seed, and the settings as JSON.

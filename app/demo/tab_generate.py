@@ -85,7 +85,7 @@ class GenerateTab:
         trial = seeds.SeedsPart(self.studio).seeds
         runs.on(tries.click, trial, trying, [thumbs])
         search = improve.ImprovePart(self.studio).improve
-        runs.on(better.click, search, trying, [both, line, seed, settings])
+        runs.on(better.click, search, trying[:-2], [both, line, seed, settings])
         runs.offer(search, [both, line, seed, settings])
         runs.offer(self.generate, outputs)
         runs.offer(trial, [thumbs])
