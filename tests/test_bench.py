@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -16,6 +17,7 @@ from diffgraft.app.bench import (
     negative_effect,
     redirection_effect,
     segregation_effect,
+    style_choice,
     style_effect,
 )
 from diffgraft.app.bench import segregation_layout as layout
@@ -107,11 +109,27 @@ def test_style_effect(pipe, tmp_path, capsys, monkeypatch):
     table = cells(first)
     assert {way.name for way in ways} < set(table)
     assert {way.name for way in style_effect.SWEEP} < set(table)
-    assert float(table["the true re-rendering"][0].split()[0]) > 60  # against itself
+    assert float(table["the true re-rendering"][1].split()[0]) > 60  # against itself
     assert (tmp_path / "style-pareto.png").exists()
     resumed = style_effect.Studio(pipe, tmp_path / "rows.jsonl", steps=2)
     resumed.paint = None  # nothing is painted again
     style_effect.tables(resumed, chosen, canaries=1, swept=1, ways=ways)
+    assert capsys.readouterr().out == first
+
+
+def test_style_choice(pipe, tmp_path, capsys):
+    assert all(p.style.background != p.content.background for p in style_effect.pairs(6, elsewhere=True))
+    how = {"path": tmp_path / "rows.jsonl", "steps": 2}
+    ways = [replace(style_choice.STYLEID, name=str(s), strength=s) for s in (1.0, 0.5)]
+    style_choice.tables(pipe, ways, 1, 1, **how)
+    first = capsys.readouterr().out
+    table = cells(first)
+    assert len(table["1.0"]) == len(table["doing nothing"]) == 9
+    assert table["the true re-rendering"][-1].startswith("100.0%")
+    assert len(table["against 0.5"]) == len(table["5 instead of 0"]) == len(style_choice.KINDS)
+    assert table["5 instead of 0"][0] != "+0.000 (+0.000 to +0.000)"
+    assert len((tmp_path / "rows.jsonl").read_text().splitlines()) == 4
+    style_choice.tables(pipe, ways, 1, 1, **how)
     assert capsys.readouterr().out == first
 
 

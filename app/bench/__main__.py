@@ -27,6 +27,7 @@ TABLES = {
     "redirection_effect": "holes against the true background",
     "startpoint_cost": "denoiser passes of inversions",
     "style_effect": "style transfer against the true re-rendering",
+    "style_choice": "style pictures on other backgrounds, and extra iterations",
     "model_card": "what the embedded model draws, judged",
 }
 """Module of this package with `run(full: bool) -> None`, and what its table shows. Tables of what a model draws take a

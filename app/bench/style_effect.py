@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
@@ -33,9 +33,9 @@ STEPS, OPTIMISED = 20, 50
 ITERATIONS = 0
 """Extra evaluations a step of an inversion."""
 HEAD = (
-    "| way | PSNR to the truth, dB | layout accuracy | style distance / nothing done | canary leak "
+    "| way | pairs | PSNR to the truth, dB | layout accuracy | style distance / nothing done | canary leak "
     "| judge: style right | judge: kinds kept | judge sees the style picture's thing |\n"
-    "|---|---|---|---|---|---|---|---|\n"
+    "|---|---|---|---|---|---|---|---|---|\n"
 )
 STYLES = ("sketch", "mosaic", "dots", "watercolor")
 BATCH = 2 * len(STYLES)
@@ -112,7 +112,7 @@ SWEEP = tuple(
 
 @dataclass
 class Scores:
-    """One value a pair of each kind; the last three are the judge's, empty without one."""
+    """One value a pair of each kind; the last four are the judge's, empty without one."""
 
     psnr: list[float] = field(default_factory=list[float])
     layout: list[float] = field(default_factory=list[float])
@@ -121,29 +121,41 @@ class Scores:
     right: list[bool] = field(default_factory=list[bool])
     kept: list[bool] = field(default_factory=list[bool])
     intruder: list[bool] = field(default_factory=list[bool])
+    ground: list[bool] = field(default_factory=list[bool])
 
     def judge(self, pair: Pair, verdict: Verdict) -> None:
-        """What the judge sees of a pair: the style, the content's kinds, the style picture's thing."""
+        """What the judge sees of a pair: the style, the content's kinds, the style picture's thing, the content's
+        background.
+        """
         self.right.append(verdict.style == pair.style.style)
         self.kept.append({thing.kind for thing in pair.content.things} <= set(verdict.colours))
         self.intruder.append(pair.style.things[0].kind in verdict.colours)
+        self.ground.append(pair.content.background == verdict.background)
 
 
-def pairs(contents: int, split: str = "any") -> list[Pair]:
-    """Every content in every style; the style picture's object is of a kind and a colour that the content lacks."""
+def pairs(contents: int, split: str = "any", *, elsewhere: bool = False) -> list[Pair]:
+    """Every content in every style; the style picture's object is of a kind and a colour that the content lacks.
+
+    Args:
+        elsewhere: the style picture is on a background that is not the content's, instead of on the same.
+    """
     made: list[Pair] = []
     for i in range(contents):
         content = world.scene(world.FRESH + 50_000 + i, count=2, split=split, style="plain")
         for j, style in enumerate(STYLES):
             seed = world.FRESH + 60_000 + len(STYLES) * i + j
             taken = {(t.kind, t.colour) for t in content.things}
-            while True:
-                other = world.scene(seed, count=1, style=style)
-                if not any(other.things[0].kind == k or other.things[0].colour == c for k, c in taken):
-                    break
+            while _alike(other := world.scene(seed, count=1, style=style), taken) or (
+                elsewhere and other.background == content.background
+            ):
                 seed += 1_000_000
-            made.append(Pair(content, replace(other, background=content.background)))
+            made.append(Pair(content, other if elsewhere else replace(other, background=content.background)))
     return made
+
+
+def _alike(other: world.Scene, taken: Collection[tuple[str, str]]) -> bool:
+    """Whether its thing has the kind or the colour of one of these."""
+    return any(other.things[0].kind == kind or other.things[0].colour == colour for kind, colour in taken)
 
 
 class Studio:
@@ -153,12 +165,15 @@ class Studio:
         pipe: the model.
         path: where scores are kept.
         steps: of inversions and of sampling.
+        iterations: extra evaluations a step of every inversion.
     """
 
-    def __init__(self, pipe: Any, path: Path = KEPT / "style.jsonl", steps: int = STEPS) -> None:
-        self.pipe, self.steps, self.rows = pipe, steps, Rows(path)
+    def __init__(
+        self, pipe: Any, path: Path = KEPT / "style.jsonl", steps: int = STEPS, iterations: int = ITERATIONS
+    ) -> None:
+        self.pipe, self.steps, self.rows, self.iterations = pipe, steps, Rows(path), iterations
         self.inversions: dict[Any, Inversion] = {}
-        self.key = fingerprint(pipe) | {"steps": steps, "iterations": ITERATIONS}
+        self.key = fingerprint(pipe) | {"steps": steps, "iterations": iterations}
         self.judge = load_judge() if WEIGHTS.exists() else None
 
     def paint(self, way: Way, batch: Sequence[Pair], styles: Sequence[Image.Image], seed: int) -> list[Image.Image]:
@@ -197,7 +212,7 @@ class Studio:
     def _invert(self, pictures: Sequence[Image.Image], negative: Any, omega: float = 1.5) -> Inversion:
         return invert(
             self.pipe, list(pictures), steps=self.steps, negative=negative, guidance=omega, trajectory=True,
-            iterations=ITERATIONS,
+            iterations=self.iterations,
         )  # fmt: skip
 
     def _optimised(self, batch: Sequence[Pair], styles: Sequence[Image.Image], strength: float) -> list[Image.Image]:
@@ -324,7 +339,7 @@ def line(name: str, scores: Scores) -> str:
 
     cells = [cell(scores.psnr, ".2f"), cell(scores.layout, ".3f"), cell(scores.style, ".3f"), cell(scores.leak, ".3f")]
     cells += [share(judged).percent() if judged else "-" for judged in (scores.right, scores.kept, scores.intruder)]
-    return f"| {name} | {' | '.join(cells)} |"
+    return f"| {name} | {len(scores.psnr)} | {' | '.join(cells)} |"
 
 
 def run(full: bool, model: Path | None = None) -> None:
