@@ -13,6 +13,7 @@ from diffusers import ZImageTransformer2DModel
 from diffgraft import UnsupportedPipelineError
 from diffgraft.app.bench import (
     flow,
+    inversion_effect,
     localisation,
     negative_effect,
     redirection_effect,
@@ -192,6 +193,15 @@ def test_every_effect_runs_on_the_transformer_edition(flowing, tmp_path, monkeyp
     found = localisation.localisation(flowing, judge, scenes, rows, key)
     assert list(found) == [f"layers.{i}.attention at 1" for i in range(2)]
     assert localisation.localisation(None, None, scenes, rows, key) == found
+
+
+def test_a_round_trip_that_is_solved_gives_the_picture_again(flowing, tmp_path, monkeypatch):
+    monkeypatch.setattr(inversion_effect, "STEPS", 3)
+    bench = inversion_effect.Bench(flowing, tmp_path / "inversion.jsonl")
+    rough, solved = (bench.trips(iterations, 1)[0] for iterations in (0, 5))
+    assert solved["psnr"] > rough["psnr"] + 10 and rough["passes"] == 3 < solved["passes"]  # three steps: coarse
+    bench.pipe = None
+    assert bench.trips(5, 1) == [solved]
 
 
 def test_a_map_on_its_own_thing():

@@ -26,6 +26,7 @@ TABLES = {
     "redirection_cost": "FLOPs and memory of object removal",
     "redirection_effect": "holes against the true background",
     "startpoint_cost": "denoiser passes of inversions",
+    "inversion_effect": "round trips of inversion",
     "style_effect": "style transfer against the true re-rendering",
     "style_choice": "style pictures on other backgrounds, and extra iterations",
     "model_card": "what the embedded model draws, judged",
