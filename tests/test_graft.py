@@ -220,6 +220,23 @@ def test_save_pretrained_inside(sd15, tmp_path):
     assert torch.equal(tiny.sample(tiny.sd15(unet=loaded)), plain)
 
 
+def test_modules_are_looked_for_again_where_they_have_changed(sd15):
+    """A graft for each request walks through a model once; a layer that was exchanged meanwhile is edited all the same,
+    also where another one has its address.
+    """
+    first = {layer.name: layer.module for layer in dg.graft(sd15, Scaled(0.5)).layers}
+    assert {layer.name: layer.module for layer in dg.graft(sd15, Scaled(0.5)).layers} == first
+    block = sd15.unet.mid_block.attentions[0].transformer_blocks[0]
+    name = next(name for name, module in first.items() if module is block.attn2)
+    block.attn2 = copy.deepcopy(block.attn2)
+    with dg.graft(sd15, Scaled(0.5)) as g:
+        assert {layer.name: layer.module for layer in g.layers} == first | {name: block.attn2}
+        assert "forward" in vars(block.attn2) and "forward" not in vars(first[name])
+    del sd15.unet.mid_block.attentions[0], first, g
+    gc.collect()
+    assert name not in {layer.name for layer in dg.graft(sd15, Scaled(0.5)).layers}
+
+
 def test_an_attached_pipe_can_be_collected():
     pipe = tiny.sd15()
     dg.graft(pipe, Scaled(0.5), Guide()).attach()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NoReturn
 
@@ -13,8 +14,9 @@ from torch.utils._pytree import tree_map
 
 from ...attention.call import TextCall
 from ...attention.errors import SettingError, UnsupportedPipelineError
-from ...attention.layer import AttentionLayer, find_layers
+from ...attention.layer import AttentionLayer
 from ...attention.step import Rows
+from ...attention.walk import walk
 from ...plugins.base import Text, Words
 from ...plugins.rotary import Rotary
 from .modular import encoders as modular_encoders
@@ -27,6 +29,8 @@ Inputs = dict[str, Any]
 """One denoiser call, every argument by name."""
 _ASKS = TextCall()
 _POOLED = ("pooled_projections", "pooled_embeds")
+_MERGED = "merged tokens (tomesd): call tomesd.remove_patch(pipe)"
+_SLICED = ("SlicedAttnProcessor", "SlicedAttnAddedKVProcessor")
 
 
 class Adapter:
@@ -51,9 +55,7 @@ class Adapter:
 
     def __init__(self, pipe: Any, denoiser: nn.Module) -> None:
         self.pipe, self.denoiser = pipe, denoiser
-        named = list(denoiser.named_modules())
-        self.modules = [module for _, module in named]
-        self.layers: list[AttentionLayer] = find_layers(denoiser, named)
+        self.modules, self.layers = walk(denoiser)
 
     # -- inputs and outputs ------------------------------------------------------------------------------------
 
@@ -370,11 +372,18 @@ class Adapter:
         Raises:
             UnsupportedPipelineError: weights that change their dtype between forward and backward.
         """
-        if any("layerwise_casting" in _hooks_of(module) for module in self.denoiser.modules()):
+        hooked = (own for own in map(vars, self.modules) if "_diffusers_hook" in own)
+        if any("layerwise_casting" in own["_diffusers_hook"].hooks for own in hooked):
             raise UnsupportedPipelineError(
                 f"{type(self.denoiser).__name__} has layerwise casting, under which no gradient reaches the latent: "
                 "load it in float16 or bfloat16 instead"
             )
+
+
+@functools.cache
+def arguments_of(forward: Callable[..., Any]) -> tuple[str, ...]:
+    """Names of the arguments of a class's `forward`, without `self`: `inspect` is slow, and each graft asks."""
+    return tuple(inspect.signature(forward).parameters)[1:]
 
 
 def replaced(whole: Any, rows: slice, new: Any, batch: int) -> Any:
@@ -405,24 +414,20 @@ def _of_encoder(text: Any, i: int) -> str:
 
 
 def _obstacle(denoiser: Any, modules: Sequence[nn.Module]) -> str | None:
+    """What is on a denoiser that skips or changes layers; looked for before every picture, so it is quick."""
     if getattr(denoiser, "is_cache_enabled", False):
         return "a cache that skips layers: call disable_cache() on it"
-    for module in modules:
-        own = module.__dict__  # what a module lacks costs it an exception to say, and this runs before every picture
-        hooks = _hooks_of(module) if "_diffusers_hook" in own else []
-        if any("cache" in name or "pyramid_attention" in name or "layer_skip" in name for name in hooks):
-            return f"the hook {hooks[0]!r} that skips layers: disable that cache"
-        if "_tome_info" in own or type(module).__name__ == "ToMeBlock":
-            return "merged tokens (tomesd): call tomesd.remove_patch(pipe)"
-        processor = type(own.get("processor")).__name__
-        if processor in ("SlicedAttnProcessor", "SlicedAttnAddedKVProcessor"):
+    if any(kind.__name__ == "ToMeBlock" for kind in set(map(type, modules))):
+        return _MERGED
+    for own in map(vars, modules):
+        if "processor" in own and type(own["processor"]).__name__ in _SLICED:
             return "sliced attention: call pipe.disable_attention_slicing()"
+        hooks = list(own["_diffusers_hook"].hooks) if "_diffusers_hook" in own else ()
+        if hooks and any("cache" in name or "pyramid_attention" in name or "layer_skip" in name for name in hooks):
+            return f"the hook {hooks[0]!r} that skips layers: disable that cache"
+        if "_tome_info" in own:
+            return _MERGED
     return None
-
-
-def _hooks_of(module: nn.Module) -> list[str]:
-    """Names of diffusers' own hooks on a module."""
-    return list(getattr(getattr(module, "_diffusers_hook", None), "hooks", {}))
 
 
 def has_ip_adapter(denoiser: Any) -> bool:

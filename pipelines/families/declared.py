@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, cast
@@ -17,7 +16,7 @@ from ...attention.step import Rows
 from ...plugins.base import Text
 from ...plugins.rotary import Rotary
 from ...plugins.startpoint import pack, unpack
-from .base import Adapter, Inputs
+from .base import Adapter, Inputs, arguments_of
 from .family import Family, Meet
 from .modular import is_modular, text_block
 from .rows import call_of, split
@@ -36,7 +35,7 @@ class DeclaredAdapter(Adapter):
         super().__init__(pipe, denoiser)
         self.spec = family
         self.sample, self.timestep, self.text = family.sample, family.timestep, family.text
-        self.positional = tuple(inspect.signature(type(denoiser).forward).parameters)[1:]
+        self.positional = arguments_of(type(denoiser).forward)
         self.batched = tuple(
             name
             for name in self.positional

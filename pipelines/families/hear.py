@@ -6,6 +6,7 @@ none is written again here. `join` puts what was heard into the running call.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -124,9 +125,12 @@ def blocks(denoiser: nn.Module, meet: Meet) -> list[nn.Module]:
     return list(denoiser.get_submodule(meet.path).children())
 
 
+_signature = functools.lru_cache(512)(inspect.signature)
+
+
 def named(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """A block's arguments by name."""
-    signature = inspect.signature(type(module).forward)
+    signature = _signature(type(module).forward)
     found = signature.bind(module, *args, **kwargs)
     rest = next((p.name for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD), "")
     given = dict(list(found.arguments.items())[1:])

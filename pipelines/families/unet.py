@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,7 +12,7 @@ from torch.utils._pytree import tree_map
 from ...attention.errors import UnsupportedPipelineError
 from ...attention.step import Rows
 from ...plugins.base import Text
-from .base import Adapter, Inputs
+from .base import Adapter, Inputs, arguments_of
 from .running import Running
 
 _GUIDED_OTHERWISE = ("InstructPix2Pix", "SemanticStableDiffusion", "StableDiffusionPipelineSafe", "LEditsPP")
@@ -25,7 +24,7 @@ class UNetAdapter(Adapter):
 
     def __init__(self, pipe: Any, denoiser: nn.Module) -> None:
         super().__init__(pipe, denoiser)
-        self.positional = tuple(inspect.signature(type(denoiser).forward).parameters)[1:]
+        self.positional = arguments_of(type(denoiser).forward)
         others = ("cross_attention_kwargs", "return_dict")
         self.batched = tuple(name for name in self.positional if name not in others)
 

@@ -67,7 +67,8 @@ class Graft:
         self.adapter = self.adapters[0]
         self.layers = [layer for adapter in self.adapters for layer in adapter.layers]
         self.texts = Texts(self.adapter)
-        self.backend = select(backend, device=_device(pipe), strict=strict)
+        device = _device(pipe) if backend == "xformers" else "cpu"  # a pipeline walks its models to say it
+        self.backend = select(backend, device=device, strict=strict)
         self._visits = Visits(self, self.adapters)
         self._stack: ExitStack | None = None
         self._links: WeakSet[Any] = WeakSet()
