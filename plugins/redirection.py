@@ -94,8 +94,9 @@ class SelfAttentionRedirection(Plugin):
 
     def bind(self, session: Session) -> None:
         self._chosen = {layer.name for layer in choose_layers(session.layers, self.layers)}
-        joint = {layer.name for layer in session.layers if layer.kind == "joint"}
-        self._everywhere = bool(joint) and joint <= self._chosen
+        joint = any(layer.kind == "joint" for layer in session.layers)
+        seeing = {layer.name for layer in session.layers if layer.kind in ("joint", "self", "keys")}
+        self._everywhere = joint and seeing <= self._chosen
 
     def begin(self, session: Session, step: Step) -> None:
         pictures = step.rows["cond"].stop - step.rows["cond"].start

@@ -199,22 +199,35 @@ def around(kind: Any, transformer: nn.Module) -> Any:
     return kind(**parts | {"transformer": transformer, "scheduler": FlowMatchEulerDiscreteScheduler()})
 
 
-def count(shape: Shape, pipe: Any, *plugins: Any, calls: list[str] | None = None) -> list[int]:
-    """FLOPs (two for each multiply-add) of the denoiser at each step of a call; `calls` collects text projections."""
+def count(shape: Shape, pipe: Any, *plugins: Any, calls: list[str] | None = None, rows: int = 1) -> list[int]:
+    """FLOPs (two for each multiply-add) of the denoiser at each step of a call of so many rows; `calls` collects text
+    projections.
+    """
     denoiser = getattr(pipe, "unet", None) or pipe.transformer
     pipe.scheduler.set_timesteps(STEPS)
-    inputs, flops = shape.inputs(pipe), list[int]()
+    inputs, flops = _repeated(shape.inputs(pipe), rows), list[int]()
     hooks = [] if calls is None else _note_text_projections(denoiser, calls)
     hooks.append(denoiser.register_forward_pre_hook(_to_meta, with_kwargs=True))
     with graft(pipe, *plugins), torch.no_grad():
         for timestep in pipe.scheduler.timesteps:
-            at = timestep if hasattr(pipe, "unet") else timestep.expand(1)
+            at = timestep if hasattr(pipe, "unet") else timestep.expand(rows)
             with FlopCounterMode(display=False) as counter:
                 denoiser(**inputs, **{shape.time: at}, return_dict=False)
             flops.append(counter.get_total_flops())
     for hook in hooks:
         hook.remove()
     return flops
+
+
+def _repeated(inputs: dict[str, Any], rows: int) -> dict[str, Any]:
+    """What has a row, or is a list of rows, with so many of them."""
+
+    def repeated(name: str, value: Any) -> Any:
+        if isinstance(value, list):
+            return value * rows
+        return value if name.endswith("_ids") else value.expand(rows, *value.shape[1:])
+
+    return {name: repeated(name, value) for name, value in inputs.items()}
 
 
 def _to_meta(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -35,11 +35,13 @@ class Calls:
 
     Attributes:
         seams: of the edited layers and of the blocks where rows may join, by name.
+        folding: identities of the adapters in whose blocks rows may run as one.
     """
 
     def __init__(self, placed: Placed, texts: Texts, kernel: Kernel, link: Callable[[Any], None]) -> None:
         self.placed, self.texts, self.kernel, self.link = placed, texts, kernel, link
         self.seams: dict[str, Seam] = {}
+        self.folding: set[int] = set()
 
     def before(self, run: Run, args: tuple[Any, ...], kwargs: Inputs) -> Inputs:
         """The denoiser's inputs after the text, the latent, the branch and the stream stage."""
@@ -63,7 +65,8 @@ class Calls:
     def after(self, run: Run, output: Any) -> Any:
         """The denoiser's output after the combine stage, with the rows that the pipeline sent in."""
         run.end()
-        return combine(run, self.placed.active(run.step), unfold_rows(run, output))
+        unfold_rows(run)
+        return combine(run, self.placed.active(run.step), output)
 
     def aborted(self, run: Run) -> None:
         """The denoiser raised: this pipeline call will not step, nor put back what PAG replaced."""
@@ -94,7 +97,10 @@ class Calls:
         if movers:
             inputs = move(run, movers, inputs, lambda: self._plan(run, active))
         inputs = add_rows(run, self.placed, active, RunSession(run, self.texts), inputs)
-        return fold_rows(run, active, add_streams(run, active, inputs))
+        inputs = add_streams(run, active, inputs)
+        if id(run.adapter) in self.folding:
+            fold_rows(run, active, inputs)
+        return inputs
 
     def _begin(self, run: Run, inputs: Inputs) -> None:
         adapter, scheduler = run.adapter, run.running.pipe.scheduler

@@ -1,53 +1,78 @@
 """Candidates of one picture in one row: what nothing attends to stands behind the picture, once for each candidate.
 
 Where all layers hide the hole's keys from every query, text and background do not depend on what is in the hole. So
-rows that differ in the hole alone are one row, whose image is followed by the other rows' hole tokens.
+inside the blocks, rows that differ in the hole alone are one row, whose image is followed by the other rows' hole
+tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import nn
 from torch.utils._pytree import tree_leaves
 
+from ...attention.hook import hook_after, hook_before
 from ...plugins.base import Plugin
-from ..families.base import Inputs
+from ..families.base import Adapter, Inputs
 from ..families.declared import DeclaredAdapter
-from .folded import Fold
+from ..families.hear import named
+from .folded import Fold, Stack
 from .run import Run
+from .stream_stage import joins
 
-_PLACES = "img_ids"
 
-
-def fold_rows(run: Run, active: Sequence[Plugin], inputs: Inputs) -> Inputs:
-    """The inputs with all rows in one, where that is exact; else as they are."""
+def fold_rows(run: Run, active: Sequence[Plugin], inputs: Inputs) -> None:
+    """Have all rows run as one inside of the blocks, where that is exact."""
     hole, adapter = _hole(run, active), run.adapter
-    if hole is None or not isinstance(adapter, DeclaredAdapter) or not _alike(adapter, inputs, hole):
-        return inputs
-    sample, places = inputs[adapter.sample], inputs[_PLACES]
-    tokens, count = sample.shape[1], len(sample)
-    own = adapter.take(inputs, slice(0, 1))
-    own[adapter.sample] = torch.cat([sample[:1], sample[1:, hole].flatten(0, 1)[None]], 1)
-    places = places[:1] if places.ndim == 3 else places
-    more = places.index_select(-2, hole)
-    own[_PLACES] = torch.cat([places, *[more] * (count - 1)], -2)
-    mask = own.get("attention_mask")
-    if mask is not None:
-        own["attention_mask"] = torch.cat([mask, mask.new_ones(1, (count - 1) * len(hole))], 1)
-    run.fold = Fold(hole, tokens, run.step.rows)
-    run.step.rows, run.step.tail = {"cond": slice(0, 1)}, (count - 1) * len(hole)
-    return own
+    if hole is None or not isinstance(adapter, DeclaredAdapter) or not _alike(adapter, inputs, hole, run.step.size):
+        return
+    words = adapter.lengths(inputs)[0] if adapter.spec.text_first else 0
+    run.fold = Fold(hole, run.step.size[0] * run.step.size[1], words, run.step.rows)
+    run.step.rows, run.step.tail = {"cond": slice(0, 1)}, run.fold.tail
 
 
-def unfold_rows(run: Run, output: Any) -> Any:
-    """The denoiser's output with a row for each candidate."""
-    folded, run.fold = run.fold, None
-    if folded is None:
-        return output
-    run.step.rows, run.step.tail = folded.rows, 0
-    return run.adapter.with_prediction(output, folded.spread(run.adapter.prediction(output)))
+def unfold_rows(run: Run) -> None:
+    """The call is over: its rows are again what they were."""
+    if run.fold is not None:
+        run.step.rows, run.step.tail, run.fold = run.fold.rows, 0, None
+
+
+def hook_folds(adapter: Adapter, here: Callable[[], Run | None]) -> list[Callable[[], None]]:
+    """Hooks by which rows become one and several again, as their undos; `here()` is the run that is edited now."""
+    if not isinstance(adapter, DeclaredAdapter) or not joins(adapter):
+        return []
+    denoiser, undos = adapter.denoiser, list[Callable[[], None]]()
+    for stack in _stacks(adapter):
+        blocks = list(denoiser.get_submodule(stack.path).children())
+        undos += [hook_before(denoiser, block, _laying(block, stack, here)) for block in blocks]
+        undos.append(hook_after(denoiser, blocks[-1], _spreading(stack, here)))
+    return undos
+
+
+def _stacks(adapter: DeclaredAdapter) -> list[Stack]:
+    meets, alone = adapter.spec.meets, [path for path, kind in adapter.spec.alone if kind == "self"]
+    refined = [Stack(path, meets[0].sequence, meets[0].along, joint=False, alone=True) for path in alone]
+    return refined + [Stack(meet.path, meet.sequence, meet.along, meet.text is None, alone=False) for meet in meets]
+
+
+def _laying(block: nn.Module, stack: Stack, here: Callable[[], Run | None]) -> Callable[..., Any]:
+    def before(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        run = here()
+        return None if run is None or run.fold is None else ((), run.fold.arguments(stack, named(block, args, kwargs)))
+
+    return before
+
+
+def _spreading(stack: Stack, here: Callable[[], Run | None]) -> Callable[..., Any]:
+    def after(args: Any, kwargs: Any, output: Any) -> Any:
+        run = here()
+        return None if run is None or run.fold is None or output is None else run.fold.spread(stack, output)
+
+    return after
 
 
 def _hole(run: Run, active: Sequence[Plugin]) -> torch.Tensor | None:
@@ -59,17 +84,28 @@ def _hole(run: Run, active: Sequence[Plugin]) -> torch.Tensor | None:
     return hole if hole is not None and len(hole) else None
 
 
-def _alike(adapter: DeclaredAdapter, inputs: Inputs, hole: torch.Tensor) -> bool:
-    """Whether rows differ in these tokens alone, in a model that is told where each token stands."""
-    sample = inputs[adapter.sample]
-    told = isinstance(sample, torch.Tensor) and sample.ndim == 3 and inputs.get(_PLACES) is not None
-    if not told or inputs[_PLACES].shape[-2] != sample.shape[1] or not adapter.spec.text_first:
-        return False
-    nested = [value for value in inputs.values() if not isinstance(value, torch.Tensor)]
-    if any(isinstance(leaf, torch.Tensor) for leaf in tree_leaves(nested)):  # ControlNets, an IP-Adapter's pictures
-        return False
+def _alike(adapter: DeclaredAdapter, inputs: Inputs, hole: torch.Tensor, size: tuple[int, int]) -> bool:
+    """Whether rows differ in these tokens alone; no where the blocks get more than the call's own rows."""
+    sample = _by_token(inputs[adapter.sample], size)
     seen = torch.ones(sample.shape[1], dtype=torch.bool, device=sample.device)
     seen[hole] = False
-    rows = [sample[:, seen], *(inputs.get(name) for name in adapter.batched if name not in (adapter.sample, _PLACES))]
-    tensors = [one for one in rows if isinstance(one, torch.Tensor) and one.ndim and len(one) == len(sample)]
-    return all(torch.equal(one[1:], one[:1].expand_as(one[1:])) for one in tensors)
+    rest = {name: value for name, value in inputs.items() if name != adapter.sample}
+    lists = [rest.pop(name) for name in adapter.batched if isinstance(rest.get(name), list)]
+    nested = [value for value in rest.values() if not isinstance(value, torch.Tensor)]
+    if any(isinstance(leaf, torch.Tensor) for leaf in tree_leaves(nested)):  # ControlNets, an IP-Adapter's pictures
+        return False
+    tensors = [value for value in rest.values() if isinstance(value, torch.Tensor) and value.ndim]
+    rows = [sample[:, seen], *(one for one in tensors if len(one) == len(sample)), *lists]
+    return all(_same(one, row[0]) for row in rows for one in row)
+
+
+def _same(one: Any, first: Any) -> bool:
+    tensors = isinstance(one, torch.Tensor) and isinstance(first, torch.Tensor)
+    return torch.equal(one, first) if tensors else one is first
+
+
+def _by_token(sample: Any, size: tuple[int, int]) -> torch.Tensor:
+    """The sample [n, tokens, C], however it lies."""
+    if isinstance(sample, list):
+        sample = torch.stack(sample)[:, :, 0]
+    return sample if sample.ndim == 3 else F.pixel_unshuffle(sample, sample.shape[-1] // size[1]).flatten(2).mT

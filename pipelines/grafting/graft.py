@@ -25,6 +25,7 @@ from ..families.words import in_turn
 from .blocks import Block, block_here, complaint, holders
 from .calls import Calls
 from .compiled import choosing, compiled_of, is_whole, own_graphs
+from .fold import hook_folds
 from .gradients import run_again_for
 from .hooks import hook_denoiser
 from .plan import Placed, place
@@ -242,6 +243,8 @@ class Graft:
             stack.callback(hook_denoiser(denoiser, adapter.positional, before, self._after))
             if placed.brings_texts:
                 self._meet(stack, adapter)
+            if placed.hides and not is_whole(self.pipe, denoiser):
+                self._fold(stack, adapter)
             for name, block in adapter.late_blocks() if placed.brings_rows else ():
                 seams[name] = stack.enter_context(seam_on(block))
             ask = functools.partial(self._eager, adapter)
@@ -256,6 +259,12 @@ class Graft:
                 self._calls.seams[name] = stack.enter_context(seam_on(block))
             return
         for undo in hook_meetings(adapter, self._visits.running):
+            stack.callback(undo)
+
+    def _fold(self, stack: ExitStack, adapter: Adapter) -> None:
+        """Let rows run as one; in a model that is compiled whole these hooks would break the graph."""
+        self._calls.folding.add(id(adapter))
+        for undo in hook_folds(adapter, self._visits.running):
             stack.callback(undo)
 
     # -- what hooks ask ----------------------------------------------------------------------------------------

@@ -55,6 +55,11 @@ class Placed:
         return any(type(plugin).streams is not Plugin.streams for plugin in self.plugins)
 
     @property
+    def hides(self) -> bool:
+        """Whether a plugin may hide tokens from everything."""
+        return any(type(plugin).unseen is not Plugin.unseen for plugin in self.plugins)
+
+    @property
     def traced(self) -> bool:
         """Whether torch.compile may trace all edits."""
         return not self.wrapped and all(edit.traced for _, edit in self._all())

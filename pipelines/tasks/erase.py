@@ -68,8 +68,8 @@ def erase(
         best_first: candidates come by what speaks against them instead of by seed: the difference to the picture along
             the rim, and how far pieces of the hole are from all pieces around. Both are in their settings.
         shared: candidates of one picture that run in one batch have the first one's noise outside of the hole, so that
-            on FLUX.1, FLUX.2 and Chroma, at scale 1 without guidance, what is outside is computed once for all of them:
-            n=4 with batch_size=4 costs 1.4 of one at a hole of a tenth. A candidate's bytes depend on the first then.
+            in joint attention, at scale 1 without guidance, what is outside is computed once for all of them: n=4 with
+            batch_size=4 costs 1.4 of one at a hole of a tenth. A candidate's bytes depend on the first then.
         plugins: further techniques for the same run.
         call: passed on to the pipeline, such as `negative_prompt` or, with a ControlNet, `control_image` (of the whole
             picture, which is cut out alike; for several ControlNets a list with one for each).
