@@ -46,8 +46,9 @@ class ConceptBlock(Plugin):
             `reach` columns behind it and at the text's end. "adavd": as published, at every column. "nasa": steered
             away from inside attention. "safree": as published, in the text's embeddings, for as many steps as its own
             filter says (0 ... 10); for pipelines with one CLIP.
-        space: "values": in the values of each cross-attention layer. "embeddings": in the text's embeddings and its
-            pooled vector, before the model. None: values where there is cross-attention, embeddings elsewhere.
+        space: "values": in the values of each cross-attention layer. "embeddings": in the text's embeddings, before
+            the model. None: values where there is cross-attention, embeddings elsewhere. A pooled text (SDXL, FLUX.1)
+            is cleaned in both by "contrast".
         threshold: from which score on a prompt holds a concept, -2 ... 2, see `nearness`; -2 is always. None:
             between the scores of short texts with and without it, measured by the pipeline's own encoder.
         strength: 0 ... 10, 0 is neutral; 1 takes the concept's part out. None: 1.2 for "contrast", as the column next
@@ -121,6 +122,11 @@ class ConceptBlock(Plugin):
         return (BlockValues(self),) if self.away is None else (BlockAway(self, self.away),)
 
     def begin(self, session: Session, step: Step) -> None:
+        if session.prompt.second and session.words.pooled:
+            raise UnsupportedPipelineError(
+                "ConceptBlock looks for a concept in the text, and the pooled text is of another prompt here: leave "
+                "prompt_2= out"
+            )
         blocked = [phrase for group in self.groups for phrase in group]
 
         def bank(group: Sequence[str]) -> Bank:
@@ -131,12 +137,7 @@ class ConceptBlock(Plugin):
         names, inside = [group[0] for group in self.groups], self.in_values(session)
         state = Blocking(session, names, [bank(group) for group in self.groups], finding, inside)
         state.look(session.words)
-        if not inside and session.prompt.second and session.words.pooled:
-            raise UnsupportedPipelineError(
-                "ConceptBlock looks for a concept in the text, and the pooled text is of another prompt here: leave "
-                "prompt_2= out"
-            )
-        step.notes[self] = state if inside else Rewording(state, blocked)
+        step.notes[self] = Rewording(state, blocked)
         texts = session.prompt.texts
         told = state.told(None if texts is None else [session.tokens(text) for text in texts])
         self.tell(session, lambda: told)
@@ -147,12 +148,11 @@ class ConceptBlock(Plugin):
         return () if self.away is None else self.away.streams(step)
 
     def reword(self, step: Step, words: Words) -> Words | None:
-        held = step.notes[self]
-        return held.words(step, words) if isinstance(held, Rewording) else None
+        return step.notes[self].words(step, words)
 
     def call(self, step: Step) -> Blocking:
-        """What the pipeline call of this step holds, where it works in cross-attention."""
-        return step.notes[self]
+        """What was found in the texts of this pipeline call."""
+        return step.notes[self].state
 
 
 class BlockValues(Edit):
@@ -197,12 +197,8 @@ class BlockAway(CrossAway):
 
 
 def is_open(plugin: ConceptBlock, step: Step) -> bool:
-    """Whether a text of this call holds a concept; a text that was changed on the way is looked at again."""
-    if step.phase != "predict" or "cond" not in step.rows:
-        return False
-    state = plugin.call(step)
-    state.look(state.session.words)
-    return state.open
+    """Whether a text of this call holds a concept; `reword` has looked at it again where it changed on the way."""
+    return step.phase == "predict" and "cond" in step.rows and plugin.call(step).open
 
 
 def check_space(space: Any, rule: str) -> Any:

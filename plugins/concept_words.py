@@ -1,4 +1,6 @@
-"""How a blocked concept leaves the prompt's embeddings, before a model whose text and image are one sequence."""
+"""How a blocked concept leaves what the model is given: a text's embeddings, where text and image are one sequence, and
+the pooled text of any model that takes one.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +15,9 @@ from .base import Words
 from .concept_edits import Blocking, without
 from .concept_geometry import contrast
 from .concept_safree import safree
+
+_ALWAYS = 1 << 30
+"""Steps."""
 
 
 @dataclass
@@ -33,7 +38,7 @@ class Rewording:
         """What stands for these texts at this step, None where nothing changes."""
         state = self.state
         state.look(words)
-        if not state.open:
+        if not state.open or (state.inside and not (words.pooled and state.settings.rule == "contrast")):
             return None
         if self.version != state.version:
             self.version, self.made = state.version, {}
@@ -47,14 +52,14 @@ class Rewording:
     def _row(self, number: int, row: torch.Tensor) -> tuple[torch.Tensor, int]:
         """A row's new text and for how many steps it stands."""
         state, removals = self.state, self.state.removals(number)
-        if not removals:
-            return row, 0
+        if state.inside or not removals:
+            return row, 0 if not removals else _ALWAYS
         if state.settings.rule == "safree":
             return self._safree(number, row)
         left = row.flatten(1)
         for removal in removals:
             left = without(left, removal.texts, removal.weight, state.settings.rule)
-        return left.to(row.dtype).reshape(row.shape), 1 << 30
+        return left.to(row.dtype).reshape(row.shape), _ALWAYS
 
     def _safree(self, number: int, row: torch.Tensor) -> tuple[torch.Tensor, int]:
         session, texts = self.state.session, self.state.session.prompt.texts

@@ -13,6 +13,7 @@ from ...attention.step import Step
 from ...plugins.base import Session
 from ...plugins.concept_edits import Blocking
 from ...plugins.concept_find import Finding, Removal
+from ...plugins.concept_words import Rewording
 from .configs import SD15, SDXL, meta_inputs, meta_pipe
 
 MODELS = {"SD1.5 512": (SD15, 64), "SDXL 1024": (SDXL, 128)}
@@ -25,12 +26,13 @@ class Found(ConceptBlock):
     """
 
     def begin(self, session: Session, step: Step) -> None:
-        text = session.text
+        text, words = session.text, session.words
         weight = text.new_ones(text.shape[1])
+        pooled = {name: value[:1].expand(2, -1) for name, value in words.pooled.items()}
         state = Blocking(session, self.groups, [], Finding(self.rule, None, self.strength, self.reach))
-        state.found = [[Removal(text[:1].expand(2, -1, -1), weight, [1], 1.0) for _ in self.groups]]
-        state.seen = session.words
-        step.notes[self] = state
+        state.found = [[Removal(text[:1].expand(2, -1, -1), weight, [1], 1.0, pooled) for _ in self.groups]]
+        state.seen = words
+        step.notes[self] = Rewording(state, [])
 
 
 def step_flops(pipe: Any, latent: int, *plugins: Any) -> list[int]:

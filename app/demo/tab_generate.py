@@ -167,6 +167,9 @@ def where(concepts: gr.Textbox) -> tuple[gr.Textbox, gr.ImageEditor]:
         )  # fmt: skip
         colours = gr.HTML(legend(concepts.value))
         drawing = canvas()
-        gr.Markdown("Paint a blob for each, or a box: what an outline encloses counts as inside.")
+        gr.Markdown(
+            "Paint a blob for each, or a box: what an outline encloses counts as inside. *Paint* and *Try 8 seeds* use "
+            "the places; *Improve this seed* searches without them."
+        )
     concepts.change(legend, concepts, colours, queue=False, api_visibility="private", show_progress="hidden")
     return places, drawing

@@ -31,6 +31,9 @@ _ASKS = TextCall()
 _POOLED = ("pooled_projections", "pooled_embeds")
 _MERGED = "merged tokens (tomesd): call tomesd.remove_patch(pipe)"
 _SLICED = ("SlicedAttnProcessor", "SlicedAttnAddedKVProcessor")
+Told = Mapping[str, Any]
+NOTHING: Told = MappingProxyType({})
+"""A call that is not known."""
 
 
 class Adapter:
@@ -330,15 +333,17 @@ class Adapter:
         """The running call's prompt whose tokens are those columns."""
         return running.arguments.get("prompt")
 
-    def wrapped(self, prompt: str) -> str:
+    def wrapped(self, prompt: str, told: Told = NOTHING) -> str:
         """What the text encoder really reads for a prompt.
 
+        Args:
+            told: the call's arguments, which may name another template.
         Raises:
             UnsupportedPipelineError: a model that puts its text in another order, where words have no columns.
         """
         return prompt
 
-    def as_prompts(self, texts: Sequence[str]) -> Sequence[str]:
+    def as_prompts(self, texts: Sequence[str], told: Told = NOTHING) -> Sequence[str]:
         """What `encode_text` has to be given for what the pipeline makes of these prompts."""
         return texts
 

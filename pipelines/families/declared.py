@@ -16,7 +16,7 @@ from ...attention.step import Rows
 from ...plugins.base import Text
 from ...plugins.rotary import Rotary
 from ...plugins.startpoint import pack, unpack
-from .base import Adapter, Inputs, arguments_of
+from .base import NOTHING, Adapter, Inputs, Told, arguments_of
 from .family import Family, Meet
 from .modular import is_modular, text_block
 from .rows import call_of, split
@@ -302,27 +302,28 @@ class DeclaredAdapter(Adapter):
 
     def prompt(self, running: Running) -> Any:
         told = running.arguments.get(self.spec.prompt) or super().prompt(running)
-        return [self._unwrapped(text) for text in told] if self.spec.wrap and isinstance(told, list) else told
+        known = running.arguments
+        return [self._unwrapped(text, known) for text in told] if self.spec.wrap and isinstance(told, list) else told
 
-    def wrapped(self, prompt: str) -> str:
+    def wrapped(self, prompt: str, told: Told = NOTHING) -> str:
         if not self.spec.columns:
             raise UnsupportedPipelineError(
                 f"{type(self.denoiser).__name__} puts its text in another order, so that words have no columns "
                 "of their own: give no words to a plugin here"
             )
-        return prompt if self.spec.wrap is None else self.spec.wrap(self.pipe, prompt)
+        return prompt if self.spec.wrap is None else self.spec.wrap(self.pipe, prompt, told)
 
-    def as_prompts(self, texts: Sequence[str]) -> Sequence[str]:
-        return [self.wrapped(text) for text in texts] if self.spec.as_negative else texts
+    def as_prompts(self, texts: Sequence[str], told: Told = NOTHING) -> Sequence[str]:
+        return [self.wrapped(text, told) for text in texts] if self.spec.as_negative else texts
 
     @property
     def dropped(self) -> int:
         form: Any = text_block(self.pipe) if is_modular(self.pipe) else self.pipe
         return getattr(form, self.spec.dropped) if self.spec.dropped else 0
 
-    def _unwrapped(self, text: str) -> str:
+    def _unwrapped(self, text: str, told: Told) -> str:
         """A prompt of a list, into which Z-Image's pipeline writes its template."""
-        head, _, tail = self.wrapped(_SIGN).partition(_SIGN)
+        head, _, tail = self.wrapped(_SIGN, told).partition(_SIGN)
         inside = text.startswith(head) and text.endswith(tail) and len(text) >= len(head) + len(tail)
         return text[len(head) : len(text) - len(tail)] if inside else text
 

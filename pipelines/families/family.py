@@ -112,7 +112,8 @@ class Family:
         still: the text's way to the blocks depends on no timestep, so it is heard once a call.
         lengths, tokens: (adapter, inputs) -> text tokens of each row, image tokens; for one-sequence models.
         place: (inputs, text) -> inputs with another text, where naming the arguments is not enough.
-        wrap: (pipe, prompt) -> what is really read, where a pipeline puts a prompt into a template.
+        wrap: (pipe, prompt, the call's arguments) -> what is really read, where a pipeline puts a prompt into a
+            template.
         dropped: attribute of the pipeline, or of its text block, with how many tokens of the template are taken off.
         columns: the tokenizer's columns are the text's; False where texts are put in another order.
         rewords: and nothing else but a pooled vector holds the prompt, so that a plugin may change its embeddings.
@@ -158,7 +159,7 @@ class Family:
     lengths: Callable[[Any, Mapping[str, Any]], list[int]] | None = None
     tokens: Callable[[Any, Mapping[str, Any]], int] | None = None
     place: Callable[[Any, Any], Any] | None = None
-    wrap: Callable[[Any, str], str] | None = None
+    wrap: Callable[[Any, str, Mapping[str, Any]], str] | None = None
     dropped: str = ""
     columns: bool = True
     rewords: bool = False

@@ -167,7 +167,7 @@ def second_if_picture(module: Any) -> int:
 def chat(thinking: bool) -> Any:
     """A prompt as the only message of a chat."""
 
-    def wrap(pipe: Any, prompt: str) -> str:
+    def wrap(pipe: Any, prompt: str, told: Mapping[str, Any]) -> str:
         if getattr(pipe.tokenizer, "chat_template", None) is None or hasattr(pipe, "system_message"):
             raise UnsupportedPipelineError(
                 f"{type(pipe).__name__} reads its prompt in a form that diffgraft does not know: give no words here"
@@ -180,7 +180,7 @@ def chat(thinking: bool) -> Any:
     return wrap
 
 
-def template(pipe: Any, prompt: str) -> str:
+def template(pipe: Any, prompt: str, told: Mapping[str, Any]) -> str:
     """Qwen-Image's and Krea 2's template, which may stand in two parts."""
     form: Any = text_block(pipe) if is_modular(pipe) else pipe
     if getattr(pipe, "processor", None) is not None or not hasattr(form, "prompt_template_encode_start_idx"):
@@ -193,9 +193,10 @@ def template(pipe: Any, prompt: str) -> str:
     return form.prompt_template_encode.format(prompt)
 
 
-def system_prompt(pipe: Any, prompt: str) -> str:
-    """Lumina 2's prompt behind its system prompt."""
-    return f"{pipe.system_prompt} <Prompt Start> {prompt}"
+def system_prompt(pipe: Any, prompt: str, told: Mapping[str, Any]) -> str:
+    """Lumina 2's prompt behind the call's system prompt, or the pipeline's."""
+    given = told.get("system_prompt")
+    return f"{pipe.system_prompt if given is None else given} <Prompt Start> {prompt}"
 
 
 def nested(pipe: Any, inputs: Mapping[str, Any]) -> bool:

@@ -42,7 +42,7 @@ class Mark:
 
 
 _NO_SETTING = re.compile(
-    r"prompt(_\d)?$|embeds|mask|^device$|^dtype$|num_|batch_size|do_|lora|latents|ids$|^self$|cu_seqlens|"
+    r"^(negative_)?prompt(_\d)?$|embeds|mask|^device$|^dtype$|num_|batch_size|do_|lora|latents|ids$|^self$|cu_seqlens|"
     r"instruction|chi_|image|"
     r"^guidance|^text_encoder_index"
 )

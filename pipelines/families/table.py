@@ -34,7 +34,8 @@ _EXPERTS = ("transformer", "transformer_2")
 FAMILIES: dict[str, Family | Refused] = {
     # -- pictures ------------------------------------------------------------------------------------------------
     "UNet2DConditionModel": Family(
-        "unet", sample="sample", denoisers=("unet",), modular=_EMBEDS, adapter=UNetAdapter
+        "unet", sample="sample", denoisers=("unet",), adapter=UNetAdapter,
+        modular=_EMBEDS | {"text_embeds": "pooled_prompt_embeds"},
     ),
     "FluxTransformer2DModel": Family(
         "flux", _two(_ROPE), ids=("txt_ids", ()), encode=odd.with_lora(2, 1), guidance="apart", flag="do_true_cfg",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,10 +12,11 @@ from torch.utils._pytree import tree_map
 
 from ...attention.errors import UnsupportedPipelineError
 from ...attention.step import Rows
-from ...plugins.base import Text
+from ...plugins.base import Text, Words
 from .base import Adapter, Inputs, arguments_of
 from .running import Running
 
+_ADDED, _POOLED = "added_cond_kwargs", "text_embeds"
 _GUIDED_OTHERWISE = ("InstructPix2Pix", "SemanticStableDiffusion", "StableDiffusionPipelineSafe", "LEditsPP")
 """In names of pipelines whose batch holds other rows than [uncond, cond]."""
 
@@ -66,7 +68,18 @@ class UNetAdapter(Adapter):
             raise UnsupportedPipelineError(
                 f"form='rows': {type(self.pipe).__name__} gives its UNet a text for every frame; use form='streams'"
             )
-        return super().with_words(inputs, rows, text)
+        changed, count = super().with_words(inputs, rows, replace(text, pooled={})), rows.stop - rows.start
+        pooled = {n: v[[i * len(v) // count for i in range(count)]] for n, v in text.pooled.items()}
+        return _with_pooled(changed, rows, pooled)
+
+    def words(self, inputs: Inputs, rows: slice) -> Words:
+        words, pooled = super().words(inputs, rows), (inputs.get(_ADDED) or {}).get(_POOLED)
+        if pooled is None:
+            return words
+        return replace(words, pooled={_POOLED: pooled[rows]}, given=[*words.given, pooled])
+
+    def reworded(self, inputs: Inputs, rows: slice, words: Words) -> Inputs:
+        return _with_pooled(super().reworded(inputs, rows, replace(words, pooled={})), rows, words.pooled)
 
     def late_blocks(self) -> Sequence[tuple[str, nn.Module]]:
         unet: Any = self.denoiser
@@ -104,4 +117,13 @@ class UNetAdapter(Adapter):
         if getattr(pipe, "tokenizer", None) is None and getattr(pipe, "tokenizer_2", None) is None:
             return super().encode_text(texts, running)
         scale = (running.arguments.get("cross_attention_kwargs") or {}).get("scale")
-        return Text(self.encode_prompt(running, texts, lora_scale=scale)[0])
+        found = self.encode_prompt(running, texts, lora_scale=scale)
+        return Text(found[0], pooled={_POOLED: found[2]} if len(found) > 2 else {})
+
+
+def _with_pooled(inputs: Inputs, rows: slice, pooled: Mapping[str, torch.Tensor]) -> Inputs:
+    """The same call in which some rows have other pooled texts, SDXL's."""
+    added = dict(inputs.get(_ADDED) or {})
+    for name, value in pooled.items():
+        added[name] = torch.cat([added[name][: rows.start], value.to(added[name]), added[name][rows.stop :]])
+    return inputs | {_ADDED: added} if pooled else inputs

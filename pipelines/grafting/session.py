@@ -92,8 +92,9 @@ class RunSession:
         return self._run.adapter.rewords
 
     def encode(self, texts: Sequence[str], *, keep: bool = True, prompts: bool = False) -> Text:
-        texts = self._run.adapter.as_prompts(texts) if prompts else texts
-        return self._texts.encode(texts, self._run.running, keep=keep)
+        running = self._run.running
+        texts = self._run.adapter.as_prompts(texts, running.arguments) if prompts else texts
+        return self._texts.encode(texts, running, keep=keep)
 
     def remember(self, key: Any, make: Callable[[], Made]) -> Made:
         return self._texts.remember(key, make, self._run.running)
@@ -111,13 +112,13 @@ class RunSession:
         return Text(heard_across(self._run, text), text.mask)
 
     def tokens(self, text: str) -> list[str]:
-        return self._texts.tokens(text)
+        return self._texts.tokens(text, self._run.running.arguments)
 
     def token_spans(self, text: str, phrase: str) -> list[list[int]]:
-        return self._texts.spans(text, phrase)
+        return self._texts.spans(text, phrase, self._run.running.arguments)
 
     def token_range(self, text: str) -> range:
-        return self._texts.content(text)
+        return self._texts.content(text, self._run.running.arguments)
 
     def encode_image(self, image: Any, size: tuple[int, int]) -> torch.Tensor:
         with torch.inference_mode(False):

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from ...attention.errors import ConceptError, UnsupportedPipelineError
 from ...plugins.base import Made, Text
-from ..families.base import Adapter
+from ..families.base import NOTHING, Adapter, Told
 from ..families.modular import encode, is_modular
 from ..families.running import Running
 from ..families.words import own_tokenizer
@@ -93,34 +93,35 @@ class Texts:
             limit = min(tokenizer.model_max_length, 4096)
             return list(tokenizer(text, truncation=not whole, max_length=None if whole else limit).input_ids)
 
-    def columns(self, text: str, whole: bool = False) -> list[int]:
-        """Token ids of the columns of a prompt, its template's among them."""
-        return self.ids(self.adapter.wrapped(text), whole)[self.adapter.dropped :]
+    def columns(self, text: str, told: Told = NOTHING, *, whole: bool = False) -> list[int]:
+        """Token ids of the columns of a prompt, its template's among them; `told` are the call's arguments."""
+        return self.ids(self.adapter.wrapped(text, told), whole)[self.adapter.dropped :]
 
-    def tokens(self, text: str) -> list[str]:
+    def tokens(self, text: str, told: Told = NOTHING) -> list[str]:
         """The same as strings."""
-        return [str(token) for token in self._tokenizer().convert_ids_to_tokens(self.columns(text))]
+        return [str(token) for token in self._tokenizer().convert_ids_to_tokens(self.columns(text, told))]
 
-    def content(self, text: str) -> range:
+    def content(self, text: str, told: Told = NOTHING) -> range:
         """Columns of the prompt's own tokens, between the start and the end mark or inside of its template."""
-        ids = self.columns(text)
-        if self.adapter.wrapped(text) == text:
+        ids = self.columns(text, told)
+        if self.adapter.wrapped(text, told) == text:
             return self._inner(ids)
-        empty = self.columns("")
+        empty = self.columns("", told)
         head, tail = _shared(ids, empty), _shared(ids[::-1], empty[::-1])
         return range(head, max(head, len(ids) - min(tail, len(empty) - min(head, len(empty)))))
 
-    def spans(self, text: str, phrase: str) -> list[list[int]]:
+    def spans(self, text: str, phrase: str, told: Told = NOTHING) -> list[list[int]]:
         """Columns of each occurrence of `phrase`, whole words only.
 
         Raises:
             ConceptError: the encoder cuts the prompt off before the phrase.
         """
-        found = self._find(self.columns(text), phrase)
-        if not found and self._find(self.columns(text, whole=True), phrase):
+        found = self._find(self.columns(text, told), phrase)
+        if not found and self._find(self.columns(text, told, whole=True), phrase):
+            read = len(self.content(text, told))
             raise ConceptError(
-                f"{phrase!r} was cut off: the text encoder reads {len(self.content(text))} tokens of this prompt; "
-                "shorten the prompt or move the word forward"
+                f"{phrase!r} was cut off: the text encoder reads {read} tokens of this prompt; shorten the prompt or "
+                "move the word forward"
             )
         return found
 
