@@ -145,8 +145,9 @@ class SelfAttentionRedirection(Plugin):
 
     def alone(self, step: Step) -> bool:
         """Whether the redirected prediction is all that is wanted: at scale 1 without a second guidance."""
-        apart = self in step.notes and step.notes[self].prompt.guided
-        return self.scale == 1 and "uncond" not in step.rows and not apart
+        if self.scale != 1 or "uncond" in step.rows:
+            return False
+        return not (self in step.notes and step.notes[self].prompt.guided)
 
     def tokens(self, grid: tuple[int, int], step: Step, device: torch.device | None) -> Tokens:
         """(indices of background tokens, of masked ones, masked [N]) of each picture on a grid of tokens."""

@@ -11,6 +11,7 @@ import torch
 from diffusers import ZImageTransformer2DModel
 
 from diffgraft import UnsupportedPipelineError
+from diffgraft.app.bench import __main__ as bench
 from diffgraft.app.bench import (
     flow,
     inversion_effect,
@@ -212,3 +213,11 @@ def test_a_map_on_its_own_thing():
     maps[0, :, :2], maps[1, :, :4] = 1, 1  # the first noun looks at its thing, the second half at the other's
     found = localisation.shares([[localisation.cells(one.flatten()) for one in maps]], where, scenes)
     assert found == [pytest.approx((1, 0, 0.25)), pytest.approx((0, 0.5, 0.25))]
+
+
+def test_a_mistyped_model_is_one_sentence(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["bench", "negative_effect", "--model", "picturbook"])
+    with pytest.raises(SystemExit) as ended:
+        bench.main()
+    told = capsys.readouterr().err
+    assert ended.value.code == 2 and "'picturbook' is not on this machine" in told and "Traceback" not in told

@@ -9,6 +9,8 @@ import sys
 import time
 from pathlib import Path
 
+from ...attention.errors import ModelLoadError, UnsupportedPipelineError
+
 TABLES = {
     "optimise_effect": "startpoints found on the student, drawn by the many-step model",
     "optimise_cost": "peak bytes and passes of a search for a startpoint",
@@ -49,7 +51,10 @@ def main() -> int:
         sys.stdout.write(f"\n## {name}: {TABLES[name]} ({'full' if options.full else 'quick'} mode)\n\n")
         run = importlib.import_module(f"{__package__}.{name}").run
         own = {"model": options.model} if options.model and "model" in inspect.signature(run).parameters else {}
-        run(options.full, **own)
+        try:
+            run(options.full, **own)
+        except (ModelLoadError, UnsupportedPipelineError) as error:
+            parser.error(str(error))
         sys.stdout.write(f"\n({time.monotonic() - start:.0f} s)\n")
         sys.stdout.flush()
     return 0

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from types import FrameType
 from typing import Any, cast
 from weakref import WeakKeyDictionary
 
@@ -22,7 +22,12 @@ _NO_SETTING = re.compile(r"prompt|embeds|mask|latents|num_images|generator")
 
 def is_modular(pipe: Any) -> bool:
     """Whether a pipeline is made of blocks."""
-    return any(kind.__name__ == "ModularPipeline" for kind in type(pipe).__mro__)
+    return _is_modular(type(pipe))
+
+
+@functools.lru_cache(512)  # asked of many things at every denoiser call
+def _is_modular(own: type) -> bool:
+    return any(kind.__name__ == "ModularPipeline" for kind in own.__mro__)
 
 
 # -- which call of the guider this is --------------------------------------------------------------------------------
@@ -33,9 +38,10 @@ def group_of(name: str) -> str:
     return "uncond" if "uncond" in name else "cond" if name in ("cond", "pred_cond") else "perturbed"
 
 
-def batch_of(frame: FrameType) -> str | None:
-    """What a block's frame says of the guider's batch that it has the denoiser called for; None where it has none."""
-    batch = frame.f_locals.get("guider_state_batch")
+def batch_of(known: Mapping[str, Any]) -> str | None:
+    """What a block's local variables say of the guider's batch that it has the denoiser called for; None where it has
+    none."""
+    batch = known.get("guider_state_batch")
     return None if batch is None else getattr(batch, "__guidance_identifier__", None)
 
 

@@ -16,7 +16,6 @@ from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from types import FrameType
 from typing import Any
 
 from diffusers import DiffusionPipeline
@@ -125,21 +124,21 @@ def find_running(denoiser: nn.Module, pipe: Any) -> Running:
     frame, batch = sys._getframe(1), None  # pyright: ignore[reportPrivateUsage]
     while frame is not None:
         if frame.f_code.co_name == "__call__" and "self" in frame.f_code.co_varnames:
-            caller, batch = frame.f_locals.get("self"), batch or modular.batch_of(frame)
+            known = frame.f_locals  # made anew each time that it is asked for
+            caller, batch = known.get("self"), batch or modular.batch_of(known)
             if modular.is_modular(caller) and owns(caller, denoiser):
-                return _modular(caller, frame, batch)
+                return _modular(caller, known, batch)
             if isinstance(caller, DiffusionPipeline) and owns(caller, denoiser):
-                known, encoding = frame.f_locals, _settings(caller)
-                mark = known.setdefault(_MARK, Mark())
-                told = {k: v for k, v in known.items() if k in _ASKED or k in encoding}
+                encoding, mark = _settings(caller), known.setdefault(_MARK, Mark())
+                told = {name: known[name] for name in (*_ASKED, *encoding) if name in known}
                 return Running(caller, True, told, weakref.ref(mark), encoding)
         frame = frame.f_back
     return Running(pipe, False)
 
 
-def _modular(pipe: Any, frame: FrameType, batch: str | None) -> Running:
+def _modular(pipe: Any, known: dict[str, Any], batch: str | None) -> Running:
     """A modular pipeline's call, in which the denoiser runs for one of the guider's batches."""
-    mark, values = frame.f_locals.setdefault(_MARK, Mark()), modular.told(pipe, frame.f_locals["state"])
+    mark, values = known.setdefault(_MARK, Mark()), modular.told(pipe, known["state"])
     encoding = modular.settings(pipe)
     told = {k: v for k, v in values.items() if k in _ASKED or k in encoding}
     entries = values.get("timesteps")
