@@ -48,7 +48,7 @@ class ConceptBlock(Plugin):
             filter says (0 ... 10); for pipelines with one CLIP.
         space: "values": in the values of each cross-attention layer. "embeddings": in the text's embeddings, before
             the model. None: values where there is cross-attention, embeddings elsewhere. A pooled text (SDXL, FLUX.1)
-            is cleaned in both by "contrast".
+            is cleaned in both by "contrast". Before the model, a prompt's own words say what is of the concept.
         threshold: from which score on a prompt holds a concept, -2 ... 2, see `nearness`; -2 is always. None:
             between the scores of short texts with and without it, measured by the pipeline's own encoder.
         strength: 0 ... 10, 0 is neutral; 1 takes the concept's part out. None: 1.2 for "contrast", as the column next
@@ -137,7 +137,7 @@ class ConceptBlock(Plugin):
         names, inside = [group[0] for group in self.groups], self.in_values(session)
         state = Blocking(session, names, [bank(group) for group in self.groups], finding, inside)
         state.look(session.words)
-        step.notes[self] = Rewording(state, blocked)
+        step.notes[self] = Rewording(state, self.groups)
         texts = session.prompt.texts
         told = state.told(None if texts is None else [session.tokens(text) for text in texts])
         self.tell(session, lambda: told)

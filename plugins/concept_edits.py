@@ -120,19 +120,19 @@ class Blocking:
         """
         return {
             f"picture {i}": ", ".join(
-                _told(name, one, None if tokens is None else tokens[i])
+                _told(name, one, None if tokens is None else tokens[i], self.inside)
                 for name, one in zip(self.names, found, strict=True)
             )
             for i, found in enumerate(self.found)
         }
 
 
-def _told(name: str, one: Removal | float, tokens: Sequence[str] | None) -> str:
+def _told(name: str, one: Removal | float, tokens: Sequence[str] | None, inside: bool) -> str:
     if not isinstance(one, Removal):
         return f"{name}: not there (highest score {one:.2f})"
     words = [f"{i} {tokens[i]}" if tokens and i < len(tokens) else str(i) for i in one.columns]
-    touched = int((one.weight != 0).sum())
-    return f"{name}: at {', '.join(words) or 'no column'} (score {one.score:.2f}), {touched} columns changed"
+    changed = f", {int((one.weight != 0).sum())} columns changed" if inside else ""
+    return f"{name}: at {', '.join(words) or 'no column'} (score {one.score:.2f}){changed}"
 
 
 class Taken(Edit):

@@ -12,7 +12,9 @@ import torch
 from ..attention.errors import UnsupportedPipelineError
 from ..attention.step import Step
 from .base import Words
+from .concept_context import Blocked, in_context
 from .concept_edits import Blocking, without
+from .concept_find import Removal
 from .concept_geometry import contrast
 from .concept_safree import safree
 
@@ -25,14 +27,16 @@ class Rewording:
     """The texts of one pipeline call without the concepts.
 
     Attributes:
+        groups: each concept's phrases.
         made: texts by the rows that have been replaced; of the version of `state` that they were made for.
     """
 
     state: Blocking
-    phrases: Sequence[str]
+    groups: Sequence[Sequence[str]]
     made: dict[tuple[int, ...], Words] = field(default_factory=dict[tuple[int, ...], Words])
     version: int = 0
     parts: list[tuple[torch.Tensor, int]] = field(default_factory=list[tuple[torch.Tensor, int]])
+    taken: list[list[Removal]] = field(default_factory=list[list[Removal]])
 
     def words(self, step: Step, words: Words) -> Words | None:
         """What stands for these texts at this step, None where nothing changes."""
@@ -42,6 +46,7 @@ class Rewording:
             return None
         if self.version != state.version:
             self.version, self.made = state.version, {}
+            self.taken = [self._removals(i, row) for i, row in enumerate(words.rows)]
             self.parts = [self._row(i, row) for i, row in enumerate(words.rows)]
         held = tuple(i for i, (_, steps) in enumerate(self.parts) if step.index < steps)
         if held not in self.made:
@@ -49,9 +54,21 @@ class Rewording:
             self.made[held] = replace(words, rows=rows, pooled=self._pooled(words))
         return self.made[held] if held else None
 
+    def _removals(self, number: int, row: torch.Tensor) -> list[Removal]:
+        """What is taken out of a text: by its own words where they are known, else by the bank's."""
+        state, removals = self.state, self.state.removals(number)
+        prompt = state.session.prompt
+        texts = None if prompt.second else prompt.texts
+        if not removals or texts is None or state.settings.rule != "contrast":
+            return removals
+        parts = zip(self.groups, state.banks, state.found[number], strict=True)
+        concepts = [Blocked(group, bank) for group, bank, one in parts if isinstance(one, Removal)]
+        whole = in_context(state.session, texts[number], row.flatten(1), concepts, removals, state.settings.strength)
+        return removals if whole is None else [whole]
+
     def _row(self, number: int, row: torch.Tensor) -> tuple[torch.Tensor, int]:
         """A row's new text and for how many steps it stands."""
-        state, removals = self.state, self.state.removals(number)
+        state, removals = self.state, self.taken[number]
         if state.inside or not removals:
             return row, 0 if not removals else _ALWAYS
         if state.settings.rule == "safree":
@@ -68,7 +85,7 @@ class Rewording:
                 "rule='safree' masks the prompt's words one by one: give a prompt instead of embeddings, or use "
                 "rule='contrast'"
             )
-        concepts = torch.cat([session.pooled(phrase) for phrase in self.phrases])
+        concepts = torch.cat([session.pooled(phrase) for group in self.groups for phrase in group])
         masked, tokens = session.pooled(texts[number], masked=True), session.token_range(texts[number])
         if session.encoders != 1 or masked.shape[-1] != row.shape[-1]:
             raise UnsupportedPipelineError(
@@ -84,7 +101,7 @@ class Rewording:
         for name, rows in words.pooled.items():
             new = list(rows.unbind())
             for i in range(len(new)):
-                for removal in self.state.removals(i) if self.state.settings.rule == "contrast" else ():
+                for removal in self.taken[i] if self.state.settings.rule == "contrast" else ():
                     c, *f = removal.pooled[name].to(new[i])
                     weight = new[i].new_tensor([self.state.settings.strength])
                     new[i] = contrast(new[i][None], c[None], torch.stack(f).mean(0)[None], weight)[0].to(new[i])

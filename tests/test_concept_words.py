@@ -15,6 +15,8 @@ from plugins_for_tests import fingerprint
 import diffgraft as dg
 from diffgraft.pipelines.families import adapter_for
 from diffgraft.plugins import concept_safree
+from diffgraft.plugins.concept_bank import Bank, Places
+from diffgraft.plugins.concept_context import Blocked
 
 SMALL = {"num_inference_steps": 1, "height": 32, "width": 32, "output_type": "latent"}
 ASKED, OTHER, NEGATIVE = "a blue ball", "a red star and a green star", "a red ball"
@@ -85,17 +87,45 @@ def without(e, c, f, strength):
 
 def expected(name, strength, **call):
     """(text of ASKED, what it should become), and its pooled texts, from plain calls of the pipeline alone."""
-    calls = [run(name, text, **call) for text in (ASKED, "a a ball", "a a star")]
-    own, concept, other = (texts[0] for _, texts, _, _ in calls)
-    head = next(i for i in range(len(own)) if not torch.equal(own[i], run(name, "star", **call)[1][0][i]))
-    changed, column = own.double().clone(), head + 2
-    held = slice(column, None if name in CLIPS else column + 17)  # the word's, and what is behind the text's end
-    changed[held] = without(own[held], concept[held], other[held], strength)
-    pooled = {
-        key: (rows[0], without(rows[0][None], calls[1][2][key][0][None], calls[2][2][key][0][None], strength)[0])
-        for key, rows in calls[0][2].items()
-    }
-    return own, changed, pooled
+    calls = [run(name, text, **call) for text in (ASKED, ASKED.replace("ball", "star"))]
+    own, other = (texts[0].double() for _, texts, _, _ in calls)
+    pairs = {key: (rows[0].double(), calls[1][2][key][0].double()) for key, rows in calls[0][2].items()}
+    pooled = {key: (mine, mine - strength * (mine - other)) for key, (mine, other) in pairs.items()}
+    return own, own - strength * (own - other), pooled
+
+
+def test_what_stands_in_is_as_long_and_takes_whole_words_alone():
+    def bank(*sizes):
+        one, two = torch.zeros(1, 1, 1), torch.zeros(2, 1)
+        places = [Places(torch.zeros(size, 2, 1), two, [1], one, {}, True) for size in sizes]
+        return Bank(places, [], torch.zeros(1, 2, 1), torch.zeros(1, 1), 0.2, ["ball", "tree"])
+
+    star, red = Blocked(["star", "Big Star"], bank(1, 2)), Blocked(["red"], bank(1))
+    asked = "a red STAR , a starfish and a big star"
+    assert star.replaced(asked, 0) == "a red ball , a starfish and a a ball"
+    assert red.replaced(star.replaced(asked, 3), 2) == "a ball tree , a starfish and a a tree"
+
+
+def test_two_concepts_leave_a_text_together_and_other_spellings_by_the_bank():
+    """What the tokenizer reads as the word, but no search for it finds, is cleaned all the same."""
+    block = dg.ConceptBlock(["ball", "blue"], replace="star", reach=0, threshold=-0.3)
+    own, other = (run("qwen", text)[1][0].double() for text in (ASKED, "a star star"))
+    assert near(run("qwen", ASKED, block)[1][0], own - block.strength * (own - other))
+    written = "a blue ball\N{ZERO WIDTH SPACE}"
+    texts = [run("qwen", written, *p)[1][0] for p in ((), (dg.ConceptBlock("ball", replace="star", threshold=-2),))]
+    assert not torch.equal(*texts)
+
+
+@pytest.mark.parametrize(("name", "column", "least"), [("unet", 3, 0.3), ("qwen", 2, -0.1)])
+def test_embeddings_without_words_become_what_the_bank_says(name, column, least):
+    """Where the words are not known, the concept's column is cleaned by what it is behind other words."""
+    own, concept, other = (run(name, text)[1][0] for text in (ASKED, "a a ball", "a a star"))
+    block = dg.ConceptBlock("ball", replace="star", reach=0, space="embeddings", threshold=least)
+    mask = {"prompt_embeds_mask": torch.ones(1, len(own)).bool()} if name == "qwen" else {}
+    _, texts, _, report = run(name, None, block, prompt_embeds=own[None], **mask)
+    held, changed = slice(column, column + 1), own.double().clone()
+    changed[held] = without(own[held], concept[held], other[held], block.strength)
+    assert near(texts[0], changed) and not near(changed, own), report
 
 
 def near(a, b):

@@ -32,7 +32,7 @@ class Found(ConceptBlock):
         state = Blocking(session, self.groups, [], Finding(self.rule, None, self.strength, self.reach))
         state.found = [[Removal(text[:1].expand(2, -1, -1), weight, [1], 1.0, pooled) for _ in self.groups]]
         state.seen = words
-        step.notes[self] = Rewording(state, [])
+        step.notes[self] = Rewording(state, self.groups)
 
 
 def step_flops(pipe: Any, latent: int, *plugins: Any) -> list[int]:

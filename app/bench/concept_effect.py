@@ -21,7 +21,7 @@ from .concept_attack import attacked
 from .concept_prompts import CONCEPTS, KINDS, PAINTS, Asked, asking, oddly, shown, silent
 from .judge import Judge, load_judge, look
 from .model_card import GUIDANCE
-from .rows import KEPT, Rows, fingerprint, subject
+from .rows import KEPT, Rows, drawing, fingerprint, subject
 from .segregation_effect import points
 from .statistics import paired_difference, share
 from .training import share_cores
@@ -104,8 +104,7 @@ class Bench:
             given["negative_prompt"] = [negative] * len(texts)
         with graft(self.pipe, *([plugin] if plugin else [])):
             pictures = self.pipe(
-                **given, num_inference_steps=self.steps, guidance_scale=self.guidance, generator=generators,
-                output_type="pt",
+                **given, **drawing(self.pipe, self.steps, self.guidance), generator=generators, output_type="pt"
             ).images  # fmt: skip
         return (pictures.cpu() * 255).round() / 127.5 - 1
 
