@@ -35,7 +35,7 @@ import diffgraft as dg
 from diffgraft.app.demo import checks, drawing, forms, improve, looks, make_shown, menu, preview, server, visit
 from diffgraft.app.demo.arguments import arguments
 from diffgraft.app.demo.improve import ImprovePart, curve
-from diffgraft.app.demo.painting import telling_words
+from diffgraft.app.demo.painting import asked, telling_words
 from diffgraft.app.demo.restore import restored
 from diffgraft.app.demo.seeds import SeedsPart, picked
 from diffgraft.app.demo.shown import replaced, shown
@@ -49,7 +49,7 @@ from diffgraft.app.demo.tab_style import StyleTab
 from diffgraft.app.demo.told import told
 from diffgraft.app.demo.uploads import drawn
 from diffgraft.app.metadata import encode_png, read_settings
-from diffgraft.app.techniques import techniques
+from diffgraft.app.techniques import build, techniques
 from diffgraft.pipelines.families.table import FAMILIES
 from diffgraft.plugins import startpoint
 
@@ -220,6 +220,17 @@ def test_choosing_techniques_keeps_what_was_written_for_the_others():
     specs = read_specs(rewritten(["StartpointFilter", "NegativeAway"], written))
     assert [spec["plugin"] for spec in specs] == ["StartpointFilter", "NegativeAway"]
     assert specs[1]["negative"] == "mine" and read_specs(starting_specs([])) == []
+
+
+def test_what_is_never_drawn_is_the_same_in_a_field_and_in_a_spec():
+    """Words with commas on the page; the spec is that of `--plugin` and of a batch's row."""
+    spec = {"plugin": "ConceptBlock", "concepts": {"star": ["sun"], "red": []}, "space": "embeddings"}
+    made, sizes = build(spec), {"steps": 4, "guidance": 2, "width": None, "height": None}
+    typed = asked(PROMPT, "", "", "star, red", "", None, 1, **sizes).plugins
+    assert made.groups == [["star", "sun"], ["red"]] and made.space == "embeddings"
+    assert [(type(one), one.groups) for one in typed] == [(dg.ConceptBlock, [["star"], ["red"]])]
+    with pytest.raises(dg.GraftError, match="'threshold'"):
+        build(spec | {"treshold": 0})
 
 
 def test_a_technique_that_the_model_cannot_do_is_listed_with_its_reason_and_does_not_come_in():
