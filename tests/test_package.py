@@ -6,6 +6,7 @@ import ast
 import json
 import os
 import re
+import statistics
 import subprocess
 import sys
 import sysconfig
@@ -51,10 +52,17 @@ def test_importing_it_costs_next_to_nothing_beyond_torch():
     assert not {"diffusers", "transformers", "gradio", "ray", "pydantic", "matplotlib"} & set(modules)
 
 
-def _imports(path):
+@pytest.fixture(scope="module")
+def trees():
+    """The syntax of each file of the package."""
+    files = [path for room in ("attention", "plugins", "pipelines", "app") for path in (ROOT / room).rglob("*.py")]
+    return {path: ast.parse(path.read_text("utf-8")) for path in files}
+
+
+def _imports(path, tree):
     """Modules of the package that a file imports, as paths without suffix; in functions and for types only, too."""
     home = ("diffgraft", *path.relative_to(ROOT).parent.parts)
-    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (name.name.split(".") for name in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -74,10 +82,12 @@ def _module(parts):
 
 
 @pytest.fixture(scope="module")
-def imports():
+def imports(trees):
     """Of each file of the package, the files that it imports."""
-    files = [path for room in ("attention", "plugins", "pipelines", "app") for path in (ROOT / room).rglob("*.py")]
-    return {path: {file for parts in _imports(path) if (file := _module(parts)) and file != path} for path in files}
+    return {
+        path: {file for parts in _imports(path, tree) if (file := _module(parts)) and file != path}
+        for path, tree in trees.items()
+    }
 
 
 def test_no_two_files_import_each_other_in_a_circle(imports):
@@ -86,6 +96,28 @@ def test_no_two_files_import_each_other_in_a_circle(imports):
         for path in free:
             del left[path]
     assert not left, sorted(str(path.relative_to(ROOT)) for path in left)
+
+
+def _length(function):
+    """Lines of a function, the docstrings in it not counted."""
+    holders = [x for x in ast.walk(function) if isinstance(x, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)]
+    texts = [x.body[0] for x in holders if ast.get_docstring(x, clean=False) is not None]
+    return function.end_lineno - function.lineno + 1 - sum(text.end_lineno - text.lineno + 1 for text in texts)
+
+
+def test_functions_and_files_are_short(trees):
+    """Functions hardly ever over 40 lines and none over 60, files at the median under 130."""
+    functions = {
+        f"{path.relative_to(ROOT)} {node.name}": _length(node)
+        for path, tree in trees.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    }
+    assert not {name: lines for name, lines in functions.items() if lines > 60}
+    assert sum(lines > 40 for lines in functions.values()) <= len(functions) / 200
+    files = {str(path.relative_to(ROOT)): path.read_text("utf-8").count("\n") for path in trees}
+    assert statistics.median(files.values()) < 130
+    assert not {name: lines for name, lines in files.items() if lines > 450}
 
 
 def test_numbers_by_family_stand_in_one_table():
