@@ -361,11 +361,28 @@ def test_kill_9_and_resume(folder, model, tmp_path):
     assert len(ids) == len(set(ids)) == 60
 
 
+def interrupt_workers(process):
+    """At a terminal Ctrl-C reaches them too, from their first moment, while they still import."""
+    workers = []
+    while len(workers) < 2:
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.01)
+        workers = [c for c in psutil.Process(process.pid).children() if "spawn_main" in " ".join(c.cmdline())]
+    for _ in range(5):
+        time.sleep(0.2)
+        for worker in workers:
+            worker.send_signal(signal.SIGINT)
+    return workers
+
+
 @pytest.mark.parametrize("engine", ["local", "processes"])
 def test_ctrl_c(folder, engine):
+    """The command stops; its workers are deaf to it and finish what they are at."""
     folder.write(rows(200))
     process = start(folder.command("--engine", engine))
+    deaf = interrupt_workers(process) if engine == "processes" else []
     wait_for_pictures(process, folder.out, 3)
+    assert all(worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE for worker in deaf)
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=300)
     assert process.returncode == 130 and "Traceback" not in said and "interrupted" in said
@@ -401,23 +418,6 @@ def test_what_was_written_of_a_row_that_killed_its_worker_goes(folder, monkeypat
     monkeypatch.setitem(ENGINES, "processes", dying)
     code, summary = folder.write(rows(1, n=3)).run(engine="processes")
     assert (code, summary["failed"]) == (1, 1) and not list(folder.out.glob("*.png"))
-
-
-def test_workers_are_deaf_to_ctrl_c_from_their_first_moment(folder):
-    """At a terminal it reaches them too, while they still import."""
-    folder.write(rows(2))
-    process = start(folder.command("--engine", "processes"))
-    workers = []
-    while len(workers) < 2:
-        assert process.poll() is None, process.stderr.read()
-        time.sleep(0.01)
-        workers = [c for c in psutil.Process(process.pid).children() if "spawn_main" in " ".join(c.cmdline())]
-    for _ in range(5):
-        time.sleep(0.2)
-        for worker in workers:
-            worker.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=300)
-    assert process.returncode == 0 and "Traceback" not in said and len(folder.lines("metadata.jsonl")) == 2
 
 
 def test_a_ray_cluster_that_is_not_there_is_exit_3(folder, monkeypatch):

@@ -12,6 +12,7 @@ import tiny_families
 import tiny_transformers
 import torch
 from PIL import Image
+from torch._dynamo.eval_frame import _debug_get_cache_entry_list
 from torch._dynamo.utils import counters
 from torch._inductor import config as inductor
 from torch._inductor import cpp_builder
@@ -57,9 +58,13 @@ class Counted:
 
 
 @pytest.fixture(autouse=True)
-def fresh():
-    torch.compiler.reset()
+def fresh(request):
+    """Nothing is compiled yet, but for the tests of a class, which go on with what the first of them compiled."""
     counters.clear()
+    if request.cls is not None:
+        yield
+        return
+    torch.compiler.reset()
     yield
     torch.compiler.reset()
 
@@ -136,23 +141,57 @@ def small():
     return tiny.sd15(unet=tiny.unet(layers_per_block=1, down_block_types=down, up_block_types=up))
 
 
-@pytest.mark.parametrize("plugin", [name for name in PLUGINS if name not in ("nag", "concept")])  # further down
-def test_compiled_blocks_stay_compiled(small, plugin):
-    """Before the window a block is compiled with nothing to do and in it with its work; a block without edits again
-    where rows are joined to the batch.
+@pytest.fixture(scope="class")
+def blocks_of(small):
+    """(pipe, backend, its call, what it draws plain): compiled once, block by block, and edited by one technique after
+    the other.
     """
-    steps = 10 if plugin in ("nasa", "redirection") else 4
-    before, grafted = check(small, "compile_repeated_blocks", PLUGINS[plugin], {"guidance_scale": 1.0}, steps)
-    assert grafted <= 3 * before  # of edited blocks and of others together
+    torch.compiler.reset()
+    backend, call = Counted(), {"num_inference_steps": 10, "guidance_scale": 1.0}
+    undo = compile_by(small, "compile_repeated_blocks", backend)
+    yield small, backend, call, tiny.sample(small, **call)
+    undo()
+    torch.compiler.reset()
 
 
-@pytest.mark.parametrize(("how", "plugin"), [("torch.compile", "nasa"), ("module.compile", "redirection")])
-def test_a_model_that_is_compiled_whole_stays_compiled(how, plugin):
+class TestBlocks:
+    @pytest.mark.parametrize("plugin", [name for name in PLUGINS if name not in ("nag", "concept")])  # further down
+    def test_stay_compiled(self, blocks_of, plugin):
+        """A block that is edited is compiled twice: before the window with nothing to do, and in it with its work. One
+        that is not edited is compiled once more where a reference's rows come in before it, as for two pictures; that
+        graph is the plain code's.
+        """
+        pipe, backend, call, plain = blocks_of
+        graphs, own = backend.graphs, plain_graphs(pipe.unet)
+        with dg.graft(pipe, PLUGINS[plugin]()) as g, counting(pipe.unet, backend) as made:
+            compiled = tiny.sample(pipe, **call)
+        more, grafted = plain_graphs(pipe.unet) - own, backend.graphs - graphs
+        assert more <= 1 and grafted - more <= 2 and max(made.values()) <= 2
+        assert not counters["graph_break"], dict(counters["graph_break"])
+        assert g.report().calls == 10 and not any("forward" in vars(module) for module in pipe.unet.modules())
+        assert torch.equal(tiny.sample(pipe, **call), plain) and backend.graphs == graphs + grafted
+        with torch.compiler.set_stance("force_eager"), dg.graft(pipe, PLUGINS[plugin]()):
+            runs, eager = backend.runs, tiny.sample(pipe, **call)
+        assert backend.runs == runs
+        assert not torch.equal(eager, plain) and torch.allclose(eager, compiled, rtol=0, atol=1e-5)
+
+
+def plain_graphs(denoiser):
+    """How many graphs torch keeps of the code that compiled blocks of one class share."""
+    (code,) = {type(x).forward.__code__ for x in denoiser.modules() if x._compiled_call_impl is not None}
+    return len(_debug_get_cache_entry_list(code))
+
+
+@pytest.mark.parametrize(("how", "plugin", "most"), [
+    ("torch.compile", PLUGINS["nasa"], 2),
+    ("module.compile", lambda: dg.SelfAttentionRedirection(MASK, suppression_steps=0), 1),
+])  # fmt: skip
+def test_a_model_that_is_compiled_whole_stays_compiled(how, plugin, most):
     """One level and one layer: torch takes its time for each."""
     level = {"down_block_types": ("CrossAttnDownBlock2D",), "up_block_types": ("CrossAttnUpBlock2D",)}
     pipe = tiny.sd15(unet=tiny.unet(layers_per_block=1, block_out_channels=(32,), **level))
-    before, grafted = check(pipe, how, PLUGINS[plugin], {"guidance_scale": 1.0}, steps=4)
-    assert before == 1 and grafted <= 2
+    before, grafted = check(pipe, how, plugin, {"guidance_scale": 1.0}, steps=4)
+    assert before == 1 and grafted <= most
 
 
 def test_joint_attention_stays_compiled_block_by_block():

@@ -448,6 +448,12 @@ def every_plugin():
     }
 
 
+def test_every_plugin_is_among_them():
+    public = {found for name in dg.__all__ if isinstance(found := getattr(dg, name), type)}
+    techniques = {found for found in public if issubclass(found, dg.Plugin)} - {dg.Plugin}
+    assert len(techniques) >= 7 and techniques <= {type(plugin) for plugin in every_plugin().values()}
+
+
 @pytest.mark.parametrize("name", list(every_plugin()))
 def test_one_plugin_object_in_two_grafts(pipe, name):
     """Two models with other layers and prompts, step by step in turn."""
