@@ -32,7 +32,19 @@ from gradio_client.utils import QueueError
 from PIL import Image
 
 import diffgraft as dg
-from diffgraft.app.demo import checks, drawing, forms, improve, looks, make_shown, menu, preview, server, visit
+from diffgraft.app.demo import (
+    checks,
+    drawing,
+    forms,
+    improve,
+    looks,
+    make_examples,
+    make_shown,
+    menu,
+    preview,
+    server,
+    visit,
+)
 from diffgraft.app.demo.arguments import arguments
 from diffgraft.app.demo.improve import ImprovePart, curve
 from diffgraft.app.demo.painting import asked, telling_words
@@ -185,6 +197,16 @@ def test_stylize_repaints_at_the_contents_size(studio, picture, mask):
     (before, after), seed, settings = StyleTab(studio).stylize(picture, mask, 0.7, 0.4, steps=3, seed=2)
     assert pixels(after).shape == pixels(before).shape == (64, 64, 3) and seed == "2"
     assert json.loads(settings)["strength"] == 0.7 and read_settings(after)["structure"] == 0.4
+    kept = read_settings(StyleTab(studio).stylize(picture, mask, steps=1, seed=2, method="stylealigned")[0][1])
+    assert kept["method"] == kept["page"]["method"] == "stylealigned"
+
+
+def test_an_examples_mask_is_what_stands_out_near_a_rough_one():
+    pixels, rough = np.full((64, 64, 3), 200, np.uint8), np.zeros((64, 64), bool)
+    pixels[20:40, 20:40], pixels[20:40, 56:60] = (200, 0, 0), (0, 0, 200)
+    rough[24:34, 24:34] = True
+    found = make_examples.outlined(Image.fromarray(pixels), rough)
+    assert found[20:40, 20:40].all() and found.sum() < 28 * 28 and not found[:, 56:].any()
 
 
 def test_compose_runs_any_plugins_and_shows_their_order_and_report(studio, mask):
@@ -442,6 +464,8 @@ def test_the_menu_says_what_a_family_cannot_do():
     said = menu.said(tab, {"erase": "it <needs> a UNet", "stylize": "no"})
     assert said["visible"] and "it &lt;needs&gt; a UNet" in said["value"] and "stylize" not in said["value"]
     assert not menu.said(tab, {})["visible"]
+    both = Laid("t", None, [], {}, [(part, "erase"), (part, "stylize")], gr.HTML())
+    assert menu.said(both, dict.fromkeys(("erase", "stylize"), "no"))["value"].count("<li>") == 1
 
 
 def test_a_model_in_the_menu_is_known_by_its_folder_or_by_opening_it(tmp_path):

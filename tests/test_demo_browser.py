@@ -244,6 +244,7 @@ def test_eight_seeds_are_tried_and_the_menu_greys_out_what_a_model_cannot_do(pag
     menu.fill(str(tmp_path))
     menu.press("Enter")
     expect(page.get_by_text("this family makes films").locator("visible=true").first).to_be_visible()
+    expect(page.locator(".dg-absent")).to_contain_text(["AttentionSegregation: not on this model"])
     open_tab(page, "Generate")
     expect(page.get_by_label("Never draw")).to_be_disabled()
     open_tab(page, "Erase")

@@ -11,6 +11,7 @@ from gradio.context import Context
 from ...attention.errors import GraftError
 from ..techniques import techniques
 from .arguments import Argument, arguments, shown, written
+from .looks import ABSENT
 from .specs import PICTURES, STARTS, as_lines, read_specs
 from .told import told
 
@@ -19,23 +20,28 @@ REDRAWING: dict[str, Any] = {"concurrency_limit": None, "api_visibility": "priva
 _SOON: dict[str, Any] = {"queue": False, "api_visibility": "private", "show_progress": "hidden"}
 
 
-def forms(specs: gr.Code, chosen: gr.Dropdown) -> gr.State:
-    """Lay the forms out; they are drawn anew where the state that is given back changes.
+def forms(specs: gr.Code, chosen: gr.Dropdown, lacking: gr.State) -> gr.State:
+    """Lay the forms out; they are drawn anew where the state that is given back changes, or what the model lacks.
 
     Args:
         specs: the JSON list, which every form writes to. chosen: the names in it.
+        lacking: what the model cannot do, with the reasons.
     """
     drawn = gr.State(0)
+    triggers = [_page_load(), drawn.change, lacking.change]
 
-    @gr.render(inputs=specs, triggers=[_page_load(), drawn.change], show_progress="hidden", queue=False)
-    def draw(text: str) -> None:
+    @gr.render(inputs=[specs, lacking], triggers=triggers, show_progress="hidden", queue=False)
+    def draw(text: str, lacks: dict[str, str]) -> None:
         try:
             listed = read_specs(text)
         except GraftError as error:
             gr.Markdown(f"The JSON below cannot be read, so there is no form: {error}")
             return
         for place, spec in enumerate(listed):
-            _drawer(place, spec, len(listed), specs, chosen, drawn)
+            drawer = _drawer(place, spec, len(listed), specs, chosen, drawn)
+            if spec["plugin"] in lacks:
+                drawer.label, drawer.open = f"{drawer.label}: {ABSENT}", False
+                drawer.elem_classes = ["dg-form", "dg-absent"]
 
     return drawn
 
@@ -46,11 +52,13 @@ def _page_load() -> Any:
     return blocks.load
 
 
-def _drawer(place: int, spec: dict[str, Any], count: int, specs: gr.Code, chosen: gr.Dropdown, drawn: gr.State) -> None:
+def _drawer(
+    place: int, spec: dict[str, Any], count: int, specs: gr.Code, chosen: gr.Dropdown, drawn: gr.State
+) -> gr.Accordion:
     name = spec["plugin"]
     first = {*STARTS.get(name, {})}
     fields = arguments(name)
-    with gr.Accordion(f"{place + 1}. {name}", open=place == 0, elem_classes="dg-form"):
+    with gr.Accordion(f"{place + 1}. {name}", open=place == 0, elem_classes="dg-form") as drawer:
         gr.Markdown((techniques()[name].__doc__ or "").partition("\n")[0])
         with gr.Row():
             up = gr.Button("Up", size="sm", interactive=place > 0, min_width=60)
@@ -68,6 +76,7 @@ def _drawer(place: int, spec: dict[str, Any], count: int, specs: gr.Code, chosen
         (away, lambda listed: [one for number, one in enumerate(listed) if number != place]),
     ):
         button.click(_changing(change), [specs, drawn], [specs, chosen, drawn], **REDRAWING)
+    return drawer
 
 
 def _fields(fields: list[Argument], place: int, spec: dict[str, Any], specs: gr.Code) -> None:

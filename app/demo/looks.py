@@ -90,6 +90,7 @@ HEADER = f"""
 
 CSS = f"""
 .dg-techniques li[aria-label$="{ABSENT}"] {{ opacity: .55; cursor: not-allowed; }}
+.dg-absent > button, .dg-absent > * > button {{ opacity: .55; }}
 """ + """
 .gradio-container { max-width: 1180px !important; width: 100%; margin: 0 auto; }
 .gradio-container .grid-wrap { min-height: 0 !important; height: auto !important; padding-top: 44px !important; }
@@ -105,6 +106,9 @@ CSS = f"""
 .gradio-container .table-container * { font-family: var(--font) !important; }
 .gradio-container .table-container .label p { font-weight: 700; color: var(--block-title-text-color); }
 .gradio-container footer .divider { display: none; }
+.gradio-container :disabled:is(input, textarea) { opacity: .45 !important; cursor: not-allowed; }
+.gradio-container :is(.seed, .report) textarea:disabled { opacity: 1 !important; cursor: auto; }
+.gradio-container .dg-drop button { padding-top: 20px; }
 .gradio-container .cm-line span { color: inherit !important; }
 .dark .gradio-container button.secondary:disabled { background: #35302b !important; color: #b5aca2 !important; }
 .dark { --color-accent: #fb923c !important; }
@@ -126,7 +130,7 @@ CSS = f"""
 .dg-curve svg { max-width: 100%; height: auto; }
 .gradio-container .dg-strip .grid-container { grid-template-columns: repeat(auto-fill, 92px) !important; }
 .gradio-container .dg-seeds .grid-container { grid-template-columns: repeat(auto-fill, minmax(76px, 1fr)) !important; }
-.gradio-container .dg-strip .empty { min-height: 96px !important; }
+.gradio-container .dg-strip .empty { min-height: 116px !important; padding-top: 32px; }
 .gradio-container .dg-strip .caption-label { font-size: .62rem; padding: 1px 4px; }
 .report textarea { font-family: monospace; font-size: .8rem; }
 @media (max-width: 480px) {

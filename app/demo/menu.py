@@ -63,9 +63,12 @@ def offered(lacks: Mapping[str, str]) -> list[tuple[str, str]]:
 
 
 def said(tab: Laid, lacks: dict[str, str]) -> Any:
-    """The note of a tab: what is greyed out there, and why."""
+    """The note of a tab: what is greyed out there, and why; each reason once."""
     needs = dict.fromkeys(techniques() if tab.techniques else [need for _, need in tab.needs])
-    reasons = {need: lacks[need] for need in needs if need in lacks}
-    lines = "".join(f"<li><b>{name}</b>: {html.escape(reason)}</li>" for name, reason in reasons.items())
+    reasons: dict[str, list[str]] = {}
+    for need in needs:
+        if need in lacks:
+            reasons.setdefault(lacks[need], []).append(f"<b>{need}</b>")
+    lines = "".join(f"<li>{', '.join(names)}: {html.escape(reason)}</li>" for reason, names in reasons.items())
     text = f"This model cannot do everything here:<ul>{lines}</ul>" if reasons else ""
     return gr.update(value=text, visible=bool(reasons))

@@ -49,7 +49,7 @@ class ComposeTab:
                     starting_specs(FIRST), language="json", label="Their settings, as in a batch row", lines=6,
                     max_lines=16, wrap_lines=True, show_line_numbers=False, buttons=["copy"], render=False,
                 )  # fmt: skip
-                drawn = forms(specs, chosen)
+                drawn = forms(specs, chosen, lacking)
                 with gr.Accordion("The same as JSON, with every argument", open=False):
                     specs.render()
                 again = {"fn": redrawn, "inputs": [specs, drawn], "outputs": [chosen, drawn], **REDRAWING}

@@ -17,16 +17,11 @@ from .studio import Studio
 from .uploads import picture
 
 PASSES = 3  # the content is inverted, the style is inverted, the result is sampled
-REFINEMENTS = 2
+METHODS = {"the model's usual one": "", "StyleID: takes the style picture's colours and background along": "styleid"}
 EXAMPLES = [
-    ("winter", "mosaic", "a house and a tree , snow"), ("winter", "sketch", "a house and a tree"),
-    ("fish", "sketch", "a fish , sea"), ("winter", "dots", ""),
+    ("winter", "dots", "a house and a tree , snow"), ("winter", "sketch", "a house and a tree , snow"),
+    ("fish", "sketch", "a fish , sea"),
 ]  # fmt: skip
-
-
-def usual(pipe: Any) -> dict[str, Any]:
-    """StyleID on UNets: visitors' style pictures have backgrounds of their own, whose colours it takes along too."""
-    return {"method": "styleid"} if getattr(pipe, "unet", None) is not None else {}
 
 
 @dataclass(frozen=True)
@@ -37,7 +32,7 @@ class StyleTab:
     name: ClassVar[str] = "stylize"
     first: ClassVar[dict[str, Any]] = {
         "content": example(EXAMPLES[0][0]), "style": example(EXAMPLES[0][1]), "prompt": EXAMPLES[0][2],
-        "strength": 0.8, "seed": 4,
+        "strength": 1.0, "structure": 0.2, "seed": 4,
     }  # fmt: skip
 
     def build(self, model: gr.Dropdown) -> Laid:
@@ -48,8 +43,11 @@ class StyleTab:
                 note = parts.note()
                 with gr.Row():
                     content, style = (upload(*pair) for pair in zip(EXAMPLES[0][:2], ("Content", "Style"), strict=True))
-                strength = gr.Slider(0, 1, 0.8, step=0.05, label="Style", info="How much of its colours and texture")
-                structure = gr.Slider(0, 1, 0.5, step=0.05, label="Structure", info="How firmly the layout is held")
+                how_to = gr.Dropdown(list(METHODS.items()), value="", label="Method")
+                strength = gr.Slider(0, 1, 1, step=0.05, label="Style", info="How much of its colours and texture")
+                structure = gr.Slider(
+                    0, 1, 0.2, step=0.05, label="Structure", info="How firmly the layout is held; StyleID: 0.5 or more"
+                )
                 prompt = gr.Textbox(
                     EXAMPLES[0][2], label="What the content shows", info="May be empty; naming it keeps it what it is"
                 )
@@ -64,12 +62,12 @@ class StyleTab:
             with gr.Column(scale=5, min_width=300):
                 slider = parts.slider("Before and after", both)
                 seed, settings = parts.facts(used, how)
-        inputs = [content, style, strength, structure, prompt, knobs.steps, knobs.guidance, knobs.seed, model]
+        inputs = [content, style, strength, structure, prompt, knobs.steps, knobs.guidance, knobs.seed, model, how_to]
         outputs = [slider, seed, settings]
         repainted = runs.on(run.click, self.stylize, inputs, outputs)
         runs.offer(self.stylize, outputs)
         runs.close()
-        names = ["content", "style", "strength", "structure", "prompt", "steps", "guidance", "seed", "model"]
+        names = ["content", "style", "strength", "structure", "prompt", "steps", "guidance", "seed", "model", "method"]
         fields = dict(zip(names, inputs, strict=True))
         return Laid(self.name, slider, [repainted], fields, [(run, "stylize")], note)
 
@@ -77,13 +75,14 @@ class StyleTab:
         self,
         content: str,
         style: str,
-        strength: float = 0.6,
-        structure: float = 0.5,
+        strength: float = 1.0,
+        structure: float = 0.2,
         prompt: str = "",
         steps: int = 20,
         guidance: float = 1.0,
         seed: int | None = None,
         model: str = "",
+        method: str = "",
         request: gr.Request | None = None,
         progress: gr.Progress = gr.Progress(),  # noqa: B008
     ) -> tuple[tuple[str, str], str, str]:
@@ -99,6 +98,7 @@ class StyleTab:
             guidance: Classifier-free guidance while sampling, 0 to 30; 1 is off.
             seed: 0 or more; empty or -1 draws one.
             model: Empty for the page's model, else a folder, a .safetensors file or a Hub id.
+            method: How style gets in, such as "styleid" or "stylealigned"; empty for the model's usual way.
 
         Returns:
             Before and after, the seed, and the settings as JSON.
@@ -108,13 +108,13 @@ class StyleTab:
             "strength": checks.number(strength, "style", 0, 1),
             "structure": checks.number(structure, "structure", 0, 1),
             "prompt": checks.text(prompt, "the prompt"),
+            "method": checks.text(method, "the method") or None,
             **checks.sampling(steps, guidance),
         }
         used, name = checks.seed(seed), self.studio.check(model)
         page = parts.typed(self.name, locals())
         with parts.turn(self.studio, model, request, progress) as job:
             job.expect("looking closely, then painting", PASSES * wish["steps"])
-            how = wish | usual(job.pipe)
-            made = diffgraft.stylize(job.pipe, before, wanted, seed=used, iterations=REFINEMENTS, **how)
+            made = diffgraft.stylize(job.pipe, before, wanted, seed=used, **wish)
         files = keep_plain(as_picture(before), "before"), keep(made, name, page)
         return files, str(used), parts.as_json(made.info["diffgraft"])
