@@ -211,6 +211,15 @@ def test_joint_attention_stays_compiled_whole():
     assert before == 1 and grafted <= 2
 
 
+def test_qwen_image_stays_compiled_whole():
+    """The tiny one has no text encoder: its texts are embeddings."""
+    pipe, texts = tiny_transformers.qwen(), torch.randn(2, 6, 32, generator=torch.Generator().manual_seed(8))
+    del pipe.transformer.transformer_blocks[1:]
+    call = {"prompt": None, "prompt_embeds": texts[:1], "height": 16, "width": 16, "true_cfg_scale": 1.0}
+    away = lambda: dg.NegativeAway(texts[1:, :4], start=0.3)  # noqa: E731
+    assert check(pipe, "torch.compile", away, call, steps=4) == (1, 2)
+
+
 @pytest.mark.parametrize(("name", "form", "whole"), [
     ("ZImageTransformer2DModel", "rows", False), ("ZImageTransformer2DModel", "streams", True),
     ("WanTransformer3DModel", "streams", False), ("PRXTransformer2DModel", "streams", False),
