@@ -190,15 +190,13 @@ def patch(pipe: Any) -> int:
 
 def signal(scheduler: Any, step: Step) -> tuple[float, float]:
     """(alpha, sigma) at a step: noised = alpha * clean + sigma * noise, in the space of the pipeline's latents."""
-    one = torch.ones(1, 1, 1, 1, dtype=torch.float64)
-    timestep = torch.as_tensor(step.timestep).flatten()[:1].cpu()
-    noise = getattr(scheduler, "add_noise", None)
-    if noise is None:  # flow matching: scale_noise(sample, timestep, noise)
-        return (
-            float(scheduler.scale_noise(one, timestep, one * 0)),
-            float(scheduler.scale_noise(one * 0, timestep, one)),
-        )
-    return float(noise(one, one * 0, timestep)), float(noise(one * 0, one, timestep))
+    clean = torch.tensor([1.0, 0.0], dtype=torch.float64).view(2, 1, 1, 1)  # both asked in one go
+    timesteps = torch.as_tensor(step.timestep).flatten()[:1].cpu().expand(2)
+    if hasattr(scheduler, "add_noise"):
+        alpha, sigma = scheduler.add_noise(clean, 1 - clean, timesteps).flatten().tolist()
+    else:  # flow matching
+        alpha, sigma = scheduler.scale_noise(clean, timesteps, 1 - clean).flatten().tolist()
+    return alpha, sigma
 
 
 def _processor(factor: int) -> Any:
