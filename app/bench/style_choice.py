@@ -27,11 +27,11 @@ KINDS = {
 
 
 def run(full: bool, model: Path | None = None) -> None:
-    """Print both tables: 48 and 24 pairs, or 4 of each for a quick look."""
+    """Print both tables: 24 pairs each, or 4 for a quick look."""
     sys.stdout.write(f"{scale_of(full)}: ")
     pipe = subject(model)
     ways = WAYS if hasattr(pipe, "unet") else (*JOINT_WAYS[-3:], STYLEID)
-    tables(pipe, ways, *((48, 24) if full else (4, 4)))
+    tables(pipe, ways, *((24, 24) if full else (4, 4)))
 
 
 def tables(pipe: Any, ways: Sequence[Way], strangers: int, iterated: int, **how: Any) -> None:

@@ -84,11 +84,11 @@ DEFAULT = Way(
 )  # fmt: skip
 WAYS = (
     DEFAULT,
-    Way("plain img2img, style in words", None, words=True),
+    Way("plain img2img, style in words", None, words=True, pairs=24),
     Way("AdaIN of the startpoint only", None, **FEW),
     Way("StyleID"),
-    Way("StyleAligned", "stylealigned", more=ALL),
-    Way("attention distillation", "distillation"),
+    Way("StyleAligned", "stylealigned", more=ALL, pairs=24),
+    Way("attention distillation", "distillation", pairs=24),
     Way("StyleID, style under noise instead of inverted", inverted=False, **FEW),
     Way("StyleAligned, norms shared", "stylealigned", more=(*ALL, ("share_norms", True)), **FEW),
     Way("attention distillation, optimised in 50 steps (its paper's loop)", "optimised", **FEW),

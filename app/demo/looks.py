@@ -108,6 +108,7 @@ CSS = f"""
 .gradio-container footer .divider { display: none; }
 .gradio-container :disabled:is(input, textarea) { opacity: .45 !important; cursor: not-allowed; }
 .gradio-container :is(.seed, .report) textarea:disabled { opacity: 1 !important; cursor: auto; }
+.dg-model input { text-overflow: ellipsis; }
 .gradio-container .dg-drop button { padding-top: 20px; }
 .gradio-container .cm-line span { color: inherit !important; }
 .dark .gradio-container button.secondary:disabled { background: #35302b !important; color: #b5aca2 !important; }
