@@ -66,7 +66,9 @@ class Bank:
         phrases: the concept's phrases. stand_ins: words that may stand in their place.
         others: words that the concept is told apart from, marks and padding too, [N, L, D].
         last: [P, D], embedding of each phrase's last word where it is the whole prompt.
-        threshold: of `phrase_nearness`. names: the stand-ins in words.
+        threshold: of `phrase_nearness`.
+        names: what stands in where a prompt's words are known: one word, the nearest, so that a colour gives way to a
+            colour; a mean of several can be the concept again, as red and yellow are orange.
     """
 
     phrases: list[Places]
@@ -101,7 +103,7 @@ def make_bank(session: Session, phrases: Sequence[str], blocked: Sequence[str], 
     threshold = _threshold(encoder, phrases, own, words, near, others)
     last = torch.stack([encoder.encode([text])[0, session.token_range(text).stop - 1] for text in phrases])
     stand_ins = [encoder.places(word, followers) for word in chosen]
-    return Bank(own, stand_ins, others, last, threshold, chosen)
+    return Bank(own, stand_ins, others, last, threshold, [replace] if replace else kin[:1])
 
 
 class _Encoder:

@@ -257,7 +257,8 @@ def test_letters_that_look_alike_do_not_bring_it_back(student, written):
 def test_what_stands_in_for_a_colour_is_no_way_of_painting(student, colour):
     """Words as "sketch" are near to colours; in the place of one they would change the whole picture's style."""
     prompts = [f"a {colour} {kind} and a blue tree , sky" for kind in ("ball", "house", "boat")]
-    generators = [torch.Generator().manual_seed(i) for i in range(3)]
-    pictures, _ = draw(student, prompts, dg.ConceptBlock(colour), output_type="pt", generator=generators)
-    seen = look(load_judge(), pictures * 2 - 1)
-    assert [one.style for one in seen] == ["plain"] * 3 and not any(shown(one, colour) for one in seen)
+    for space in ("values", "embeddings"):
+        generators, block = [torch.Generator().manual_seed(i) for i in range(3)], dg.ConceptBlock(colour, space=space)
+        seen = look(load_judge(), draw(student, prompts, block, output_type="pt", generator=generators)[0] * 2 - 1)
+        assert not any(shown(one, colour) for one in seen), space
+        assert space == "embeddings" or [one.style for one in seen] == ["plain"] * 3
