@@ -31,7 +31,7 @@ class Found(ConceptBlock):
         pooled = {name: value[:1].expand(2, -1) for name, value in words.pooled.items()}
         state = Blocking(session, self.groups, [], Finding(self.rule, None, self.strength, self.reach))
         state.found = [[Removal(text[:1].expand(2, -1, -1), weight, [1], 1.0, pooled) for _ in self.groups]]
-        state.seen = words
+        state.seen, state.version = words, 1
         step.notes[self] = Rewording(state, self.groups)
 
 
