@@ -222,12 +222,17 @@ def count(shape: Shape, pipe: Any, *plugins: Any, calls: list[str] | None = None
 def _repeated(inputs: dict[str, Any], rows: int) -> dict[str, Any]:
     """What has a row, or is a list of rows, with so many of them."""
 
-    def repeated(name: str, value: Any) -> Any:
-        if isinstance(value, list):
-            return value * rows
-        return value if name.endswith("_ids") else value.expand(rows, *value.shape[1:])
+    def repeated(tensor: Any) -> Any:
+        return tensor.expand(rows, *tensor.shape[1:]) if isinstance(tensor, torch.Tensor) else tensor
 
-    return {name: repeated(name, value) for name, value in inputs.items()}
+    return {
+        name: value * rows
+        if isinstance(value, list)
+        else value
+        if name.endswith("_ids")  # places, the same in every row
+        else tree_map(repeated, value)
+        for name, value in inputs.items()
+    }
 
 
 def _to_meta(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
