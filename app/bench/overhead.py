@@ -145,9 +145,10 @@ def _table(model: str, pipe: Any, prompt: str, rounds: int) -> None:
             own = seconds(pipe, prompt, way)
             before.append(seconds(pipe, prompt, plain))
             found[way[0]].append(2 * own / (before[-2] + before[-1]))
+    gc.unfreeze()
+    step = statistics.median(before) / STEPS * 1000
     for name, ratios in found.items():
         low, middle, high = statistics.quantiles(ratios, n=4)
-        step = statistics.median(before) / STEPS * 1000
         sys.stdout.write(f"| {model}, {name} | {step:.2f} | {low:.3f} {middle:.3f} {high:.3f} |\n")
     sys.stdout.flush()
 

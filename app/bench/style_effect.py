@@ -71,8 +71,8 @@ class Way:
 
     def key(self) -> dict[str, Any]:
         """What its scores depend on; what was added later is left out where it is as it always was."""
-        idle = {name for name, value in asdict(self).items() if (name, value) == ("more", ())}
-        return {name: value for name, value in asdict(self).items() if name not in {*idle, "name", "pairs", "canaries"}}
+        left = {"name", "pairs", "canaries", *(() if self.more else ("more",))}
+        return {name: value for name, value in asdict(self).items() if name not in left}
 
 
 ALL = (("layers", "all"),)

@@ -86,7 +86,7 @@ def _hole(run: Run, active: Sequence[Plugin]) -> torch.Tensor | None:
 
 def _alike(adapter: DeclaredAdapter, inputs: Inputs, hole: torch.Tensor, size: tuple[int, int]) -> bool:
     """Whether rows differ in these tokens alone; no where the blocks get more than the call's own rows."""
-    sample = _by_token(inputs[adapter.sample], size)
+    sample = _by_token(adapter, inputs[adapter.sample], size)
     seen = torch.ones(sample.shape[1], dtype=torch.bool, device=sample.device)
     seen[hole] = False
     rest = {name: value for name, value in inputs.items() if name != adapter.sample}
@@ -96,16 +96,18 @@ def _alike(adapter: DeclaredAdapter, inputs: Inputs, hole: torch.Tensor, size: t
         return False
     tensors = [value for value in rest.values() if isinstance(value, torch.Tensor) and value.ndim]
     rows = [sample[:, seen], *(one for one in tensors if len(one) == len(sample)), *lists]
-    return all(_same(one, row[0]) for row in rows for one in row)
+    return all(map(_uniform, rows))
 
 
-def _same(one: Any, first: Any) -> bool:
-    tensors = isinstance(one, torch.Tensor) and isinstance(first, torch.Tensor)
-    return torch.equal(one, first) if tensors else one is first
+def _uniform(rows: Any) -> bool:
+    """Whether all rows are the first one; of a tensor in one comparison, for a GPU waits for each."""
+    if isinstance(rows, torch.Tensor):
+        return torch.equal(rows[1:], rows[:1].expand_as(rows[1:]))
+    first, *others = rows
+    return all(torch.equal(one, first) if isinstance(one, torch.Tensor) else one is first for one in others)
 
 
-def _by_token(sample: Any, size: tuple[int, int]) -> torch.Tensor:
+def _by_token(adapter: DeclaredAdapter, sample: Any, size: tuple[int, int]) -> torch.Tensor:
     """The sample [n, tokens, C], however it lies."""
-    if isinstance(sample, list):
-        sample = torch.stack(sample)[:, :, 0]
+    sample = adapter.latent_of(sample, size) if isinstance(sample, list) else sample
     return sample if sample.ndim == 3 else F.pixel_unshuffle(sample, sample.shape[-1] // size[1]).flatten(2).mT

@@ -70,17 +70,21 @@ class Fold:
         """What the last block gives as a batch again; of several tensors the last one is the picture's."""
         if not isinstance(output, torch.Tensor):
             return (*tree_map(self._repeated, output[:-1]), self.spread(stack, output[-1]))
-        start = self.words if stack.joint else 0
-        end = start + self.tokens
+        start, end = self._picture(stack)
         whole = torch.cat([output[:, :end], output[:, end + self.tail :]], 1).repeat(self.count, 1, 1)
         whole[1:, self.hole + start] = output[0, end : end + self.tail].unflatten(0, (self.count - 1, len(self.hole)))
         return whole
 
+    def _picture(self, stack: Stack) -> tuple[int, int]:
+        """Where the picture's tokens stand in what the blocks hand on."""
+        start = self.words if stack.joint else 0
+        return start, start + self.tokens
+
     def _laid(self, x: torch.Tensor, stack: Stack) -> torch.Tensor:
         if len(x) == 1:
             return x
-        start = self.words if stack.joint else 0
-        end, more = start + self.tokens, x[1:].index_select(1, self.hole + start).flatten(0, 1)[None]
+        start, end = self._picture(stack)
+        more = x[1:].index_select(1, self.hole + start).flatten(0, 1)[None]
         return torch.cat([x[:1, :end], more, x[:1, end:]], 1)
 
     def _along(self, value: Any, entry: Along, stack: Stack) -> Any:
