@@ -7,16 +7,18 @@ afterwards; it is emptied first, and goes off when no other thread is inside of 
 from __future__ import annotations
 
 import functools
+import gc
 import sys
 import threading
 import weakref
 from collections.abc import Callable
+from types import FrameType
 from typing import Any, cast
 
 import torch
 from torch import nn
 
-_LOCK = threading.RLock()
+_LOCK, _LOOKING = threading.RLock(), threading.RLock()
 _ON: weakref.WeakKeyDictionary[nn.Module, weakref.WeakSet[Gate]] = weakref.WeakKeyDictionary()
 """The hooks that are on a model; weak, for what sits on them holds the model."""
 _BEFORE, _AFTER = 2, 3
@@ -123,12 +125,28 @@ def sweep(root: nn.Module) -> None:
 def in_use(module: nn.Module, threads: set[int] | None = None) -> bool:
     """Whether another thread, or another one of `threads`, is inside a call of the module."""
     here = threading.get_ident()
-    frames = sys._current_frames()  # pyright: ignore[reportPrivateUsage]
+    frames = frames_of_threads()
     return any(
         _inside(module, frame)
         for ident, frame in frames.items()
         if ident != here and (threads is None or ident in threads)
     )
+
+
+def frames_of_threads() -> dict[int, FrameType]:
+    """What each thread runs now.
+
+    The collector waits meanwhile. Python before 3.11.8 and 3.12.2 holds its list of threads locked while it makes this
+    one; a collection in between may let another thread run, and if that one starts or ends a thread, all stand still.
+    """
+    with _LOOKING:
+        on = gc.isenabled()
+        gc.disable()
+        try:
+            return sys._current_frames()  # pyright: ignore[reportPrivateUsage]
+        finally:
+            if on:
+                gc.enable()
 
 
 def in_call(module: nn.Module) -> bool:

@@ -17,6 +17,7 @@ from types import FrameType
 
 from torch import nn
 
+from ...attention.hook import frames_of_threads
 from .run import Run
 
 _AWAIT = 3
@@ -80,7 +81,7 @@ def _yielded(frame: FrameType) -> bool:
     flags = frame.f_code.co_flags
     if not flags & (CO_GENERATOR | CO_ASYNC_GENERATOR):
         return False
-    for running in sys._current_frames().values():  # pyright: ignore[reportPrivateUsage]
+    for running in frames_of_threads().values():
         inside: FrameType | None = running
         while inside is not None:
             if inside is frame:
