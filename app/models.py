@@ -12,19 +12,23 @@ import torch
 from ..attention.errors import SettingError
 from ..attention.pictures import expanded
 from ..pipelines.load import check, load
+from ..pipelines.picturebook import FEW_STEPS as STUDENT
 from ..pipelines.picturebook import TRANSFORMER as FLOW
 from ..pipelines.picturebook import picturebook
 
 PICTUREBOOK = "picturebook"
 ONE_STEP = "picturebook-one-step"
 TRANSFORMER = "picturebook-transformer"
+FEW_STEPS = "picturebook-transformer-few-steps"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _SUITS: Mapping[str, Mapping[str, Any]] = {
     PICTUREBOOK: {"guidance": 2.5},
     ONE_STEP: {"guidance": 0.0, "steps": 1},
     TRANSFORMER: {"guidance": 1.5},  # its pipeline counts from 0: others would call it 2.5
+    FEW_STEPS: {"guidance": 0.0, "steps": 5},  # four that move: its pipeline's last one begins at no noise
 }
 EMBEDDED = tuple(_SUITS)
+STUDENTS, _FLOWS = (ONE_STEP, FEW_STEPS), (TRANSFORMER, FEW_STEPS)
 
 
 def open_model(
@@ -34,8 +38,8 @@ def open_model(
     """A pipeline on a device.
 
     Args:
-        name: "picturebook", "picturebook-one-step", "picturebook-transformer", a folder, a `.safetensors` file, or a
-            Hub id.
+        name: "picturebook", "picturebook-one-step", "picturebook-transformer", "picturebook-transformer-few-steps", a
+            folder, a `.safetensors` file, or a Hub id.
         device: "auto" takes an accelerator if there is one.
         dtype: "auto" is float32 on a CPU and float16 elsewhere.
         revision: of a Hub id. variant: of the weights' files, such as "fp16".
@@ -46,7 +50,7 @@ def open_model(
     place = find_device(device)
     kind = find_dtype(dtype) or (torch.float32 if place.type == "cpu" else torch.float16)
     if name in EMBEDDED:
-        return picturebook(one_step=name == ONE_STEP, transformer=name == TRANSFORMER, dtype=kind, device=place)
+        return picturebook(one_step=name in STUDENTS, transformer=name in _FLOWS, dtype=kind, device=place)
     return load(name, dtype=kind, device=place, revision=revision, variant=variant)
 
 
@@ -63,7 +67,7 @@ def check_model(name: str, variant: str | None = None) -> None:
 def denoiser_of(name: str) -> str | None:
     """The class of a model's denoiser, without opening the model; None where only opening tells."""
     if name in EMBEDDED:
-        return "ZImageTransformer2DModel" if name == TRANSFORMER else "UNet2DConditionModel"
+        return "ZImageTransformer2DModel" if name in _FLOWS else "UNet2DConditionModel"
     try:
         parts = json.loads((expanded(name) / "model_index.json").read_text("utf-8"))
     except (OSError, ValueError):
@@ -74,7 +78,8 @@ def denoiser_of(name: str) -> str | None:
 
 def embedded() -> tuple[str, ...]:
     """The embedded models that this installation has."""
-    return tuple(name for name in EMBEDDED if name != TRANSFORMER or (FLOW / "model_index.json").is_file())
+    needed = {TRANSFORMER: FLOW / "model_index.json", FEW_STEPS: STUDENT / "config.json"}
+    return tuple(name for name in EMBEDDED if name not in needed or needed[name].is_file())
 
 
 def find_dtype(name: str) -> torch.dtype | None:

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 Model = Annotated[
     str,
     typer.Option(
-        help="picturebook, picturebook-one-step, picturebook-transformer, a folder, a .safetensors file or a Hub id."
+        help="picturebook, picturebook-one-step, picturebook-transformer, picturebook-transformer-few-steps, a folder, "
+        "a .safetensors file or a Hub id."
     ),
 ]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub id.")]

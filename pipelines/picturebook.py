@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 PICTUREBOOK = Path(__file__).parent.parent / "assets" / "picturebook"
 ONE_STEP = PICTUREBOOK / "one-step"  # what the student has of its own: its denoiser and scheduler
 TRANSFORMER = PICTUREBOOK.with_name("picturebook-transformer")
+FEW_STEPS = TRANSFORMER / "few-steps"  # its student's denoiser; the scheduler is shared too
 
 
 @overload
@@ -50,11 +51,12 @@ def picturebook(
     guidance_scale=0.
 
     The transformer edition is a plain `ZImagePipeline`, which counts guidance from 0 (1.5 there is 2.5 elsewhere) and
-    draws 1024x1024 unless it is told: height=128, width=128. The tasks, commands and tables tell it by themselves.
+    draws 1024x1024 unless it is told: height=128, width=128. The tasks, commands and tables tell it by themselves. Its
+    student takes four steps: num_inference_steps=5, of which the last moves nothing, and guidance_scale=0.
 
     Args:
         transformer: the edition with a flow transformer (Z-Image's) in place of the UNet.
-        one_step: the student that was distilled to a single step without guidance.
+        one_step: the student that was distilled to run without guidance: in a single step, the transformer's in four.
         dtype: of the weights (stored as float16).
         device: None leaves it on the CPU.
 
@@ -70,13 +72,21 @@ def picturebook(
 
 
 def _flow(one_step: bool, dtype: torch.dtype, device: str | torch.device | None) -> ZImagePipeline:
-    from diffusers import ZImagePipeline
+    from diffusers import ZImagePipeline, ZImageTransformer2DModel
 
-    if one_step:
-        raise ModelLoadError("the transformer edition has no one-step student; use picturebook(one_step=True)")
+    own: dict[str, Any] = {}
     if not (TRANSFORMER / "model_index.json").is_file():
         raise ModelLoadError("the transformer edition is not part of this installation; use picturebook()")
-    pipe: ZImagePipeline = load(TRANSFORMER, pipeline=ZImagePipeline, dtype=dtype, device=device)
+    if one_step:
+        if not (FEW_STEPS / "config.json").is_file():
+            raise ModelLoadError(
+                "the transformer edition's few-step student is not part of this installation; use "
+                "picturebook(one_step=True), the UNet's"
+            )
+        own["transformer"] = ZImageTransformer2DModel.from_pretrained(
+            FEW_STEPS, torch_dtype=dtype, use_safetensors=True
+        )
+    pipe: ZImagePipeline = load(TRANSFORMER, pipeline=ZImagePipeline, dtype=dtype, device=device, **own)
     return pipe
 
 

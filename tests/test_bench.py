@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import pytest
 import tiny
@@ -24,7 +25,7 @@ from diffgraft.app.bench import (
 )
 from diffgraft.app.bench import segregation_layout as layout
 from diffgraft.app.bench.judge import load_judge
-from diffgraft.app.bench.rows import Rows, fingerprint, subject
+from diffgraft.app.bench.rows import Pace, Rows, fingerprint, pace, subject
 from diffgraft.app.bench.segregation_predict import picked, wins
 from diffgraft.app.bench.segregation_rows import guided, two_objects
 
@@ -146,10 +147,9 @@ def test_negative_effect(pipe, tmp_path, monkeypatch):
         bench.measure(2, how, rule="nasa", scale=0.1)
 
 
-def test_segregation_effect(pipe, tmp_path, monkeypatch):
-    monkeypatch.setattr(segregation_effect, "STEPS", 2)
+def test_segregation_effect(pipe, tmp_path):
     rows, scenes = Rows(tmp_path / "rows.jsonl"), two_objects(2)
-    call = (scenes, 1, rows, fingerprint(pipe))
+    call = (scenes, 1, rows, fingerprint(pipe), Pace(2, 2.5))
     found = segregation_effect.outcomes(pipe, load_judge(), guided, *call)
     assert len(found) == 2
     assert segregation_effect.outcomes(None, None, guided, *call) == found
@@ -175,25 +175,23 @@ def test_a_loss_that_knows_the_failures_wins_every_pair_and_picks_the_right_seed
 
 def test_every_effect_runs_on_the_transformer_edition(flowing, tmp_path, monkeypatch):
     """Of 128 pixels, which its pipeline has to be told; its guidance counts from 0."""
-    for module in (segregation_effect, layout):
-        monkeypatch.setattr(module, "STEPS", 1)
-    judge, rows = load_judge(), Rows(tmp_path / "rows.jsonl")
+    once, judge, rows = Pace(1, 2.5), load_judge(), Rows(tmp_path / "rows.jsonl")
     negative = negative_effect.Bench(flowing, judge, tmp_path / "negative.jsonl")
     monkeypatch.setattr(negative_effect, "PAIRS", negative_effect.PAIRS[:1])
     negative.measure(1, negative_effect.Sampling(1, 2.5), rule="nasa")
     removal = redirection_effect.Bench(flowing, tmp_path / "redirection.jsonl", steps=2)
     assert len(removal.measure(redirection_effect.PUBLISHED, "brush", 1, 1)) == 1
-    assert segregation_effect.draw(flowing, two_objects(1), 0, guided(two_objects(1), 0)).shape == (1, 3, 128, 128)
-    assert len(layout.drawn(flowing, None, 0, 1)) == 1
+    scenes = two_objects(1)
+    assert segregation_effect.draw(flowing, scenes, 0, guided(scenes, 0), once).shape == (1, 3, 128, 128)
+    assert len(layout.drawn(flowing, None, 0, 1, once)) == 1
     studio, pair = style_effect.Studio(flowing, tmp_path / "style.jsonl", steps=2), style_effect.pairs(1)[:1]
     for way in (style_effect.JOINT_WAYS[0], style_effect.JOINT_WAYS[-2]):
         assert len(style_effect.measure(studio, way, pair, 0).psnr) == 1
-    monkeypatch.setattr(localisation, "STEPS", 2)
-    monkeypatch.setattr(localisation, "MOMENTS", (1,))
     scenes, key = two_objects(2), fingerprint(flowing)
-    found = localisation.localisation(flowing, judge, scenes, rows, key)
-    assert list(found) == [f"layers.{i}.attention at 1" for i in range(2)]
-    assert localisation.localisation(None, None, scenes, rows, key) == found
+    found = localisation.localisation(flowing, judge, scenes, rows, key, Pace(2, 2.5))
+    assert sorted(found) == [f"layers.{i}.attention at {step}" for i in range(2) for step in range(2)]
+    assert localisation.localisation(None, None, scenes, rows, key, Pace(2, 2.5)) == found
+    assert len(localisation.lines(found, 2)) == 4
 
 
 def test_a_round_trip_that_is_solved_gives_the_picture_again(flowing, tmp_path, monkeypatch):
@@ -203,6 +201,13 @@ def test_a_round_trip_that_is_solved_gives_the_picture_again(flowing, tmp_path, 
     assert solved["psnr"] > rough["psnr"] + 10 and rough["passes"] == 3 < solved["passes"]  # three steps: coarse
     bench.pipe = None
     assert bench.trips(5, 1) == [solved]
+
+
+def test_a_student_is_drawn_at_its_own_pace():
+    assert pace(None, 25, 2.5) == pace(Path("picturebook-transformer"), 25, 2.5) == Pace(25, 2.5)
+    assert pace(Path("picturebook-one-step"), 25, 2.5) == Pace(1, 0)
+    assert pace(Path("picturebook-transformer-few-steps"), 25, 2.5) == Pace(5, 0)
+    assert localisation.moments(5) == [0, 1, 2, 3, 4] and localisation.moments(25) == [0, 6, 12, 18, 24]
 
 
 def test_a_map_on_its_own_thing():

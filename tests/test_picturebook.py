@@ -9,11 +9,13 @@ import pytest
 import torch
 
 import diffgraft as dg
+from diffgraft.app import models, tasks
 from diffgraft.app.bench.autoencoder import measure
 from diffgraft.app.bench.judge import look
 from diffgraft.app.bench.model_card import ASSETS, cells, held_out
 from diffgraft.app.bench.rows import drawing
 from diffgraft.app.bench.styles import STYLES
+from diffgraft.app.metadata import read_settings
 
 CAPTIONS = ["a red ball , sky", "a yellow house , snow", "a blue star , desert", "a purple fish , sea , dots style"]
 WANTED = [{"ball": "red"}, {"house": "yellow"}, {"star": "blue"}, {"fish": "purple"}]
@@ -54,9 +56,15 @@ def test_the_student_draws_in_one_step(judge):
     assert sum(v.colours == wanted for v, wanted in zip(look(judge, made), WANTED, strict=True)) >= 3
 
 
-def test_both_models_fit_and_hold_half_precision_numbers_only():
-    weights = list((ASSETS / "picturebook").rglob("*.safetensors"))
-    assert sum(path.stat().st_size for path in ASSETS.rglob("*") if path.is_file()) < 90_000_000
+def size(*files: Path) -> int:
+    return sum(path.stat().st_size for path in files)
+
+
+def test_all_models_fit_and_hold_half_precision_numbers_only():
+    weights = list(ASSETS.rglob("*.safetensors"))
+    assert size(*(path for path in ASSETS.rglob("*") if path.is_file())) < 90_000_000
+    flows = [path for path in weights if path.parent.name in ("transformer", "few-steps")]
+    assert flows and size(*flows) <= 38_000_000
     from safetensors import safe_open
 
     for path in weights:
@@ -90,6 +98,45 @@ def test_the_transformer_edition_is_a_plain_z_image_pipeline_that_draws_what_it_
     verdicts = look(judge, made)
     assert sum(v.colours == wanted for v, wanted in zip(verdicts, WANTED, strict=True)) >= 3, verdicts
     assert [v.background for v in verdicts] == ["sky", "snow", "desert", "sea"]
+
+
+@pytest.fixture
+def student(monkeypatch, tmp_path: Path) -> Path:
+    """The folder of a student, as the trainer writes one: the present transformer, one of its weights doubled."""
+    folder, teacher = tmp_path / "few-steps", ASSETS / "picturebook-transformer" / "transformer"
+    network = diffusers.ZImageTransformer2DModel.from_pretrained(teacher, torch_dtype=torch.float16)
+    next(network.parameters()).data.mul_(2)
+    network.save_pretrained(folder, max_shard_size="15MB")
+    monkeypatch.setattr("diffgraft.pipelines.picturebook.FEW_STEPS", folder)
+    monkeypatch.setattr("diffgraft.app.models.STUDENT", folder)
+    return folder
+
+
+def test_the_transformers_student_has_a_denoiser_of_its_own(student):
+    pipe, teacher = dg.picturebook(transformer=True, one_step=True), dg.picturebook(transformer=True)
+    assert type(pipe) is diffusers.ZImagePipeline and pipe.transformer.dtype is torch.float32
+    own, other = (next(one.transformer.parameters()) for one in (pipe, teacher))
+    assert torch.equal(own, 2 * other)
+    assert torch.equal(pipe.vae.decoder.conv_in.weight, teacher.vae.decoder.conv_in.weight)
+    assert pipe.scheduler.config == teacher.scheduler.config
+    with pytest.warns(UserWarning, match="not knowing"):
+        pipe.encode_prompt(["a red zebra"], "cpu", do_classifier_free_guidance=False)
+
+
+def test_the_student_runs_by_its_name_at_its_own_pace(student, tmp_path: Path):
+    assert models.embedded()[-1] == models.FEW_STEPS and models.denoiser_of(models.FEW_STEPS).startswith("ZImage")
+    wish, out = tasks.Wish(models.FEW_STEPS, quiet=True), tmp_path / "made.png"
+    tasks.generate(wish, "a red ball , sky", [], out, seed=1, n=1)
+    told = read_settings(out)
+    assert (told["steps"], told["guidance"], told["width"]) == (5, 0, 128) and told["model"] == models.FEW_STEPS
+
+
+def test_an_installation_without_the_transformers_student_says_so(monkeypatch, tmp_path: Path):
+    monkeypatch.setattr("diffgraft.pipelines.picturebook.FEW_STEPS", tmp_path)
+    monkeypatch.setattr("diffgraft.app.models.STUDENT", tmp_path)
+    assert models.FEW_STEPS not in models.embedded()
+    with pytest.raises(dg.ModelLoadError, match="few-step student is not part of this installation"):
+        dg.picturebook(transformer=True, one_step=True)
 
 
 def test_an_installation_without_the_transformer_edition_says_so(monkeypatch, tmp_path: Path):

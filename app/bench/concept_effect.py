@@ -21,7 +21,7 @@ from .concept_attack import attacked
 from .concept_prompts import CONCEPTS, KINDS, PAINTS, Asked, asking, oddly, shown, silent
 from .judge import Judge, load_judge, look
 from .model_card import GUIDANCE
-from .rows import KEPT, Rows, drawing, fingerprint, subject
+from .rows import KEPT, Rows, drawing, fingerprint, pace, subject
 from .segregation_effect import points
 from .statistics import paired_difference, share
 from .training import share_cores
@@ -174,6 +174,7 @@ def run(full: bool, model: Path | None = None) -> None:
         student = Bench(subject(one_step=True), judge, 1, 0.0)
         table(student, "One step, no guidance", [*WAYS, EMBEDDED], 4 if full else 1)
         others(student, 2 if full else 1)
-    many = Bench(subject(model), judge, 20, GUIDANCE)
+    at = pace(model, 20, GUIDANCE)
+    many = Bench(subject(model), judge, *at)
     for seeds in (1, 4) if full else (1,):
-        table(many, f"20 steps, guidance {GUIDANCE:g}", [*WAYS[:3], OWN], seeds)
+        table(many, f"{at.steps} steps, guidance {at.guidance:g}", [*WAYS[:3], OWN], seeds)

@@ -3,10 +3,11 @@
     python -m diffgraft.app.bench.flow_student --collect --minutes 40   # the teacher's guided trajectories
     python -m diffgraft.app.bench.flow_student --minutes 60             # the student learns to cross them in four steps
 
-Collecting adds files `flow-paths-N.pt` (N: first seed) until its time is up; training reads all of them. The teacher's
-trajectory is cut where the student's steps will lie, and the student learns the straight way from each cut to the next
-one (segments of progressive distillation, Salimans and Ho, 2022, from whole trajectories). It is used as
-`num_inference_steps=5, guidance_scale=0`: the last step of Z-Image's pipeline begins at no noise and moves nothing.
+Collecting adds files `flow-paths-N.pt` (N: first seed) until its time is up; training reads all of them. The teacher
+takes 13 steps. Its trajectory is cut at every third, where the student's steps will lie, and the student learns the
+straight way from each cut to the next one (segments of progressive distillation, Salimans and Ho, 2022, from whole
+trajectories). It is used as `num_inference_steps=5, guidance_scale=0`: the last step of Z-Image's pipeline begins at no
+noise and moves nothing.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from .training import HalfCopy, TimeBox, arguments, contact_sheet, log, share_co
 from .world import caption, scene
 
 FIRST_SEED, MOST = 4_000_000, 256  # the most that one file holds
-STEPS, CROSSED = 4, 6  # of the student, and of the teacher inside each of them
+STEPS, CROSSED = 4, 3  # of the student, and of the teacher inside each of them
 PEAK, BATCH = 1e-3, 64
 
 

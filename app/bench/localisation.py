@@ -27,13 +27,12 @@ from ...plugins.base import Session
 from ...plugins.concepts import find_concept
 from .judge import KINDS, Judge, load_judge
 from .model_card import ROWS
-from .rows import KEPT, drawing, fingerprint, subject
+from .rows import KEPT, Pace, drawing, fingerprint, pace, subject
 from .rows import Rows as Kept
 from .training import share_cores
 from .world import Scene, caption
 
-STEPS, GUIDANCE, BATCH = 25, 4.0, 16
-MOMENTS = (0, 6, 12, 18, 24)
+USUAL, BATCH = Pace(25, 4.0), 16
 Shares = list[tuple[float, float, float]]
 """Of each thing found: of its noun's attention what lies on itself and on the other thing, and its area."""
 
@@ -41,13 +40,15 @@ Shares = list[tuple[float, float, float]]
 class Watch(Plugin):
     """Notes the map of each noun in every layer at some steps.
 
+    Args:
+        steps: of the whole sampling.
     Attributes:
         seen: by layer and step, of each scene, of each of its things: [16, 16], with a sum of 1.
     """
 
-    def __init__(self, scenes: Sequence[Scene]) -> None:
+    def __init__(self, scenes: Sequence[Scene], steps: int) -> None:
         super().__init__()
-        self.scenes = scenes
+        self.scenes, self.moments = scenes, moments(steps)
         self.seen: dict[tuple[str, int], list[list[torch.Tensor]]] = {}
 
     def bind(self, session: Session) -> None:
@@ -66,10 +67,15 @@ class Watch(Plugin):
 
     def combine(self, step: Step, prediction: torch.Tensor, rows: Rows) -> None:
         for capture in self.captures:
-            for name, maps in capture.maps.items() if step.index in MOMENTS else ():
+            for name, maps in capture.maps.items() if step.index in self.moments else ():
                 found = zip(maps, self.columns, strict=True)
                 self.seen[name, step.index] = [[cells(one[:, own].mean(1)) for own in things] for one, things in found]
             capture.clear()
+
+
+def moments(steps: int) -> list[int]:
+    """Five steps from the first to the last, or all of fewer."""
+    return sorted({round(i * (steps - 1) / 4) for i in range(5)})
 
 
 def at_level(level: int) -> Callable[[AttentionLayer], bool]:
@@ -85,13 +91,13 @@ def cells(flat: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def watched(pipe: Any, judge: Judge, scenes: Sequence[Scene], first: int) -> dict[str, Shares]:
+def watched(pipe: Any, judge: Judge, scenes: Sequence[Scene], first: int, at: Pace) -> dict[str, Shares]:
     """By "layer at step" the shares of all things of one batch that are there; scene i has the seed first + i."""
     share_cores()
-    watch = Watch(scenes)
+    watch = Watch(scenes, at.steps)
     generators = [torch.Generator().manual_seed(first + i) for i in range(len(scenes))]
     with graft(pipe, watch):
-        how = drawing(pipe, STEPS, GUIDANCE) | {"generator": generators, "output_type": "pt"}
+        how = drawing(pipe, *at) | {"generator": generators, "output_type": "pt"}
         pictures = pipe([caption(scene) for scene in scenes], **how).images
     where = judge(pictures.cpu() * 2 - 1)[0].softmax(1) > 0.5
     return {f"{layer} at {step}": shares(maps, where, scenes) for (layer, step), maps in watch.seen.items()}
@@ -109,24 +115,25 @@ def shares(maps: Sequence[Sequence[torch.Tensor]], where: torch.Tensor, scenes: 
 
 
 def localisation(
-    pipe: Any, judge: Judge, scenes: Sequence[Scene], kept: Kept, key: Mapping[str, str]
+    pipe: Any, judge: Judge, scenes: Sequence[Scene], kept: Kept, key: Mapping[str, str], at: Pace = USUAL
 ) -> dict[str, Shares]:
     """By "layer at step" the shares of all scenes, measured or remembered."""
     found: dict[str, Shares] = {}
     for first in range(0, len(scenes), BATCH):
         part = scenes[first : first + BATCH]
         captions = [caption(scene) for scene in part]
-        label = {**key, "localisation": captions, "first": first, "steps": STEPS, "guidance": GUIDANCE}
-        for name, values in kept.remember(label, partial(watched, pipe, judge, part, first)).items():
+        label = {**key, "localisation": captions, "first": first, **at._asdict()}
+        for name, values in kept.remember(label, partial(watched, pipe, judge, part, first, at)).items():
             found.setdefault(name, []).extend(tuple(value) for value in values)
     return found
 
 
-def lines(found: Mapping[str, Shares]) -> list[str]:
+def lines(found: Mapping[str, Shares], steps: int) -> list[str]:
     """The table: a line a layer, own / other at five moments of the sampling."""
-    table = ["| layer | area | " + " | ".join(f"step {m}" for m in MOMENTS) + " |", "|---" * (2 + len(MOMENTS)) + "|"]
+    at = moments(steps)
+    table = ["| layer | area | " + " | ".join(f"step {m}" for m in at) + " |", "|---" * (2 + len(at)) + "|"]
     for layer in dict.fromkeys(name.rsplit(" at ", 1)[0] for name in found):
-        means = [[100 * _mean(found[f"{layer} at {m}"], of) for of in range(3)] for m in MOMENTS]
+        means = [[100 * _mean(found[f"{layer} at {m}"], of) for of in range(3)] for m in at]
         inside = " | ".join(f"{own:.0f} / {other:.0f}%" for own, other, _ in means)
         table.append(f"| {layer} | {means[0][2]:.0f}% | {inside} |")
     return table
@@ -138,6 +145,6 @@ def _mean(shares: Shares, of: int) -> float:
 
 def run(full: bool, model: Path | None = None) -> None:
     """Print the table: 256 pictures, or 32 for a quick look."""
-    pipe, kept = subject(model), Kept(KEPT / "localisation.jsonl")
-    found = localisation(pipe, load_judge(), ROWS[2].scenes(256 if full else 32), kept, fingerprint(pipe))
-    sys.stdout.write("\n".join(lines(found)) + "\n")
+    pipe, kept, at = subject(model), Kept(KEPT / "localisation.jsonl"), pace(model, *USUAL)
+    found = localisation(pipe, load_judge(), ROWS[2].scenes(256 if full else 32), kept, fingerprint(pipe), at)
+    sys.stdout.write("\n".join(lines(found, at.steps)) + "\n")

@@ -4,6 +4,7 @@ python -m diffgraft.app.bench.model_card           # the table of the model card
 python -m diffgraft.app.bench.model_card --count 64 # a quick look
 python -m diffgraft.app.bench.model_card --one-step # the student: one step, no guidance
 python -m diffgraft.app.bench.model_card --model picturebook-transformer   # the transformer edition
+python -m diffgraft.app.bench.model_card --model picturebook-transformer-few-steps   # its student: four steps
 """
 
 from __future__ import annotations
@@ -17,9 +18,10 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline
 
+from ..models import ONE_STEP
 from .autoencoder import measure
 from .judge import Judge, Verdict, load_judge, look
-from .rows import drawing, subject
+from .rows import drawing, pace, subject
 from .statistics import Estimate, share
 from .styles import STYLES
 from .train_judge import report
@@ -130,7 +132,7 @@ def instruments(vae: AutoencoderKL, judge: Judge, renders: int, verdicts: int) -
 def run(full: bool, model: Path | None = None) -> None:
     """The tables of `python -m diffgraft.app.bench model_card`: 500 captions a row, or 20 for a quick look."""
     count = 500 if full else 20
-    table(subject(model), ROWS, count, steps=25, guidance=GUIDANCE)
+    table(subject(model), ROWS, count, *pace(model, 25, GUIDANCE))
     if model is None:
         sys.stdout.write("\nThe one-step student: ")
         table(subject(one_step=True), ROWS, count, steps=1, guidance=0.0)
@@ -142,13 +144,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, help="a pipeline's folder, or an embedded model's name")
     parser.add_argument("--count", type=int, default=500, help="captions a row")
-    parser.add_argument("--steps", type=int, default=25)
-    parser.add_argument("--guidance", type=float, default=GUIDANCE)
+    parser.add_argument("--steps", type=int, help="25, or the student's own")
+    parser.add_argument("--guidance", type=float, help=f"{GUIDANCE:g}, or the student's own")
     parser.add_argument("--rows", type=int, nargs="*", default=range(len(ROWS)), help="only these, counted from 0")
     parser.add_argument("--one-step", action="store_true", help="the student: one step, no guidance")
     args = parser.parse_args()
-    steps, guidance = (1, 0.0) if args.one_step else (args.steps, args.guidance)
-    table(subject(args.model, one_step=args.one_step), [ROWS[i] for i in args.rows], args.count, steps, guidance)
+    model = Path(ONE_STEP) if args.one_step else args.model
+    usual = pace(model, 25, GUIDANCE)
+    steps = usual.steps if args.steps is None else args.steps
+    guidance = usual.guidance if args.guidance is None else args.guidance
+    table(subject(model), [ROWS[i] for i in args.rows], args.count, steps, guidance)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import torch
 from ... import NegativeAway, graft
 from .judge import Judge, Verdict, load_judge, look
 from .model_card import GUIDANCE
-from .rows import KEPT, Rows, drawing, fingerprint, subject
+from .rows import KEPT, Rows, drawing, fingerprint, pace, subject
 from .statistics import Estimate, share
 from .training import share_cores
 
@@ -157,13 +157,16 @@ def _plot(base: Outcome, found: dict[str, list[Outcome]], path: Path) -> None:
 def run(full: bool, model: Path | None = None) -> None:
     """The one-step student, and the 20-step model with and without guidance.
 
-    A `model` of your own stands for the latter, and there is no student then.
+    A `model` of your own stands for the latter, and there is no student then; a student by name is drawn at its own
+    steps, without guidance.
     """
     judge, seeds = load_judge(), 100 if full else 12
     if model is None:
         _student(judge, seeds)
-    seeds, steps = (seeds // 4, 20) if full else (2, 10)
-    rows = [Sampling(steps), Sampling(steps, GUIDANCE), Sampling(steps, GUIDANCE, True)]
+    seeds, usual = (seeds // 4, 20) if full else (2, 10)
+    steps, guidance = pace(model, usual, GUIDANCE)
+    guided = [Sampling(steps, guidance), Sampling(steps, guidance, True)] if guidance > 1 else []
+    rows = [Sampling(steps), *guided]
     table(f"{steps} steps", Bench(subject(model), judge), seeds, rows)
 
 

@@ -6,12 +6,12 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from ...pipelines.families.latents import unsaid_size
-from ..models import ONE_STEP, PICTUREBOOK, open_model
+from ..models import ONE_STEP, PICTUREBOOK, STUDENTS, open_model, suits
 from .judge import WEIGHTS
 
 KEPT = Path("outputs/bench")
@@ -89,13 +89,26 @@ def subject(model: Path | None = None, *, one_step: bool = False) -> Any:
     return pipe
 
 
+class Pace(NamedTuple):
+    """Steps of a table's pictures, and their guidance as most pipelines count it: at most 1 is none."""
+
+    steps: int
+    guidance: float
+
+
+def pace(model: Path | None, steps: int, guidance: float) -> Pace:
+    """How a table draws: its own steps and guidance, or those of an embedded student, which knows no others."""
+    suited = suits(str(model)) if str(model) in STUDENTS else {}
+    return Pace(suited.get("steps", steps), suited.get("guidance", guidance))
+
+
 def drawing(pipe: Any, steps: int, guidance: float) -> dict[str, Any]:
     """Arguments of a pipeline's call, its size among them where it has to be told.
 
     Args:
         guidance: as most pipelines count it, 1 for none; Z-Image's count from 0.
     """
-    counted = guidance - 1 if type(pipe).__name__.startswith("ZImage") else guidance
+    counted = max(guidance - 1, 0.0) if type(pipe).__name__.startswith("ZImage") else guidance
     return {"num_inference_steps": steps, "guidance_scale": counted, **unsaid_size(pipe)}
 
 

@@ -7,9 +7,9 @@ from functools import partial
 from pathlib import Path
 
 from .judge import load_judge
-from .rows import subject
+from .rows import pace, subject
 from .segregation_effect import effect
-from .segregation_rows import Row, guided, plain, three_objects, two_objects
+from .segregation_rows import USUAL, Row, guided, plain, three_objects, two_objects
 from .world import FRESH
 
 FIRST = FRESH + 7_000_000
@@ -31,7 +31,7 @@ SETTINGS: Mapping[str, Row] = {
 
 def run(full: bool, model: Path | None = None) -> None:
     """Print the table for three objects and for two."""
-    pipe, judge = subject(model), load_judge()
+    pipe, judge, at = subject(model), load_judge(), pace(model, *USUAL)
     triples, pairs = three_objects(100 if full else 10, FIRST), two_objects(100 if full else 10, FIRST + 500_000)
-    effect(pipe, judge, "Three objects", triples, 2 if full else 1, SETTINGS)
-    effect(pipe, judge, "Two objects", pairs, 1, SETTINGS)
+    effect(pipe, judge, "Three objects", triples, 2 if full else 1, SETTINGS, at)
+    effect(pipe, judge, "Two objects", pairs, 1, SETTINGS, at)

@@ -25,10 +25,9 @@ from ... import Plugin, attention_maps, graft
 from ...attention.layer import AttentionLayer
 from ...pipelines.tasks.overlay import overlay, sheet, strip
 from .judge import Judge, Verdict, load_judge, look
-from .model_card import GUIDANCE
-from .rows import KEPT, Rows, drawing, fingerprint, scale_of, subject
+from .rows import KEPT, Pace, Rows, drawing, fingerprint, pace, scale_of, subject
 from .segregation_layout import layouts
-from .segregation_rows import CONTROLLED, FORMS, PARTS, STEPS, Row, three_objects, two_objects
+from .segregation_rows import CONTROLLED, FORMS, PARTS, USUAL, Row, three_objects, two_objects
 from .statistics import Estimate, paired_difference, share
 from .training import share_cores
 from .world import Scene, caption
@@ -57,18 +56,19 @@ def outcome(verdict: Verdict, truth: Scene) -> Outcome:
     )
 
 
-def draw(pipe: Any, scenes: Sequence[Scene], seed: int, plugin: Plugin | None) -> torch.Tensor:
+def draw(pipe: Any, scenes: Sequence[Scene], seed: int, plugin: Plugin | None, at: Pace = USUAL) -> torch.Tensor:
     """Pictures [N, 3, 128, 128] in -1 ... 1 of a batch; picture i has the generator seed + i."""
     share_cores()
     generators = [torch.Generator().manual_seed(seed + i) for i in range(len(scenes))]
-    settings = drawing(pipe, STEPS, GUIDANCE) | {"output_type": "pt", "generator": generators}
+    settings = drawing(pipe, *at) | {"output_type": "pt", "generator": generators}
     with graft(pipe, *([plugin] if plugin else [])):
         return pipe([caption(s) for s in scenes], **settings).images.cpu() * 2 - 1
 
 
 def outcomes(
-    pipe: Any, judge: Judge, row: Row, scenes: Sequence[Scene], repeats: int, kept: Rows, key: dict[str, str]
-) -> list[Outcome]:
+    pipe: Any, judge: Judge, row: Row, scenes: Sequence[Scene], repeats: int, kept: Rows, key: dict[str, str],
+    at: Pace = USUAL,
+) -> list[Outcome]:  # fmt: skip
     """Of every scene, in every repeat, drawn or remembered."""
     found: list[Outcome] = []
     for repeat in range(repeats):
@@ -76,13 +76,16 @@ def outcomes(
             part, seed = scenes[i : i + BATCH], 1_000_000 * repeat + i
             plugin, captions = row(part, seed), [caption(s) for s in part]
             grafted = None if plugin is None else {"plugin": type(plugin).__name__, **plugin.settings()}
-            label = {**key, "row": grafted, "steps": STEPS, "guidance": GUIDANCE, "captions": captions, "seed": seed}
-            found += [Outcome(**one) for one in kept.remember(label, partial(_drawn, pipe, judge, plugin, part, seed))]
+            label = {**key, "row": grafted, **at._asdict(), "captions": captions, "seed": seed}
+            make = partial(_drawn, pipe, judge, plugin, part, seed, at)
+            found += [Outcome(**one) for one in kept.remember(label, make)]
     return found
 
 
-def _drawn(pipe: Any, judge: Judge, plugin: Plugin | None, scenes: Sequence[Scene], seed: int) -> list[dict[str, bool]]:
-    pictures = draw(pipe, scenes, seed, plugin)
+def _drawn(
+    pipe: Any, judge: Judge, plugin: Plugin | None, scenes: Sequence[Scene], seed: int, at: Pace
+) -> list[dict[str, bool]]:
+    pictures = draw(pipe, scenes, seed, plugin, at)
     return [asdict(outcome(v, s)) for v, s in zip(look(judge, pictures), scenes, strict=True)]
 
 
@@ -93,13 +96,13 @@ def change(after: Sequence[Outcome], before: Sequence[Outcome], repeats: int) ->
 
 
 def effect_rows(
-    pipe: Any, judge: Judge, scenes: Sequence[Scene], repeats: int, rows: Mapping[str, Row]
+    pipe: Any, judge: Judge, scenes: Sequence[Scene], repeats: int, rows: Mapping[str, Row], at: Pace = USUAL
 ) -> Iterator[str]:
     """Lines of the table. The first row is compared with, of the second the lead over each further one is told."""
     firsts: list[list[Outcome]] = []
     kept, key = Rows(KEPT / "segregation.jsonl"), fingerprint(pipe)
     for name, row in rows.items():
-        found = outcomes(pipe, judge, row, scenes, repeats, kept, key)
+        found = outcomes(pipe, judge, row, scenes, repeats, kept, key, at)
         firsts = [*firsts, found][:2]
         failures = sum(not one.right for one in firsts[0])
         cut = 1 - sum(not one.right for one in found) / failures if failures else 0.0
@@ -115,17 +118,18 @@ def points(change: Estimate) -> str:
     return f"{100 * change.value:+.1f} ({100 * change.low:+.1f} to {100 * change.high:+.1f})"
 
 
-def map_sheet(pipe: Any, truth: Scene) -> Path:
+def map_sheet(pipe: Any, truth: Scene, at: Pace = USUAL) -> Path:
     """The picture of maps by layer and step of the scene's first kind."""
 
     def only(name: str, layer: AttentionLayer) -> bool:
         return layer.name == name
 
     word, rows = truth.things[0].kind, dict[str, Any]()
-    guidance = drawing(pipe, STEPS, GUIDANCE)["guidance_scale"]
+    guidance = drawing(pipe, *at)["guidance_scale"]
     names = [layer.name for layer in graft(pipe).layers if layer.kind in ("cross", "joint")]
     for name in names:
-        maps = attention_maps(pipe, caption(truth), [word], layers=partial(only, name), steps=STEPS, guidance=guidance)
+        call = {"layers": partial(only, name), "steps": at.steps, "guidance": guidance}
+        maps = attention_maps(pipe, caption(truth), [word], **call)
         rows[f"{word}, {name}"] = (overlay(maps.image, maps[word]), strip(maps.steps[word], 8))
     path = KEPT / "segregation-maps.png"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -135,29 +139,31 @@ def map_sheet(pipe: Any, truth: Scene) -> Path:
 
 def run(full: bool, model: Path | None = None) -> None:
     """Print the tables; quick mode draws a few hundred pictures, full mode ten thousand."""
-    pipe, judge = subject(model), load_judge()
-    say(f"{scale_of(full)}: maps of each layer and step: {map_sheet(pipe, two_objects(1)[0])}\n")
+    pipe, judge, at = subject(model), load_judge(), pace(model, *USUAL)
+    say(f"{scale_of(full)}: maps of each layer and step: {map_sheet(pipe, two_objects(1)[0], at)}\n")
     pairs, triples = two_objects(200 if full else 20), three_objects(100 if full else 20)
-    effect(pipe, judge, "Three objects", triples, 4 if full else 1, CONTROLLED)
-    effect(pipe, judge, "Two objects", pairs, 4 if full else 1, CONTROLLED)
+    effect(pipe, judge, "Three objects", triples, 4 if full else 1, CONTROLLED, at)
+    effect(pipe, judge, "Two objects", pairs, 4 if full else 1, CONTROLLED, at)
     if full:
-        effect(pipe, judge, "Two objects, parts", pairs, 1, PARTS)
-        effect(pipe, judge, "Three objects, parts and other forms", triples, 1, FORMS)
+        effect(pipe, judge, "Two objects, parts", pairs, 1, PARTS, at)
+        effect(pipe, judge, "Three objects, parts and other forms", triples, 1, FORMS, at)
     kept, key = Rows(KEPT / "segregation.jsonl"), fingerprint(pipe)
     count = 160 if full else 16
     say(f"\nLayouts: {count} captions of two objects\n")
-    for line in layouts(pipe, count, kept, key):
+    for line in layouts(pipe, count, kept, key, at):
         say(line)
 
 
-def effect(pipe: Any, judge: Judge, title: str, scenes: Sequence[Scene], seeds: int, rows: Mapping[str, Row]) -> None:
+def effect(
+    pipe: Any, judge: Judge, title: str, scenes: Sequence[Scene], seeds: int, rows: Mapping[str, Row], at: Pace = USUAL
+) -> None:
     """Print one table."""
-    say(f"\n{title}: {len(scenes)} captions, seeds: {seeds}, {STEPS} steps, guidance {GUIDANCE:g}\n")
+    say(f"\n{title}: {len(scenes)} captions, seeds: {seeds}, {at.steps} steps, guidance {at.guidance:g}\n")
     say(
         "| | every object right | change, points | failures cut | lead of the second row | kinds | background | style |"
     )
     say("|---|---|---|---|---|---|---|---|")
-    for line in effect_rows(pipe, judge, scenes, seeds, rows):
+    for line in effect_rows(pipe, judge, scenes, seeds, rows, at):
         say(line)
 
 

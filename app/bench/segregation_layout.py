@@ -10,9 +10,8 @@ from typing import Any
 import torch
 
 from ... import AttentionSegregation, Plugin, graft
-from .model_card import GUIDANCE
-from .rows import Rows, drawing
-from .segregation_rows import STEPS
+from .rows import Pace, Rows, drawing
+from .segregation_rows import USUAL
 from .shapes import COLOURS
 from .statistics import share
 from .training import share_cores
@@ -53,7 +52,7 @@ def followed(picture: torch.Tensor, things: list[tuple[str, str]]) -> bool:
     return first is not None and second is not None and first < 0.5 < second
 
 
-def drawn(pipe: Any, settings: Mapping[str, Any] | None, first: int, count: int) -> list[bool]:
+def drawn(pipe: Any, settings: Mapping[str, Any] | None, first: int, count: int, at: Pace = USUAL) -> list[bool]:
     """Whether the layout is followed in each picture of the wishes `first` to `first + count`; None: without any."""
     share_cores()
     wishes = [wish(first + i) for i in range(count)]
@@ -61,13 +60,13 @@ def drawn(pipe: Any, settings: Mapping[str, Any] | None, first: int, count: int)
     plugins: list[Plugin] = [] if settings is None else [AttentionSegregation(kinds, **settings)]
     prompts = [" and ".join(f"a {c} {k}" for k, c in things) + f" , {place}" for things, place in wishes]
     generators = [torch.Generator().manual_seed(900 + first + i) for i in range(count)]
-    how = drawing(pipe, STEPS, GUIDANCE) | {"output_type": "pt", "generator": generators}
+    how = drawing(pipe, *at) | {"output_type": "pt", "generator": generators}
     with graft(pipe, *plugins):
         pictures = pipe(prompts, **how).images.cpu()
     return [followed(picture, things) for picture, (things, _) in zip(pictures, wishes, strict=True)]
 
 
-def layouts(pipe: Any, count: int, kept: Rows, key: Mapping[str, str]) -> Iterator[str]:
+def layouts(pipe: Any, count: int, kept: Rows, key: Mapping[str, str], at: Pace = USUAL) -> Iterator[str]:
     """Lines of the table."""
     masks = halves()
     rows: dict[str, dict[str, Any] | None] = {
@@ -83,6 +82,6 @@ def layouts(pipe: Any, count: int, kept: Rows, key: Mapping[str, str]) -> Iterat
         plugin = None if settings is None else AttentionSegregation(KINDS[:2], **settings).settings()
         for i in range(0, count, BATCH):
             n = min(BATCH, count - i)
-            label = {**key, "layout": plugin, "first": i, "count": n, "steps": STEPS, "guidance": GUIDANCE}
-            found += kept.remember(label, partial(drawn, pipe, settings, i, n))
+            label = {**key, "layout": plugin, "first": i, "count": n, **at._asdict()}
+            found += kept.remember(label, partial(drawn, pipe, settings, i, n, at))
         yield f"| {name} | {share(found).percent()} |"

@@ -19,10 +19,9 @@ from ...plugins.base import Session
 from ...plugins.concepts import find_concept
 from ...plugins.losses import binding_loss, segregation_loss
 from .judge import Judge, load_judge, look
-from .model_card import GUIDANCE
-from .rows import KEPT, drawing, fingerprint, subject
+from .rows import KEPT, Pace, drawing, fingerprint, pace, subject
 from .rows import Rows as Kept
-from .segregation_rows import FIRST, STEPS, three_objects
+from .segregation_rows import FIRST, USUAL, three_objects
 from .statistics import share
 from .training import share_cores
 from .world import Scene, caption
@@ -81,12 +80,12 @@ def wins(losses: Sequence[float], failed: Sequence[bool]) -> tuple[float, int]:
     return sum((b > g) + 0.5 * (b == g) for b in bad for g in good), len(bad) * len(good)
 
 
-def watched(pipe: Any, judge: Judge, scene: Scene, seeds: int) -> dict[str, Any]:
+def watched(pipe: Any, judge: Judge, scene: Scene, seeds: int, at: Pace) -> dict[str, Any]:
     """Which seeds of a scene's caption fail, and every loss of each: {"failed": [...], "name at step": [...]}."""
     share_cores()
     watch = Watch(scene)
     generators = [torch.Generator().manual_seed(50_000 + i) for i in range(seeds)]
-    settings = drawing(pipe, STEPS, GUIDANCE) | {"output_type": "pt", "generator": generators}
+    settings = drawing(pipe, *at) | {"output_type": "pt", "generator": generators}
     with graft(pipe, watch):
         pictures = pipe([caption(scene)] * seeds, **settings).images
     verdicts = look(judge, pictures.cpu() * 2 - 1)
@@ -100,23 +99,26 @@ def picked(losses: Sequence[float], failed: Sequence[bool], of: int = 8) -> list
     return [not failed[min(group, key=lambda i: losses[i])] for group in groups]
 
 
-def predictors(pipe: Any, judge: Judge, scenes: Sequence[Scene], seeds: int, kept: Kept, key: Key) -> Iterator[str]:
+def predictors(
+    pipe: Any, judge: Judge, scenes: Sequence[Scene], seeds: int, kept: Kept, key: Key, how: Pace = USUAL
+) -> Iterator[str]:
     """Lines of the table: area under the curve, and how often the best of 8 seeds is right. Captions that always or
     never fail say nothing of the first.
     """
+    moments = [at for at in AT if at < how.steps]
     seen: list[dict[str, Any]] = []
     for scene in scenes:
-        label = {**key, "predict": caption(scene), "seeds": seeds, "steps": STEPS, "guidance": GUIDANCE}
-        seen.append(kept.remember(label, partial(watched, pipe, judge, scene, seeds)))
+        label = {**key, "predict": caption(scene), "seeds": seeds, **how._asdict()}
+        seen.append(kept.remember(label, partial(watched, pipe, judge, scene, seeds, how)))
     telling = sum(0 < sum(one["failed"]) < seeds for one in seen)
     right = [not failed for one in seen for failed in one["failed"]]
     yield f"{telling} of {len(scenes)} captions fail for some of {seeds} seeds only; right: {share(right).percent()}"
     yield ""
-    yield "| loss | " + " | ".join(f"step {at} | best of 8" for at in AT) + " |"
-    yield "|---" * (2 * len(AT) + 1) + "|"
+    yield "| loss | " + " | ".join(f"step {at} | best of 8" for at in moments) + " |"
+    yield "|---" * (2 * len(moments) + 1) + "|"
     for name in LOOKS:
         cells: list[str] = []
-        for at in AT:
+        for at in moments:
             both = [(one[f"{name} at {at}"], one["failed"]) for one in seen]
             won, pairs = map(sum, zip(*(wins(*one) for one in both), strict=True))
             best = [ok for one in both for ok in picked(*one)]
@@ -128,7 +130,7 @@ def run(full: bool, model: Path | None = None) -> None:
     """Print the table; full mode draws 768 pictures, quick mode 24."""
     pipe, telling = subject(model), three_objects(24 if full else 3, FIRST + 900_000)
     sys.stdout.write("Area under the curve of the loss against failure, among seeds of one caption of three things\n\n")
-    kept = Kept(KEPT / "segregation.jsonl")
-    for line in predictors(pipe, load_judge(), telling, 32 if full else 8, kept, fingerprint(pipe)):
+    kept, how = Kept(KEPT / "segregation.jsonl"), pace(model, *USUAL)
+    for line in predictors(pipe, load_judge(), telling, 32 if full else 8, kept, fingerprint(pipe), how):
         sys.stdout.write(f"{line}\n")
         sys.stdout.flush()

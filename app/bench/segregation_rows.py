@@ -12,11 +12,13 @@ from ... import AttentionSegregation, Plugin
 from ...attention.step import Step
 from ...plugins.base import Probe
 from ...plugins.moves import low_pass, relative_step, step_factor
+from .model_card import GUIDANCE
+from .rows import Pace
 from .world import FRESH, Scene, scene
 
-STEPS = 20
 FIRST = FRESH + 3_000_000  # captions of the reported tables; settings are chosen on others
 DEFAULT = AttentionSegregation(["ball", "star"])
+USUAL = Pace(20, GUIDANCE)
 Row = Callable[[Sequence[Scene], int], Plugin | None]
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import gradio as gr
 
 from ...pipelines.families.support import unable
-from ..models import ONE_STEP, PICTUREBOOK, TRANSFORMER, embedded, suits
+from ..models import FEW_STEPS, ONE_STEP, PICTUREBOOK, TRANSFORMER, embedded, suits
 from ..techniques import techniques
 from .looks import ABSENT
 from .parts import MODEL, Laid, visitor
@@ -20,6 +20,7 @@ TITLES = {
     PICTUREBOOK: "picture book",
     ONE_STEP: "picture book, one-step student",
     TRANSFORMER: "picture book, transformer edition",
+    FEW_STEPS: "picture book, the transformer's four-step student",
 }
 
 

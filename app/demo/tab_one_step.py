@@ -10,7 +10,7 @@ import gradio as gr
 import diffgraft
 
 from ...plugins.base import Plugin
-from ..models import ONE_STEP
+from ..models import ONE_STEP, STUDENTS, suits
 from . import checks, parts
 from .painting import paint
 from .parts import Laid, Runs, keep
@@ -18,7 +18,7 @@ from .shown import shown
 from .studio import Studio
 from .told import told
 
-STEPS = 4
+STEPS = 5
 RULES = ["nasa", "nag", "vsf"]
 EXAMPLES = [["a star , night", "yellow"], ["a ball , sky", "yellow"], ["a house , snow", "tree"]]
 
@@ -59,6 +59,7 @@ class OneStepTab:
         painted = runs.on(run.click, self.one_step, inputs, outputs)
         runs.offer(self.one_step, outputs)
         runs.close()
+        model.change(self.own_steps, model, steps, api_visibility="private", queue=False, show_progress="hidden")
         gr.on(
             [negative.input, scale.release, rule.input], told(self.one_step), inputs, outputs, api_visibility="private",
             concurrency_id=parts.MODEL, concurrency_limit=1, trigger_mode="always_last", show_progress="minimal",
@@ -66,6 +67,15 @@ class OneStepTab:
 
         fields = dict(zip(["prompt", "negative", "rule", "scale", "steps", "seed", "model"], inputs, strict=True))
         return Laid(self.name, slider, [painted], fields, [(field, "NegativeAway") for field in (negative, run)], note)
+
+    def student(self, asked: str) -> str:
+        """The model that paints: where the page's own is no student, the embedded one stands for it."""
+        name = asked or self.studio.model
+        return ONE_STEP if name == self.studio.model and name not in STUDENTS else name
+
+    def own_steps(self, asked: str) -> int:
+        """The steps that suit the model; what is no student is looked at after one."""
+        return min(STEPS, suits(self.student(asked)).get("steps", 1))
 
     def one_step(
         self,
@@ -86,7 +96,7 @@ class OneStepTab:
             negative: What to keep away.
             rule: "nasa", "nag" or "vsf".
             scale: Strength, 0 to 100; 0 takes the one that was measured for the model.
-            steps: Denoising steps, 1 to 4.
+            steps: Denoising steps, 1 to 5.
             seed: 0 or more; empty or -1 draws one.
             model: Empty, or the page's own, for the embedded one-step student, else a folder, a file or a Hub id.
 
@@ -96,8 +106,7 @@ class OneStepTab:
         wish: dict[str, Any] = {"steps": checks.whole(steps, "steps", 1, STEPS), "guidance": 0.0}
         text, kept_away = checks.text(prompt, "the prompt", needed=True), checks.text(negative, "the negative")
         strength, used = checks.number(scale, "strength", 0, 100), checks.seed(seed)
-        asked = checks.text(model, "the model")
-        name = ONE_STEP if asked in ("", self.studio.model) else asked
+        name = self.student(checks.text(model, "the model"))
         page = parts.typed(self.name, locals())
         plugins: list[Plugin] = []
         if kept_away:

@@ -45,7 +45,7 @@ def evaluate(
 ) -> None:
     """Measure a technique on a model: the same rows and seeds with it and without it, scored, as a table."""
     with reported(verbose):
-        from ..models import ONE_STEP, PICTUREBOOK, open_model, shown_name, suits
+        from ..models import EMBEDDED, open_model, shown_name, suits
         from ..outputs import output_folder, write_whole
         from .cases import spread
         from .run import Evaluation
@@ -56,7 +56,7 @@ def evaluate(
         chosen, own = known(technique), _object(settings)
         for text in scorer or ():
             check(text)
-        cases, left_out = chosen.cases(data, model in (PICTUREBOOK, ONE_STEP))
+        cases, left_out = chosen.cases(data, model in EMBEDDED)
         if left_out:
             say(f"{left_out} rows are left out: {chosen.needs}")
         cases = spread(cases, limit)
