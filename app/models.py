@@ -25,7 +25,7 @@ _SUITS: Mapping[str, Mapping[str, Any]] = {
     PICTUREBOOK: {"guidance": 2.5},
     ONE_STEP: {"guidance": 0.0, "steps": 1},
     TRANSFORMER: {"guidance": 1.5},  # its pipeline counts from 0: others would call it 2.5
-    FEW_STEPS: {"guidance": 0.0, "steps": 5},  # four that move: its pipeline's last one begins at no noise
+    FEW_STEPS: {"guidance": 0.0, "steps": 4},
 }
 EMBEDDED = tuple(_SUITS)
 STUDENTS, _FLOWS = (ONE_STEP, FEW_STEPS), (TRANSFORMER, FEW_STEPS)

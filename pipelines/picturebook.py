@@ -52,7 +52,7 @@ def picturebook(
 
     The transformer edition is a plain `ZImagePipeline`, which counts guidance from 0 (1.5 there is 2.5 elsewhere) and
     draws 1024x1024 unless it is told: height=128, width=128. The tasks, commands and tables tell it by themselves. Its
-    student takes four steps: num_inference_steps=5, of which the last moves nothing, and guidance_scale=0.
+    student takes num_inference_steps=4 and guidance_scale=0.
 
     Args:
         transformer: the edition with a flow transformer (Z-Image's) in place of the UNet.

@@ -208,12 +208,11 @@ def test_noise_levels_reach_both_ends_and_lie_where_asked():
 def test_the_students_cuts_are_the_teachers_steps(pipe, tmp_path):
     found = flow_student.collect(pipe, first=5, count=2, side=32)
     assert found["points"].shape == (2, flow_student.STEPS + 1, 4, 8, 8) and found["tokens"].shape == (2, LENGTH)
-    scheduler = flow.build_scheduler()
-    scheduler.sigma_min = 0.0
-    scheduler.set_timesteps(flow_student.STEPS * flow_student.CROSSED + 1)
-    cuts = flow_student.levels()
-    assert torch.allclose(scheduler.sigmas[:: flow_student.CROSSED][: len(cuts)], cuts)
-    assert cuts[0] == 1 and cuts[-1] == 0
+    cuts, taken = flow_student.levels(), pipe.scheduler.sigmas  # what the pipeline itself has just gone through
+    assert torch.allclose(taken[:: flow_student.CROSSED], cuts) and cuts[0] == 1 and cuts[-1] == 0
+    called = {"num_inference_steps": flow_student.STEPS, "guidance_scale": 0.0, "height": 32, "width": 32}
+    pipe("a red ball", output_type="latent", **called)
+    assert torch.allclose(pipe.scheduler.sigmas, cuts)  # and as the student is called
 
 
 def test_a_student_that_learned_its_segments_ends_where_the_teacher_does(pipe, tmp_path):
@@ -229,9 +228,8 @@ def test_a_student_that_learned_its_segments_ends_where_the_teacher_does(pipe, t
         straight = (points[:, cut + 1] - points[:, cut]) / (cuts[cut] - cuts[cut + 1])
         seen["answer"] = list(straight.unsqueeze(2))
         assert student.loss(rows, torch.full((2,), cut)) == pytest.approx(0, abs=1e-5)
-        scheduler = flow.build_scheduler()
-        scheduler.sigma_min = 0.0
-        scheduler.set_timesteps(flow_student.STEPS + 1)
+        scheduler = student.pipe.scheduler
+        scheduler.set_timesteps(sigmas=torch.linspace(1, 1 / flow_student.STEPS, flow_student.STEPS).tolist())
         stepped = scheduler.step(-straight, scheduler.timesteps[cut], points[:, cut]).prev_sample
         assert torch.allclose(stepped, points[:, cut + 1], atol=1e-3)
 

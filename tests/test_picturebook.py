@@ -128,7 +128,7 @@ def test_the_student_runs_by_its_name_at_its_own_pace(student, tmp_path: Path):
     wish, out = tasks.Wish(models.FEW_STEPS, quiet=True), tmp_path / "made.png"
     tasks.generate(wish, "a red ball , sky", [], out, seed=1, n=1)
     told = read_settings(out)
-    assert (told["steps"], told["guidance"], told["width"]) == (5, 0, 128) and told["model"] == models.FEW_STEPS
+    assert (told["steps"], told["guidance"], told["width"]) == (4, 0, 128) and told["model"] == models.FEW_STEPS
 
 
 def test_an_installation_without_the_transformers_student_says_so(monkeypatch, tmp_path: Path):

@@ -4,10 +4,9 @@
     python -m diffgraft.app.bench.flow_student --minutes 60             # the student learns to cross them in four steps
 
 Collecting adds files `flow-paths-N.pt` (N: first seed) until its time is up; training reads all of them. The teacher
-takes 13 steps. Its trajectory is cut at every third, where the student's steps will lie, and the student learns the
+takes 12 steps. Its trajectory is cut at every third, where the student's steps will lie, and the student learns the
 straight way from each cut to the next one (segments of progressive distillation, Salimans and Ho, 2022, from whole
-trajectories). It is used as `num_inference_steps=5, guidance_scale=0`: the last step of Z-Image's pipeline begins at no
-noise and moves nothing.
+trajectories). It is used as `num_inference_steps=4, guidance_scale=0`.
 """
 
 from __future__ import annotations
@@ -37,9 +36,8 @@ PEAK, BATCH = 1e-3, 64
 def levels() -> torch.Tensor:
     """Shares of noise at the student's cuts, 1 ... 0, as the pipeline sets them."""
     scheduler = build_scheduler()
-    scheduler.sigma_min = 0.0
-    scheduler.set_timesteps(STEPS + 1)
-    return scheduler.sigmas[: STEPS + 1]
+    scheduler.set_timesteps(sigmas=torch.linspace(1, 1 / STEPS, STEPS).tolist())
+    return scheduler.sigmas
 
 
 def _keep(
@@ -63,7 +61,7 @@ def collect(pipe: ZImagePipeline, first: int, count: int, side: int = SIDE) -> d
         latents=noise,
         height=side,
         width=side,
-        num_inference_steps=STEPS * CROSSED + 1,
+        num_inference_steps=STEPS * CROSSED,
         guidance_scale=GUIDANCE,
         output_type="latent",
         callback_on_step_end=partial(_keep, kept),
@@ -140,7 +138,7 @@ class FlowStudent(BoxTrainer):
         """Saves the averaged weights in float16, and a contact sheet."""
         self.ema.swap()
         self.pipe.set_progress_bar_config(disable=True)
-        settings: dict[str, Any] = {"num_inference_steps": STEPS + 1, "guidance_scale": 0.0}
+        settings: dict[str, Any] = {"num_inference_steps": STEPS, "guidance_scale": 0.0}
         generator = torch.Generator().manual_seed(3)
         pictures = self.pipe(list(SHOWN), height=SIDE, width=SIDE, generator=generator, **settings).images
         contact_sheet(pictures, 6).save(self.work / "few-steps.png")
