@@ -12,17 +12,20 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline
 
+from ...attention.errors import ModelLoadError, UnsupportedPipelineError
 from ..models import ONE_STEP
 from .autoencoder import measure
 from .judge import Judge, Verdict, load_judge, look
-from .rows import drawing, pace, subject
-from .statistics import Estimate, share
+from .rows import KEPT, Rows, drawing, fingerprint, pace, subject
+from .statistics import share
 from .styles import STYLES
 from .train_judge import report
 from .training import share_cores
@@ -73,34 +76,39 @@ def draw(
     return ((torch.cat(drawn) * 255).round() / 127.5 - 1).movedim(-1, 1)
 
 
-def score(verdicts: Sequence[Verdict], scenes: Sequence[Scene]) -> dict[str, Estimate]:
-    """The four columns: all right (kinds and colours), kinds right, background, style."""
+def right(verdicts: Sequence[Verdict], scenes: Sequence[Scene]) -> dict[str, list[bool]]:
+    """The four columns, picture by picture: all right (kinds and colours), kinds right, background, style."""
     pairs = list(zip(verdicts, scenes, strict=True))
     return {
-        "all right": share([v.exact(s) for v, s in pairs]),
-        "kinds right": share([v.kinds(s) for v, s in pairs]),
-        "background": share([v.background == s.background for v, s in pairs]),
-        "style": share([v.style == s.style for v, s in pairs]),
+        "all right": [v.exact(s) for v, s in pairs],
+        "kinds right": [v.kinds(s) for v, s in pairs],
+        "background": [v.background == s.background for v, s in pairs],
+        "style": [v.style == s.style for v, s in pairs],
     }
 
 
 def evaluate(
-    pipe: DiffusionPipeline, judge: Judge, row: Row, *, count: int = 500, steps: int = 25, guidance: float = GUIDANCE
-) -> dict[str, Estimate]:
+    pipe: DiffusionPipeline, judge: Judge, row: Row, *, count: int, steps: int, guidance: float
+) -> dict[str, list[bool]]:
     """One row of the table; captions say everything, nothing is selected."""
     scenes = row.scenes(count)
     pictures = draw(pipe, [caption(s) for s in scenes], steps=steps, guidance=guidance, seed=0)
-    return score(look(judge, pictures), scenes)
+    return right(look(judge, pictures), scenes)
 
 
-def table(pipe: DiffusionPipeline, rows: Sequence[Row], count: int, steps: int, guidance: float) -> None:
-    """Prints the rows of a model, each as soon as it is known."""
-    judge = load_judge()
+def table(
+    pipe: DiffusionPipeline, rows: Sequence[Row], count: int, steps: int, guidance: float,
+    path: Path = KEPT / "model_card.jsonl",
+) -> None:  # fmt: skip
+    """Prints the rows of a model, each as soon as it is known, and keeps them."""
+    judge, kept = load_judge(), Rows(path)
+    how: dict[str, Any] = {"count": count, "steps": steps, "guidance": guidance}
     sys.stdout.write(f"{count} captions a row, {steps} steps, guidance {guidance:g}; in brackets 95% intervals\n\n")
     sys.stdout.write("| | all right | kinds right | background | style |\n|---|---|---|---|---|\n")
     for row in rows:
-        found = evaluate(pipe, judge, row, count=count, steps=steps, guidance=guidance)
-        sys.stdout.write(f"| {row.name} | " + " | ".join(e.percent() for e in found.values()) + " |\n")
+        key = fingerprint(pipe) | how | {"row": asdict(row)}
+        found = kept.remember(key, partial(evaluate, pipe, judge, row, **how))
+        sys.stdout.write(f"| {row.name} | " + " | ".join(share(v).percent() for v in found.values()) + " |\n")
         sys.stdout.flush()
 
 
@@ -146,14 +154,19 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=500, help="captions a row")
     parser.add_argument("--steps", type=int, help="25, or the student's own")
     parser.add_argument("--guidance", type=float, help=f"{GUIDANCE:g}, or the student's own")
-    parser.add_argument("--rows", type=int, nargs="*", default=range(len(ROWS)), help="only these, counted from 0")
+    numbers = range(len(ROWS))
+    parser.add_argument("--rows", type=int, nargs="+", choices=numbers, default=numbers, help="only these")
     parser.add_argument("--one-step", action="store_true", help="the student: one step, no guidance")
     args = parser.parse_args()
     model = Path(ONE_STEP) if args.one_step else args.model
     usual = pace(model, 25, GUIDANCE)
     steps = usual.steps if args.steps is None else args.steps
     guidance = usual.guidance if args.guidance is None else args.guidance
-    table(subject(model), [ROWS[i] for i in args.rows], args.count, steps, guidance)
+    try:
+        pipe = subject(model)
+    except (ModelLoadError, UnsupportedPipelineError) as error:
+        parser.error(str(error))
+    table(pipe, [ROWS[i] for i in args.rows], args.count, steps, guidance)
 
 
 if __name__ == "__main__":

@@ -186,7 +186,7 @@ def tables(bench: Bench, scenes: int, seeds: int) -> None:
     for kind in KINDS:
         sys.stdout.write(f"\nMasks: {kind}\n\n{HEAD}")
         chosen, found = list(cases(scenes, kind)), dict[str, Found]()
-        for name in [*((*DIFFUSION, CAP) if kind == "exact" else SEVERAL[:2]), *FILLS]:
+        for name in [*((*DIFFUSION, CAP) if kind == "exact" else SEVERAL), *FILLS]:
             found[name] = bench.measure(name, kind, scenes, seeds)
             sys.stdout.write(row(name, found[name], None if name == PLAIN else found[PLAIN], chosen))
             sys.stdout.flush()

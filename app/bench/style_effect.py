@@ -78,10 +78,16 @@ class Way:
 ALL = (("layers", "all"),)
 FEW = {"pairs": 24, "canaries": 8}
 """Of what was measured to be no choice, or costs most: fewer pairs."""
-DEFAULT = Way(
-    "attention distillation, late (the default)", "distillation",
-    more=tuple(sorted(distilling("picturebook", look_of("picturebook", "distillation"), STEPS).items())),
-)  # fmt: skip
+
+
+def late(strength: float = 1.0) -> Way:
+    """What `stylize` does on the picture book; its strength is in the rate."""
+    look = look_of("picturebook", "distillation", strength=strength)
+    more = tuple(sorted(distilling("picturebook", look, STEPS).items()))
+    return Way("attention distillation, late (the default)", "distillation", more=more)
+
+
+DEFAULT = late()
 WAYS = (
     DEFAULT,
     Way("plain img2img, style in words", None, words=True, pairs=24),
@@ -108,10 +114,15 @@ JOINT_WAYS = (
     Way("StyleID, moved aside", more=(("apart", 1.0),)),
 )
 """Where text and image are one sequence, there is no negative by attention, and positions are rotary."""
-SWEEP = tuple(
-    replace(way, name=f"{way.name}, strength {strength}", strength=strength)
-    for way in (Way("StyleID"), Way("StyleAligned", "stylealigned", more=ALL), Way("StyleID + filter", filtered=True))
-    for strength in (0.25, 0.5, 0.75, 1.0)
+STRENGTHS = (0.25, 0.5, 0.75, 1.0)
+SWEEP = (
+    *(
+        replace(way, name=f"{way.name}, strength {strength}", strength=strength)
+        for way in WAYS
+        if way.name in ("StyleID", "StyleAligned", "StyleID + filter")
+        for strength in STRENGTHS
+    ),
+    *(replace(late(strength), name=f"{DEFAULT.name}, strength {strength}") for strength in STRENGTHS),
 )
 
 
@@ -269,8 +280,7 @@ def measure(studio: Studio, way: Way, chosen: Sequence[Pair], canaries: int) -> 
     scores = Scores()
     for start in range(0, len(chosen), BATCH):
         batch, canary = chosen[start : start + BATCH], start < canaries and not way.words
-        named = hashlib.sha256(repr(list(batch)).encode()).hexdigest()[:24]
-        key = {**studio.key, "way": way.key(), "pairs": named, "canary": canary}
+        key = {**studio.key, "way": way.key(), "pairs": _named(batch), "canary": canary}
         made = studio.rows.remember(key, partial(scored, studio, way, batch, start, canary))
         for name, values in made.items():
             getattr(scores, name).extend(values)
@@ -313,18 +323,28 @@ def _nothing(pair: Pair) -> float:
 
 def given(studio: Studio, chosen: Sequence[Pair]) -> dict[str, Scores]:
     """What needs no sampling: doing nothing, the truth, and both behind the autoencoder."""
-    rows: dict[str, Scores] = {}
     kinds: dict[str, Callable[[Pair], Image.Image]] = {
         "doing nothing": lambda pair: world.render(pair.content),
         "the true re-rendering": lambda pair: pair.truth,
         "the style picture": lambda pair: world.render(pair.style),
+        "the truth behind the autoencoder": lambda pair: decoded(studio.pipe, pair.truth),
     }
-    kinds["the truth behind the autoencoder"] = lambda pair: decoded(studio.pipe, pair.truth)
-    for name, make in kinds.items():
-        rows[name] = Scores()
-        for pair in chosen:
-            _score(studio, rows[name], [pair], [world.render(pair.style)], [make(pair)])
-    return rows
+    key = {**studio.key, "pairs": _named(chosen)}
+    return {
+        name: Scores(**studio.rows.remember({**key, "given": name}, partial(_given, studio, make, chosen)))
+        for name, make in kinds.items()
+    }
+
+
+def _given(studio: Studio, make: Callable[[Pair], Image.Image], chosen: Sequence[Pair]) -> dict[str, Any]:
+    scores = Scores()
+    for pair in chosen:
+        _score(studio, scores, [pair], [world.render(pair.style)], [make(pair)])
+    return asdict(scores)
+
+
+def _named(chosen: Sequence[Pair]) -> str:
+    return hashlib.sha256(repr(list(chosen)).encode()).hexdigest()[:24]
 
 
 def decoded(pipe: Any, picture: Image.Image) -> Image.Image:
@@ -374,7 +394,7 @@ def tables(studio: Studio, chosen: Sequence[Pair], canaries: int, swept: int, wa
     for name in [way.name for way in ways if way.name.startswith("StyleID ")]:
         _write(_difference(name.removeprefix("StyleID "), found[name], found["StyleID"]) + "\n")
     if swept:
-        sweep_strength(studio, chosen[:swept])
+        sweep_strength(studio, chosen[:swept], ways)
 
 
 def _difference(name: str, after: Scores, before: Scores) -> str:
@@ -384,9 +404,10 @@ def _difference(name: str, after: Scores, before: Scores) -> str:
     return f"| {name} | {' | '.join(cells)} |"
 
 
-def sweep_strength(studio: Studio, chosen: Sequence[Pair]) -> None:
-    """Print and draw what `strength` trades."""
-    sweep = {way: measure(studio, way, chosen, 0) for way in SWEEP}
+def sweep_strength(studio: Studio, chosen: Sequence[Pair], ways: Sequence[Way]) -> None:
+    """Print and draw what `strength` trades; what the table has measured, with its leaks, is not measured again."""
+    canaries = {repr(way.key()): way.canaries for way in ways}
+    sweep = {way: measure(studio, way, chosen, canaries.get(repr(way.key()), 0)) for way in SWEEP}
     _write("\n" + HEAD.replace("| way |", "| strength sweep |"))
     for way, scores in sweep.items():
         _write(line(way.name, scores) + "\n")

@@ -16,8 +16,8 @@ def plot(points: dict[str, tuple[float, float]], path: Path) -> None:
 
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     axes = figure.subplots()
-    for method in dict.fromkeys(name.split(", ")[0] for name in points):
-        curve = {name.rsplit(" ", 1)[-1]: at for name, at in points.items() if name.split(", ")[0] == method}
+    for method in dict.fromkeys(name.rpartition(", ")[0] for name in points):
+        curve = {name.rsplit(" ", 1)[-1]: at for name, at in points.items() if name.rpartition(", ")[0] == method}
         axes.plot(*zip(*curve.values(), strict=True), "o-", label=method)
         for strength, at in curve.items():
             axes.annotate(strength, at, xytext=(5, 5), textcoords="offset points", fontsize=8)

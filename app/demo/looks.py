@@ -88,6 +88,7 @@ HEADER = f"""
 </header>
 """
 
+# pixi-target: in a canvas of an odd width the picture stands on half pixels, and white shows beside it.
 CSS = f"""
 .dg-techniques li[aria-label$="{ABSENT}"] {{ opacity: .55; cursor: not-allowed; }}
 .dg-absent > button, .dg-absent > * > button {{ opacity: .55; }}
@@ -108,6 +109,7 @@ CSS = f"""
 .gradio-container footer .divider { display: none; }
 .gradio-container :disabled:is(input, textarea) { opacity: .45 !important; cursor: not-allowed; }
 .gradio-container :is(.seed, .report) textarea:disabled { opacity: 1 !important; cursor: auto; }
+.gradio-container .pixi-target { width: round(down, 100%, 2px); }
 .dg-model input { text-overflow: ellipsis; }
 .gradio-container .dg-drop button { padding-top: 20px; }
 .gradio-container .cm-line span { color: inherit !important; }

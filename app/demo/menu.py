@@ -48,7 +48,7 @@ def wire(which: gr.Dropdown, studio: Studio, tabs: Sequence[Laid]) -> None:
         suited = suits(studio.check(name))
         keys = ["steps", "guidance"] * (len(turned) // 2)
         knobs = [gr.update(value=suited.get(key, value)) for key, value in zip(keys, usual, strict=True)]
-        parts = [gr.update(interactive=need not in lacks) for tab in tabs for _, need in tab.needs]
+        parts = [barred(part, need in lacks) for tab in tabs for part, need in tab.needs]
         listed = [gr.update(choices=offered(lacks)), lacks]
         return [*parts, *[said(tab, lacks) for tab in tabs], *knobs, *listed * (len(lists) // 2)]
 
@@ -56,6 +56,15 @@ def wire(which: gr.Dropdown, studio: Studio, tabs: Sequence[Laid]) -> None:
         told(choose), which, [*greyed, *notes, *turned, *lists], concurrency_id=MODEL, concurrency_limit=1,
         api_visibility="private", show_progress_on=[which],
     )  # fmt: skip
+
+
+def barred(part: Any, absent: bool) -> Any:
+    """A part that is of no use on this model, or is again; a drawer is closed and says so."""
+    if not isinstance(part, gr.Accordion):
+        return gr.update(interactive=not absent)
+    if absent:
+        return gr.update(label=f"{part.label}: {ABSENT}", open=False, elem_classes=["dg-absent"])
+    return gr.update(label=part.label, elem_classes=[])
 
 
 def offered(lacks: Mapping[str, str]) -> list[tuple[str, str]]:
@@ -72,4 +81,10 @@ def said(tab: Laid, lacks: dict[str, str]) -> Any:
             reasons.setdefault(lacks[need], []).append(f"<b>{need}</b>")
     lines = "".join(f"<li>{', '.join(names)}: {html.escape(reason)}</li>" for reason, names in reasons.items())
     text = f"This model cannot do everything here:<ul>{lines}</ul>" if reasons else ""
-    return gr.update(value=text, visible=bool(reasons))
+    return gr.update(value=text + greyed_chips(lacks) if tab.techniques else text, visible=bool(reasons))
+
+
+def greyed_chips(lacks: Mapping[str, str]) -> str:
+    """A style for those that are chosen already: their chips have no name but that of their button, "Remove 1"."""
+    chips = [f'.dg-techniques .token:has([title$=" {i}"])' for i, name in enumerate(techniques()) if name in lacks]
+    return f"<style>{', '.join(chips)} {{ opacity: .55; }}</style>" if chips else ""

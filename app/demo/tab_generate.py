@@ -49,7 +49,7 @@ class GenerateTab:
                     EXAMPLES[0][1], label="Concepts that must all appear",
                     info="Words of the prompt, with commas. Empty: off",
                 )  # fmt: skip
-                places, drawing = where(concepts)
+                drawer, places, drawing = where(concepts)
                 negative = gr.Textbox(
                     "", label="Keep away", info="A negative prompt inside the attention. Empty: off", placeholder="red"
                 )
@@ -92,7 +92,7 @@ class GenerateTab:
         runs.close()
         names = ["prompt", "concepts", "negative", "compare", "steps", "guidance", "count", "seed", "width", "height"]
         fields = dict(zip([*names, "model", "never", "places", "drawing"], inputs, strict=True))
-        lost = [(field, "AttentionSegregation") for field in (concepts, places, drawing, tries, better)]
+        lost = [(field, "AttentionSegregation") for field in (concepts, drawer, places, drawing, tries, better)]
         needs = [*lost, (never, "ConceptBlock"), (negative, "NegativeAway")]
         return Laid(self.name, pictures, [painted, again], fields, needs, note, knobs)
 
@@ -158,9 +158,9 @@ class GenerateTab:
         return shown, seen, str(ask.seed), parts.as_json(settings)
 
 
-def where(concepts: gr.Textbox) -> tuple[gr.Textbox, gr.ImageEditor]:
-    """The drawer in which each concept gets its place, by hand or in words."""
-    with gr.Accordion("Place them", open=False):
+def where(concepts: gr.Textbox) -> tuple[gr.Accordion, gr.Textbox, gr.ImageEditor]:
+    """The drawer in which each concept gets its place, in words or by hand."""
+    with gr.Accordion("Place them", open=False) as drawer:
         places = gr.Textbox(
             "", label="In words, in the order of the concepts", placeholder="left, right, top",
             info=f"Each of {', '.join(WORDS)}, or two together. Empty: anywhere",
@@ -172,4 +172,4 @@ def where(concepts: gr.Textbox) -> tuple[gr.Textbox, gr.ImageEditor]:
             "the places; *Improve this seed* searches without them."
         )
     concepts.change(legend, concepts, colours, queue=False, api_visibility="private", show_progress="hidden")
-    return places, drawing
+    return drawer, places, drawing
