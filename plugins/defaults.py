@@ -62,18 +62,21 @@ DEFAULTS: Mapping[str, Mapping[str, Default]] = {
 """Rule -> family -> default. Under guidance no paper gives a number: outside of the picture book it is the same."""
 
 
+JOINT = "joint"
+"""Every family in which text and image are one sequence; measured on the transformer picture book."""
+
 NUMBERS: Mapping[str, Mapping[str, float]] = {
     "stylize: strength of styleid": {"picturebook": 0.6, "other": 1.0},
-    "stylize: damping of the startpoint by structure": {"picturebook": 0.0, "other": 0.6},
-    "stylize: begin of distillation": {"picturebook": 0.4, "other": 0.0},
-    "stylize: structure of distillation": {"picturebook": 0.2, "other": 0.5},
-    "stylize: steps that share the way of distillation": {"picturebook": 20, "other": 0},
+    "stylize: damping of the startpoint by structure": {"picturebook": 0.0, JOINT: 0.0, "other": 0.6},
+    "stylize: begin of distillation": {"picturebook": 0.4, JOINT: 0.4, "other": 0.0},
+    "stylize: structure of distillation": {"picturebook": 0.2, JOINT: 0.2, "other": 0.5},
+    "stylize: steps that share the way of distillation": {"picturebook": 20, JOINT: 20, "other": 0},
     "attention_masks: power": {"picturebook": 1, "other": 4},
 }
 """Setting of a task -> family -> number; "other" is what the papers use, the picture book's are measured there."""
 
 CHOICES: Mapping[str, Mapping[str, str]] = {
-    "stylize: method": {"picturebook": "distillation", "other": "styleid"},
+    "stylize: method": {"picturebook": "distillation", JOINT: "distillation", "other": "styleid"},
 }
 """The same for what is no number."""
 

@@ -52,7 +52,7 @@ class AttendTo(Edit):
 
 
 class ImagePrompt(Edit):
-    """Scales what an IP-Adapter adds, by block; in blocks that are not named it adds nothing."""
+    """Scales what an IP-Adapter adds, by block, "" for all; in blocks that are not named it adds nothing."""
 
     every_call, traced = True, True
 
@@ -67,7 +67,8 @@ class ImagePrompt(Edit):
 
     def planned(self, layer: AttentionLayer, step: Step) -> Edit:
         here = ImagePrompt(self.scales)
-        here.factor = next((s for block, s in self.scales.items() if layer.name.startswith(f"{block}.")), 0.0)
+        named = (s for block, s in self.scales.items() if not block or layer.name.startswith(f"{block}."))
+        here.factor = next(named, 0.0)
         return here
 
     def out(self, call: AttentionCall, out: torch.Tensor) -> torch.Tensor:
@@ -212,7 +213,8 @@ class StyleInjection(Plugin):
         temperature: factor on the logits (styleid), above 0.
         shift: added to the logits of the reference (stylealigned); None is log 2 for a picture, 0 for a set, as the
             paper's program has it.
-        scale: of the IP-Adapter in its style block.
+        scale: of the IP-Adapter in its style block; where text and image are one sequence (FLUX, SD3) no block is known
+            for style, and it is of all that the adapter adds.
         start_adain: the initial latents get the style's mean and deviation in each channel; None: for styleid only.
         layers: "decoder" (without its coarsest level where there are three), "up", "all", or numbers of self-attention
             layers. On a transformer those two are its later half. None is "decoder", and "all" for "stylealigned", as
@@ -278,7 +280,8 @@ class StyleInjection(Plugin):
         if self.method == "ip_adapter":
             if not any(ImagePrompt({}).selects(layer) for layer in session.layers):
                 raise UnsupportedPipelineError("no IP-Adapter: pipe.load_ip_adapter(...), or use method='styleid'")
-            self._block = block_of(session.layers, "up", STYLE_BLOCK)
+            joint = any(layer.kind == "joint" for layer in session.layers)
+            self._block = "" if joint else block_of(session.layers, "up", STYLE_BLOCK)
             return
         self._joint = any(layer.kind == "joint" for layer in session.layers)
         self._rotary = session.rotary

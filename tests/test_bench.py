@@ -139,6 +139,15 @@ def test_style_effect(pipe, tmp_path, capsys, monkeypatch):
     assert capsys.readouterr().out == first
 
 
+def test_moving_the_reference_aside_is_compared_pair_by_pair(capsys):
+    near = style_effect.Scores(psnr=[14.0, 15.0], right=[True, True], kept=[False, False], intruder=[True, True])
+    far = style_effect.Scores(psnr=[16.0], right=[True], kept=[True], intruder=[True])
+    found = {"StyleAligned": near, "StyleAligned, moved aside": far}
+    style_effect._against("StyleAligned", [*found][1:], found, style_effect.JUDGED)
+    line = cells(capsys.readouterr().out)["moved aside"]
+    assert [cell.split()[0] for cell in line] == ["+2.000", "-", "-", "-", "+0.000", "+1.000", "+0.000"]
+
+
 def test_style_choice(pipe, tmp_path, capsys):
     assert all(p.style.background != p.content.background for p in style_effect.pairs(6, elsewhere=True))
     how = {"path": tmp_path / "rows.jsonl", "steps": 2}
@@ -200,11 +209,14 @@ def test_every_effect_runs_on_the_transformer_edition(flowing, tmp_path, monkeyp
     negative.measure(1, negative_effect.Sampling(1, 2.5), rule="nasa")
     removal = redirection_effect.Bench(flowing, tmp_path / "redirection.jsonl", steps=2)
     assert len(removal.measure(redirection_effect.PUBLISHED, "brush", 1, 1)) == 1
+    by_block = redirection_effect.blocks(flowing)
+    assert [*by_block][4:7] == [f"{name}.attention alone" for name in ("noise_refiner.0", "layers.0", "layers.1")]
+    assert len(removal.measure("layers.1.attention alone", "exact", 1, 1)) == 1
     scenes = two_objects(1)
     assert segregation_effect.draw(flowing, scenes, 0, guided(scenes, 0), once).shape == (1, 3, 128, 128)
     assert len(layout.drawn(flowing, None, 0, 1, once)) == 1
     studio, pair = style_effect.Studio(flowing, tmp_path / "style.jsonl", steps=2), style_effect.pairs(1)[:1]
-    for way in (style_effect.JOINT_WAYS[0], style_effect.JOINT_WAYS[-2]):
+    for way in (style_effect.JOINT_WAYS[0], style_effect.JOINT_WAYS[3], style_effect.JOINT_WAYS[-2]):
         assert len(style_effect.measure(studio, way, pair, 0).psnr) == 1
     scenes, key = two_objects(2), fingerprint(flowing)
     found = localisation.localisation(flowing, judge, scenes, rows, key, Pace(2, 2.5))

@@ -34,11 +34,13 @@ def statistics_of(x, like):
     return (x - x.mean(-2, keepdim=True)) * deviation + like.mean(-2, keepdim=True)
 
 
-def explicit(q, k, v, mask, scale, image, source, method="stylealigned", heat=1.5):
-    """Rows whose image queries see the reference's image as well, by all logits; `source` is a row for each."""
+def explicit(q, k, v, mask, scale, image, source, method="stylealigned", heat=1.5, seen=lambda keys: keys):
+    """Rows whose image queries see the reference's image as well, by all logits; `source` is a row for each, `seen`
+    what the reference's keys are seen as.
+    """
     out, shift = [], math.log(2)
     for row, ref in enumerate(source):
-        q1, k1, v1, k2, v2 = q[row], k[row], v[row], k[ref][:, image], v[ref][:, image]
+        q1, k1, v1, k2, v2 = q[row], k[row], v[row], seen(k[ref][:, image]), v[ref][:, image]
         m = torch.zeros(q1.shape[-2], k1.shape[-2], dtype=q.dtype) if mask is None else mask[row % len(mask), 0]
         m = m.expand(q1.shape[-2], -1)
         plain = ((q1 @ k1.mT) * scale + m).softmax(-1) @ v1
@@ -59,6 +61,28 @@ def explicit(q, k, v, mask, scale, image, source, method="stylealigned", heat=1.
         plain[:, image] = styled[:, image]
         out.append(plain)
     return torch.stack(out)
+
+
+def aside(keys):
+    """Keys [H, N, 8] turned by a picture's width along the columns and weighted, as complex numbers."""
+    angle = torch.zeros(4, dtype=torch.float64)
+    angle[2:] = GRID[1] * 100.0 ** -torch.tensor([0.0, 0.5], dtype=torch.float64)
+    factors = torch.tensor([1.2, 0.5, 0.5, 1.2], dtype=torch.float64)  # not spatial; the only, the highest, the lowest
+    turned_on = torch.view_as_complex(keys.unflatten(-1, (4, 2)).contiguous()) * torch.polar(factors, angle)
+    return torch.view_as_real(turned_on).flatten(-2)
+
+
+@pytest.mark.parametrize("method", ["stylealigned", "styleid"])
+def test_a_layer_with_a_reference_moved_aside_by_hand(method):
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(3, 2, 17, 8, generator=g, dtype=torch.float64) for _ in "qkv")
+    step = Step(0, 10, size=GRID, rows={"cond": slice(0, 2), "style": slice(2, 3)}, likes={"style": "cond"})
+    call = AttentionCall(AttentionLayer("a", None, "joint", "block", 0), q, k, v, None, 0.3, 0, step, slice(0, 5))
+    manner = Manner(method, 1.0, 0.75, 1.5, math.log(2), 1.0, (0.5, 1.2), Rotary((2, 2, 4), 100.0))
+    got = attend(call, [JointStyle("cond", {"a"}, manner, False)])[:2]
+    wanted = explicit(q, k, v, None, 0.3, slice(5, 17), [2, 2], method, seen=aside)
+    assert (got - wanted).abs().max() <= 1e-10
+    assert (got - explicit(q, k, v, None, 0.3, slice(5, 17), [2, 2], method)).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("method", ["stylealigned", "styleid"])
@@ -119,30 +143,36 @@ def test_keys_are_turned_as_the_models_turn_them():
 
 @pytest.mark.parametrize("name", ["flux", "qwen", "z-image", "chroma", "klein", "lumina2"])
 def test_declared_frequencies_are_the_models(pipes, name):
-    """Attention depends on differences of places alone: with query and key both moved it stays what it is."""
+    """Of a picture that is the same everywhere the first keys differ by their places alone."""
     from diffgraft.pipelines.families import adapter_for
 
-    rotary = adapter_for(pipes(name)).rotary
-    seen = []
+    adapter, seen = adapter_for(pipes(name)), []
 
-    class Watch(TorchFunctionMode):
-        def __torch_function__(self, func, types, args=(), kwargs=None):
-            given = dict(zip(("query", "key"), args, strict=False)) | (kwargs or {})
-            if func is SDPA and given["key"].shape[-2] >= 64:
-                seen.append((given["query"], given["key"]))
-            return func(*args, **(kwargs or {}))
+    class Watch(dg.Edit):
+        def selects(self, layer):
+            return layer.kind == "joint" or "noise_refiner" in layer.name
 
-    class Plain(dg.Plugin):
-        pass
+        def qkv(self, call):
+            image = slice(0, call.step.size[0] * call.step.size[1]) if call.layer.kind == "self" else call.asked
+            seen.append(call.k[:1, :, image].unflatten(2, call.step.size))
 
-    with Watch(), dg.graft(pipes(name), Plain()):
-        run(name, pipes(name), num_inference_steps=1)
-    q, k = seen[-1]
-    first = PIPES[name][1]
-    image = slice(q.shape[-2] - 64, None) if first else slice(0, 64)
-    q, k = q[:, :, image].unflatten(2, (8, 8)), k[:, :, image].unflatten(2, (8, 8))
-    unturned = turned(k.transpose(2, 3), rotary, (0.0, 0.0, 0.0))  # nothing to undo yet
-    assert unturned.shape[-1] == sum(rotary.axes) == q.shape[-1]
+    class Watcher(dg.Plugin):
+        def edits(self):
+            return [Watch()]
+
+    flat = torch.ones(1, channels_of(pipes(name)), *size_of(name)) * 0.5
+    with dg.graft(pipes(name), Watcher()):
+        run(name, pipes(name), num_inference_steps=1, latents=handed(adapter, name, flat), **told(name))
+    k, rotary = seen[0], adapter.rotary
+    rows, columns = (turned(k, rotary, (0.0, *by)) for by in ((1.0, 0.0), (0.0, 1.0)))
+    assert torch.allclose(rows[:, :, :-1], k[:, :, 1:], atol=1e-4)
+    assert torch.allclose(columns[:, :, :, :-1], k[:, :, :, 1:], atol=1e-4)
+    assert (k[:, :, 1:] - k[:, :, :-1]).abs().max() > 1e-2 and (k[..., 1:, :] - k[..., :-1, :]).abs().max() > 1e-2
+
+
+def handed(adapter, name, latent):
+    """Latents as the pipeline takes them."""
+    return latent if name in ("z-image", "lumina2", "klein") else adapter.as_sample(latent)
 
 
 # -- runs ------------------------------------------------------------------------------------------------------------
@@ -319,12 +349,13 @@ def test_stylize_gives_a_picture_of_the_contents_size(pipes, monkeypatch, name):
     monkeypatch.setattr(pipe, "default_sample_size", 16)
     content, look = (Image.new("RGB", size, colour) for size, colour in (((37, 29), "teal"), ((20, 30), "red")))
     made = dg.stylize(pipe, content, look, seed=1, steps=2, iterations=1)
-    assert made.size == content.size and made.info["diffgraft"]["method"] == "stylealigned"
+    assert made.size == content.size and made.info["diffgraft"]["method"] == "distillation"
     same = dg.stylize(pipe, content, look, seed=1, steps=2, iterations=1, strength=0.0)
     assert same.tobytes() == content.tobytes()
     if name == "flux":
-        other = dg.stylize(pipe, content, look, seed=1, steps=2, iterations=1, method="styleid")
-        assert other.tobytes() != made.tobytes()
+        ways = ("styleid", "stylealigned")
+        others = [dg.stylize(pipe, content, look, seed=1, steps=2, iterations=1, method=way) for way in ways]
+        assert len({made.tobytes(), *(other.tobytes() for other in others)}) == 3
 
 
 def test_stylize_says_what_it_cannot(pipes):

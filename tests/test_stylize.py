@@ -186,10 +186,12 @@ def test_what_was_measured_on_the_picture_book_is_its_default_and_the_papers_sta
     assert module.distilling("sd15", module.look_of("sd15", "distillation"), 50) == paper
     chosen = module.look_of("picturebook", "distillation", 0.5, begin=0.0)
     assert module.distilling("picturebook", chosen, 20) == paper
-    usual = module.look_of("picturebook", "distillation")
-    for steps, rate in ((20, 0.05), (50, 0.02), (2, 0.1)):
-        found = module.distilling("picturebook", usual, steps)
-        assert found == {"rate": pytest.approx(rate), "content_weight": 0.1, "start": 0.4}
+    for family in ("picturebook", "joint"):
+        usual = module.look_of(family, "distillation")
+        for steps, rate in ((20, 0.05), (50, 0.02), (2, 0.1)):
+            found = module.distilling(family, usual, steps)
+            assert found == {"rate": pytest.approx(rate), "content_weight": 0.1, "start": 0.4}
+        assert usual.alpha == 1.0 and preferred("stylize: method", family) == "distillation"
     assert module.look_of("picturebook", "styleid").begin == 0.0 and preferred("stylize: method", "sdxl") == "styleid"
 
 

@@ -19,7 +19,9 @@ from PIL import Image
 
 from ... import erase
 from ...attention.morphology import grow
+from ...pipelines.families import adapter_for
 from ...pipelines.families.latents import decode_latents, encode_image
+from ...plugins.redirection_joint import choose_layers
 from .fills import FILLS
 from .judge import WEIGHTS, load_judge, look
 from .redirection_scores import FIRST, KINDS, Case, Score, cases, score, textured
@@ -45,6 +47,7 @@ DIFFUSION: dict[str, dict[str, Any]] = {
 }
 SEVERAL = (PLAIN, CLEAN, PUBLISHED)
 """What is measured with all seeds."""
+BLOCK_SCENES = 20
 SPLITS: dict[str, Callable[[Case], bool]] = {
     "plain": lambda case: case.scene.style == "plain",
     "styled": lambda case: case.scene.style != "plain",
@@ -68,12 +71,13 @@ class Bench:
         self.pipe, self.rows, self.key = pipe, Rows(path), fingerprint(pipe)
         self.more = {} if steps is None else {"steps": steps}
         self.judge = load_judge() if WEIGHTS.exists() else None
+        self.ways = DIFFUSION | blocks(pipe)
 
     def measure(self, name: str, kind: str, scenes: int, seeds: int) -> Found:
         """Scores of a fill by its name; but for those in `SEVERAL`, one seed a scene."""
         chosen, found = list(cases(scenes, kind)), [list[Score]() for _ in range(scenes)]
         bare = {"judge": self.key["judge"]}
-        what = bare if name in FILLS else self.key | {"settings": DIFFUSION.get(name, {}) | self.more}
+        what = bare if name in FILLS else self.key | {"settings": self.ways.get(name, {}) | self.more}
         for seed in range(seeds if name in SEVERAL else 1):
             for start in range(0, scenes, BATCH):
                 part = chosen[start : start + BATCH]
@@ -102,11 +106,25 @@ class Bench:
         return self._by_model(name, chosen, seed)
 
     def _by_model(self, name: str, chosen: Sequence[Case], seed: int) -> list[NDArray[Any]]:
-        call = {"prompt": "", "batch_size": BATCH} | DIFFUSION[name] | self.more
+        call = {"prompt": "", "batch_size": BATCH} | self.ways[name] | self.more
         if call["prompt"] == BACKGROUND:
             call["prompt"] = [case.scene.background for case in chosen]
         images, marks = [case.image for case in chosen], [case.marked for case in chosen]
         return [np.asarray(out, float) for out in erase(self.pipe, images, marks, seed=seed, **call)]
+
+
+def blocks(pipe: Any) -> dict[str, dict[str, Any]]:
+    """On a transformer: one redirected row in which layers, and what the hole starts from; 12 steps."""
+    if not hasattr(pipe, "transformer"):
+        return {}
+    few, noised = {"scale": 1.0, "steps": 12}, {"scale": 1.0, "steps": 12, "origin": "picture"}
+    own = choose_layers(adapter_for(pipe).layers, "all")
+    alone = {f"{layer.name} alone": noised | {"layers": [layer.name]} for layer in own}
+    return {
+        "no layer": noised | {"scale": 0.0}, "all layers": noised, "the first half": noised | {"layers": "early"},
+        "the last half": noised | {"layers": "late"}, **alone,
+        "all layers, the hole from fresh noise": few | {"strength": 1.0}, "all layers, from a clean start": few,
+    }  # fmt: skip
 
 
 def _without_model(fill: Callable[..., NDArray[Any]], chosen: Sequence[Case]) -> list[NDArray[Any]]:
@@ -191,3 +209,15 @@ def tables(bench: Bench, scenes: int, seeds: int) -> None:
             sys.stdout.write(row(name, found[name], None if name == PLAIN else found[PLAIN], chosen))
             sys.stdout.flush()
         sys.stdout.write(f"\n{by_split(found, chosen)}")
+    by_block(bench, min(scenes, BLOCK_SCENES))
+
+
+def by_block(bench: Bench, scenes: int) -> None:
+    """The table of what `blocks` names, on exact masks."""
+    chosen, first = list(cases(scenes, "exact")), None
+    for name in blocks(bench.pipe):
+        if first is None:
+            sys.stdout.write(f"\nOne redirected row, by layer: {scenes} scenes\n\n{HEAD}")
+        found = bench.measure(name, "exact", scenes, 1)
+        sys.stdout.write(row(name, found, first, chosen))
+        first = first or found

@@ -37,6 +37,8 @@ HEAD = (
     "| judge: style right | judge: kinds kept | judge sees the style picture's thing |\n"
     "|---|---|---|---|---|---|---|---|---|\n"
 )
+MEASURED, JUDGED = ("psnr", "layout", "style", "leak"), ("right", "kept", "intruder")
+"""Kinds of scores."""
 STYLES = ("sketch", "mosaic", "dots", "watercolor")
 BATCH = 2 * len(STYLES)
 
@@ -103,16 +105,20 @@ WAYS = (
     Way("StyleID + both (StyleSSP)", filtered=True, omega=1.5, **FEW),
     Way("StyleID + negative 0.5", omega=0.5, **FEW),
 )
+APART = (("apart", 1.0),)
 JOINT_WAYS = (
-    *(
-        way
-        for way in WAYS
-        if way.omega is None and ("share_norms", True) not in way.more and way is not DEFAULT
-    ),
-    Way("StyleAligned, moved aside (the default)", "stylealigned", more=(("apart", 1.0),)),
-    Way("StyleAligned, moved aside, keys weighted", "stylealigned", more=(("apart", 1.0), ("key_weights", (0.5, 1.2)))),
-    Way("StyleID, moved aside", more=(("apart", 1.0),)),
-)
+    DEFAULT,
+    Way("StyleAligned", "stylealigned", more=ALL, pairs=60),
+    Way("StyleAligned, moved aside", "stylealigned", more=APART, pairs=60),
+    Way("StyleAligned, moved aside, keys weighted", "stylealigned", more=(*APART, ("key_weights", (0.5, 1.2))), **FEW),
+    Way("StyleAligned, moved aside, start filtered, AdaIN", "stylealigned", filtered=True,
+        more=(*APART, ("start_adain", True)), **FEW),
+    Way("StyleID", **FEW),
+    Way("StyleID, moved aside", more=APART, **FEW),
+    Way("attention distillation", "distillation", **FEW),
+    Way("plain img2img, style in words", None, words=True, pairs=24),
+    Way("AdaIN of the startpoint only", None, **FEW),
+)  # fmt: skip
 """Where text and image are one sequence, there is no negative by attention, and positions are rotary."""
 STRENGTHS = (0.25, 0.5, 0.75, 1.0)
 SWEEP = (
@@ -389,17 +395,28 @@ def tables(studio: Studio, chosen: Sequence[Pair], canaries: int, swept: int, wa
     for way in ways:
         found[way.name] = measure(studio, way, chosen[: way.pairs], min(canaries, way.canaries))
         _write(line(way.name, found[way.name]) + "\n")
-    _write("\nAgainst StyleID alone, pair by pair:\n\n")
-    _write("| added | PSNR, dB | layout | style | leak |\n|---|---|---|---|---|\n")
-    for name in [way.name for way in ways if way.name.startswith("StyleID ")]:
-        _write(_difference(name.removeprefix("StyleID "), found[name], found["StyleID"]) + "\n")
+    _against("StyleID", [way.name for way in ways if way.name.startswith("StyleID ")], found)
+    for base in ("StyleID", "StyleAligned"):
+        _against(base, [way.name for way in ways if way.name.startswith(f"{base}, moved")], found, JUDGED)
     if swept:
         sweep_strength(studio, chosen[:swept], ways)
 
 
-def _difference(name: str, after: Scores, before: Scores) -> str:
-    kinds = [(getattr(after, kind), getattr(before, kind)) for kind in ("psnr", "layout", "style", "leak")]
-    deltas = [paired_difference(one, other[: len(one)]) if one else None for one, other in kinds]
+def _against(base: str, names: Sequence[str], found: dict[str, Scores], more: Sequence[str] = ()) -> None:
+    """What each adds to `base`, pair by pair."""
+    if not names:
+        return
+    _write(f"\nAgainst {base} alone, pair by pair:\n\n")
+    heads = ["added", "PSNR, dB", *MEASURED[1:], *(f"judge: {kind}" for kind in more)]
+    _write(f"| {' | '.join(heads)} |\n{'|---' * len(heads)}|\n")
+    for name in names:
+        _write(_difference(name.removeprefix(base).strip(" ,"), found[name], found[base], (*MEASURED, *more)) + "\n")
+
+
+def _difference(name: str, after: Scores, before: Scores, kinds: Sequence[str]) -> str:
+    values = [(getattr(after, kind), getattr(before, kind)) for kind in kinds]
+    shared = [(one[: len(other)], other[: len(one)]) for one, other in values]
+    deltas = [paired_difference(one, other) if one and other else None for one, other in shared]
     cells = [f"{d.value:+.3f} ({d.low:+.3f} to {d.high:+.3f})" if d else "-" for d in deltas]
     return f"| {name} | {' | '.join(cells)} |"
 

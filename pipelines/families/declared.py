@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_map
 
 from ...attention.call import TextCall
 from ...attention.errors import SettingError, UnsupportedPipelineError
@@ -23,7 +24,7 @@ from .rows import call_of, split
 from .running import Running
 
 _NOT_BATCHED = ("return_dict", "img_ids", "txt_ids", "image_ids", "position_ids", "image_rotary_emb")
-
+_TOLD, _SHOWN = "joint_attention_kwargs", "ip_adapter_image_embeds"
 
 _SIGN = "\N{REPLACEMENT CHARACTER}"
 
@@ -57,7 +58,7 @@ class DeclaredAdapter(Adapter):
     def take(self, inputs: Inputs, rows: slice | torch.Tensor) -> Inputs:
         sample = inputs[self.sample]
         if isinstance(sample, torch.Tensor):
-            return super().take(inputs, rows)
+            return super().take(inputs, rows) | _adapted(inputs, rows, len(sample))
         indices = range(len(sample))[rows] if isinstance(rows, slice) else rows.tolist()
 
         def pick(value: Any) -> Any:
@@ -342,6 +343,18 @@ class DeclaredAdapter(Adapter):
     def check(self) -> None:
         super().check()
         self.check_inputs({})
+
+
+def _adapted(inputs: Inputs, rows: slice | torch.Tensor, batch: int) -> Inputs:
+    """What an IP-Adapter shows to some rows of the batch: the embeddings of one picture each, or of as many."""
+    told = inputs.get(_TOLD) or {}
+    if _SHOWN not in told:
+        return {}
+
+    def pick(one: torch.Tensor) -> torch.Tensor:
+        return one if len(one) % batch else one.unflatten(0, (batch, -1))[rows].flatten(0, 1)
+
+    return {_TOLD: told | {_SHOWN: tree_map(pick, told[_SHOWN])}}
 
 
 def _padded(value: torch.Tensor, length: int) -> torch.Tensor:

@@ -104,6 +104,11 @@ class DeclaredLoop(Loop):
         return self.solve.inputs(self.pipe, self.denoiser, texts, size)
 
     def with_images(self, inputs: Inputs, pictures: Sequence[Any] | None) -> Inputs:
+        if has_ip_adapter(self.denoiser):  # FLUX.1; SD3's may be left out
+            raise UnsupportedPipelineError(
+                f"the IP-Adapter of {type(self.denoiser).__name__} wants a picture at every call, which an inversion "
+                "does not give: call pipe.unload_ip_adapter() first"
+            )
         return inputs
 
     def predict(self, latents: torch.Tensor, timestep: torch.Tensor, inputs: Inputs) -> torch.Tensor:

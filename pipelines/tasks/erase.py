@@ -165,7 +165,8 @@ def _check_shown(pipe: Any, call: dict[str, Any]) -> None:
                 f"control_image= holds {shown} pictures for {nets} ControlNets: give one for each of them"
             )
     shown = {"ip_adapter_image", "ip_adapter_image_embeds"} & {*call}
-    if hasattr(pipe, "unet") and has_ip_adapter(pipe.unet) and not shown:
+    denoiser = getattr(pipe, "unet", None) or getattr(pipe, "transformer", None)
+    if denoiser is not None and has_ip_adapter(denoiser) and not shown:
         raise SettingError("the IP-Adapter has no picture: give ip_adapter_image=, or pipe.unload_ip_adapter()")
 
 

@@ -16,13 +16,13 @@ from ...attention.errors import NonFiniteError, SettingError, SettingTypeError, 
 from ...attention.pictures import as_rgb
 from ...attention.plain import plainly
 from ...plugins.base import Plugin, finite
-from ...plugins.defaults import measured, preferred
+from ...plugins.defaults import JOINT, measured, preferred
 from ...plugins.distillation import AttentionDistillation
 from ...plugins.optimised_style import OptimisedStyle
 from ...plugins.startpoint import StartpointFilter
 from ...plugins.style_injection import StyleInjection
 from ..families import adapter_for, latents
-from ..families.base import has_ip_adapter
+from ..families.base import Adapter, has_ip_adapter
 from ..families.loop import DeclaredLoop, loop_for, solve_of
 from ..grafting.graft import graft
 from .blend import same_parts
@@ -105,18 +105,20 @@ def stylize(
             but 0.6 for "styleid" on the picture book: there that costs a tenth of the style and keeps the layout.
         structure: 0 ... 1, how firmly the layout is held. Sets gamma = 0.5 + structure / 2, alpha = 1 - 0.6 * structure
             and the ControlNet's scale. None is 0.5, where the first two are those of the papers. On the picture book
-            alpha stays 1, since the filter is measured to cost layout, and None is 0.2 for "distillation".
+            and where text and image are one sequence alpha stays 1, since the filter is measured to cost layout, and
+            None is 0.2 for "distillation".
         prompt: what the content shows; empty works.
         steps: of the inversion and of the sampling.
         guidance: classifier-free guidance while sampling; 1 is none, as in StyleID. What a model was distilled for is 1
             too, in the inversion and while sampling, unless the call says otherwise.
         method: "styleid", "stylealigned" or "ip_adapter", see `StyleInjection`; "distillation" is
             `AttentionDistillation` with rate = 0.05 * strength and content_weight = structure / 2, dearer by gradients
-            (on the picture book that rate is for 20 steps, and 50 steps share its way: else they go too far).
+            (where it is the default that rate is for 20 steps, and 50 steps share its way: else they go too far).
             "optimised" takes the same loss as its paper transfers style: nothing is inverted or sampled, the content's
             latent is optimised by one Adam over the timesteps; published with steps=200.
-            None is "styleid", and "stylealigned" where text and image are one sequence; there the reference's rotary
-            positions are moved aside by a picture's width; and "distillation" on the picture book.
+            None is "styleid", and "distillation" on the picture book and where text and image are one sequence: there
+            "styleid" and "stylealigned" (whose reference is moved aside by a picture's width where positions are
+            rotary) were measured to repaint the style picture itself, but need no gradients.
         alpha: of `StartpointFilter`, 1 is off. gamma, temperature: of `StyleInjection`.
         invert_style: follow the style's inverted trajectory, and begin with its mean and deviation; False saves its
             inversion, uses it under noise and is much weaker.
@@ -142,9 +144,9 @@ def stylize(
     solve, adapter = solve_of(getattr(sampler, "transformer", None)), adapter_for(sampler)
     guided_by = "guidance_scale" if solve is None else solve.guided_by
     check_call(sampler, call, (guided_by, "latents", "width", "height", "prompt_embeds"))
-    joint = any(layer.kind == "joint" for layer in adapter.layers)
-    method = method or ("stylealigned" if joint else cast("How", preferred("stylize: method", adapter.family)))
-    look = look_of(adapter.family, method, structure, strength, alpha, gamma, temperature, invert_style, begin)
+    family = _family(adapter)
+    method = method or cast("How", preferred("stylize: method", family))
+    look = look_of(family, method, structure, strength, alpha, gamma, temperature, invert_style, begin)
     inverting = Inverting(negative, finite(omega, "omega"), iterations, tolerance)
     recipe = Recipe(prompt, steps, finite(guidance, "guidance"), look, inverting, as_list(plugins), call)
     contents, styles = as_list(content), [as_rgb(item) for item in as_list(style)]
@@ -304,7 +306,7 @@ def _plugins(pipe: Any, look: Look, pair: Pair) -> list[Plugin]:
     if _has_adapter(pipe) and not adapter:  # as in the inversion
         start.append(StyleInjection(method="ip_adapter", scale=0.0))
     if look.method == "distillation":
-        how = distilling(adapter_for(pipe).family, look, pair.subject.recipe.steps)
+        how = distilling(_family(adapter_for(pipe)), look, pair.subject.recipe.steps)
         return [*start, AttentionDistillation(pair.reference.style, content=pair.inversion, generator=noise, **how)]
     method: Any = look.method  # one of those that are left
     aside = 1.0 if method == "stylealigned" and adapter_for(pipe).rotary else 0.0
@@ -326,6 +328,11 @@ def distilling(family: str, look: Look, steps: int) -> dict[str, Any]:
     return {"rate": 0.05 * look.strength * pace, "content_weight": look.structure / 2, "start": look.begin}
 
 
+def _family(adapter: Adapter) -> str:
+    """Whose defaults hold."""
+    return JOINT if any(layer.kind == "joint" for layer in adapter.layers) else adapter.family
+
+
 def _has_adapter(pipe: Any) -> bool:
     return hasattr(pipe, "unet") and has_ip_adapter(pipe.unet)
 
@@ -345,6 +352,8 @@ def _options(pipe: Any, recipe: Recipe, pair: Pair, start: dict[str, Any]) -> di
         options |= {shown: seen, "controlnet_conditioning_scale": recipe.look.structure}
     if _has_adapter(pipe) and "ip_adapter_image_embeds" not in recipe.call:
         options["ip_adapter_image"] = [pair.reference.fitted] * len(pipe.unet.encoder_hid_proj.image_projection_layers)
+    elif recipe.look.method == "ip_adapter" and "ip_adapter_image_embeds" not in recipe.call:  # SD3
+        options["ip_adapter_image"] = pair.reference.fitted
     if "use_resolution_binning" in accepted:  # PixArt would move the size to one of its list
         options["use_resolution_binning"] = False
     options |= recipe.call
