@@ -18,7 +18,7 @@ from .shown import shown
 from .studio import Studio
 from .told import told
 
-STEPS = 5
+STEPS = 4
 RULES = ["nasa", "nag", "vsf"]
 EXAMPLES = [["a star , night", "yellow"], ["a ball , sky", "yellow"], ["a house , snow", "tree"]]
 
@@ -96,7 +96,7 @@ class OneStepTab:
             negative: What to keep away.
             rule: "nasa", "nag" or "vsf".
             scale: Strength, 0 to 100; 0 takes the one that was measured for the model.
-            steps: Denoising steps, 1 to 5.
+            steps: Denoising steps, 1 to 4.
             seed: 0 or more; empty or -1 draws one.
             model: Empty, or the page's own, for the embedded one-step student, else a folder, a file or a Hub id.
 
