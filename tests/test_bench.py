@@ -168,6 +168,7 @@ def test_negative_effect(pipe, tmp_path, monkeypatch):
     monkeypatch.setattr(negative_effect, "PAIRS", negative_effect.PAIRS[:1])
     how = negative_effect.Sampling(1)
     bench = negative_effect.Bench(pipe, load_judge(), tmp_path / "rows.jsonl")
+    assert list(negative_effect.steered(pipe)) == ["nasa", "nag", "vsf", "ong"]
     found = bench.measure(2, how, rule="nasa")
     bench.pipe = bench.judge = None
     assert bench.measure(2, how, rule="nasa") == found
@@ -207,6 +208,7 @@ def test_every_effect_runs_on_the_transformer_edition(flowing, tmp_path, monkeyp
     negative = negative_effect.Bench(flowing, judge, tmp_path / "negative.jsonl")
     monkeypatch.setattr(negative_effect, "PAIRS", negative_effect.PAIRS[:1])
     negative.measure(1, negative_effect.Sampling(1, 2.5), rule="nasa")
+    assert list(negative_effect.steered(flowing))[-1] == 'nasa, joint="full"'
     removal = redirection_effect.Bench(flowing, tmp_path / "redirection.jsonl", steps=2)
     assert len(removal.measure(redirection_effect.PUBLISHED, "brush", 1, 1)) == 1
     by_block = redirection_effect.blocks(flowing)

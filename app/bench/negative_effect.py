@@ -103,18 +103,23 @@ class Bench:
 
 
 def table(name: str, bench: Bench, seeds: int, rows: Sequence[Sampling]) -> None:
-    """Print one model's rows: each sampling alone, and with every rule at its default; rules beside guidance
-    with fewer seeds.
-    """
+    """Print one model's rows: each sampling alone, and steered in every way; these beside guidance with fewer seeds."""
     out = sys.stdout.write
     out(f"\n| {name} | pictures | shows the negative | kind right |\n|---|---|---|---|\n")
     for how in rows:
         alone, some = (f"guidance {how.guidance:g}", _fewer(seeds)) if how.guidance > 1 else ("no guidance", seeds)
         every = len(PAIRS) * seeds
         out(bench.measure(seeds, how).row(f"{alone}{', its own negative' * how.own_negative} | {every}"))
-        for rule in () if how.own_negative else SCALES:
-            out(bench.measure(some, how, rule=rule).row(f"{alone}, {rule} | {len(PAIRS) * some}"))
+        for way, steer in () if how.own_negative else steered(bench.pipe).items():
+            out(bench.measure(some, how, **steer).row(f"{alone}, {way} | {len(PAIRS) * some}"))
             sys.stdout.flush()
+
+
+def steered(pipe: Any) -> dict[str, dict[str, str]]:
+    """Every rule at its default; where text and image are one sequence, NASA's other form too."""
+    ways = {rule: {"rule": rule} for rule in SCALES}
+    joint = any(layer.kind == "joint" for layer in graft(pipe).layers)
+    return ways | ({'nasa, joint="full"': {"rule": "nasa", "joint": "full"}} if joint else {})
 
 
 def _fewer(seeds: int) -> int:
