@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import gc
 import pickle
 import sys
@@ -21,6 +22,7 @@ from plugins_for_tests import Guide, Scaled, fingerprint
 
 import diffgraft as dg
 from diffgraft.attention.hook import frames_of_threads, in_use
+from diffgraft.attention.seam import seam_on
 
 SIZE = {"height": 16, "width": 16}
 
@@ -321,6 +323,16 @@ def test_nothing_is_collected_while_the_threads_are_listed():
         assert frames_of_threads() and not gc.isenabled()  # it was off, and stays so
     finally:
         gc.enable()
+
+
+def test_a_neighbour_with_gradients_comes_by_while_a_graft_goes_on(base):
+    """A seam is on a moment before its graft has noted it: seen as a KeyError in another thread's probe."""
+    g = dg.graft(base, Scaled(0.5))
+    layer, embeds = g.layers[0], torch.zeros(1, 77, base.unet.config.cross_attention_dim)
+    x = torch.ones(1, 4, 8, 8, requires_grad=True)
+    plain = base.unet(x, 1, encoder_hidden_states=embeds).sample
+    with seam_on(layer.module, functools.partial(g._again, layer.name)):
+        assert torch.equal(base.unet(x, 1, encoder_hidden_states=embeds).sample, plain)
 
 
 class Wait(Scaled):

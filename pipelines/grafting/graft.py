@@ -298,8 +298,10 @@ class Graft:
     def _again(self, name: str) -> Task | None:
         """Work for a layer that a backward pass runs again, on a thread of autograd's."""
         run = run_again_for(self.adapter)
+        if run is None:  # also asked by neighbours while this graft goes on, its seam not yet known by name
+            return None
         seam = self._calls.seams[name]
-        return None if run is None else next((task for other, task in run.plan if other is seam), None)
+        return next((task for other, task in run.plan if other is seam), None)
 
     def link(self, scheduler: Any) -> None:
         """Follow this scheduler's steps until the graft comes off."""
