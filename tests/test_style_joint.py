@@ -231,14 +231,17 @@ class Shared(TorchFunctionMode):
         return torch.cat([rows, plain[-1:]])
 
 
-@pytest.mark.parametrize("name", ["flux", "sd3", "z-image", "qwen", "lumina2"])
+@pytest.mark.parametrize("name", JOINT)
 def test_a_run_is_one_row_more_by_hand(pipes, monkeypatch, name):
-    """The reference's latent and empty text beside the picture's in one batch, attention written out."""
-    pipe, z = pipes(name), style(pipes(name), size_of(name))
+    """The reference's latent and empty text beside two oblong pictures' in one batch, attention written out."""
+    pipe, size = pipes(name), (16, 24)
+    z = style(pipe, (8, 12) if name == "klein" else size)
+    two = told(name) | ({"prompt": ["a red ball"] * 2} if name == "qwen" else {})
     with dg.graft(pipe, dg.StyleInjection(z, method="stylealigned", layers="all")) as g:
-        got = run(name, pipe, num_inference_steps=1, **told(name))
-    assert g.report().rows == (2,) or 2 in g.report().rows
-    adapter, own = g.adapter, pipe.transformer.forward
+        got = run(name, pipe, 2, size, num_inference_steps=1, **two)
+    [rows] = g.report().rows  # where texts may differ a reference for each picture
+    own = slice(2, rows)
+    adapter, forwarded = g.adapter, pipe.transformer.forward
     noise = torch.randn(1, *z.shape[1:], generator=torch.Generator().manual_seed(2312090082))
 
     class Empty(dg.Plugin):
@@ -253,19 +256,19 @@ def test_a_run_is_one_row_more_by_hand(pipes, monkeypatch, name):
         run(name, pipe, num_inference_steps=1, **told(name))
 
     def forward(*args, **kwargs):
-        inputs = adapter.take(adapter.bind(args, kwargs), torch.tensor([0, 0]))
-        inputs = adapter.with_words(inputs, slice(1, 2), empty[0])
-        inputs = adapter.with_rows(inputs, slice(1, 2), noise)  # at the first step nothing but noise
-        least, ahead = 64 if name == "sd3" else 65, 0  # SD3.5 has layers of the image alone
+        inputs = adapter.take(adapter.bind(args, kwargs), torch.tensor([0, 1, 0, 1][:rows]))
+        inputs = adapter.with_words(inputs, own, empty[0])
+        inputs = adapter.with_rows(inputs, own, noise)  # at the first step nothing but noise
+        least, ahead = 96 if name == "sd3" else 97, 0  # SD3.5 has layers of the image alone
         if name == "lumina2":  # each row's image follows its own text at once
             lengths = inputs["encoder_attention_mask"].sum(1).tolist()
-            ahead = lengths[0] - lengths[1]
+            ahead = lengths[0] - lengths[2]
             assert ahead > 0
-        with Shared(PIPES[name][1], 64, least, ahead):
-            return (own(**inputs)[0][:1],)
+        with Shared(PIPES[name][1], 96, least, ahead):
+            return (forwarded(**inputs)[0][:2],)
 
     monkeypatch.setattr(pipe.transformer, "forward", forward)
-    wanted = run(name, pipe, num_inference_steps=1, **told(name))
+    wanted = run(name, pipe, 2, size, num_inference_steps=1, **two)
     assert (got - wanted).abs().max() <= 1e-5 * max(1, wanted.abs().max())
 
 

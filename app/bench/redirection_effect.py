@@ -122,8 +122,8 @@ def blocks(pipe: Any) -> dict[str, dict[str, Any]]:
     alone = {f"{layer.name} alone": noised | {"layers": [layer.name]} for layer in own}
     return {
         "no layer": noised | {"scale": 0.0}, "all layers": noised, "the first half": noised | {"layers": "early"},
-        "the last half": noised | {"layers": "late"}, **alone,
-        "all layers, the hole from fresh noise": few | {"strength": 1.0}, "all layers, from a clean start": few,
+        "the last half": noised | {"layers": "late"}, "all layers, the hole from fresh noise": few | {"strength": 1.0},
+        "all layers, from a clean start": few, **alone,
     }  # fmt: skip
 
 
