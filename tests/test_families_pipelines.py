@@ -294,6 +294,11 @@ def test_families_have_names_for_defaults():
     assert names == {"z-image", "chroma", "lumina2", "wan", "flux2", "krea2"}
     report = run(pipe_of("z_image"), dg.NegativeAway("red", rule="nag"), guidance_scale=0.0)[1]
     assert report.plugins[0][1]["scale_from"].startswith("users of Z-Image-Turbo")
+    report = run(pipe_of("z_image"), dg.NegativeAway("red"), guidance_scale=3.0)[1]
+    used = {"rule": "nasa", "scale": 0.5, "scale_from": "measured on the transformer picture book"}
+    assert report.plugins == [("NegativeAway", used)]
+    report = run(pipe_of("z_image"), dg.NegativeAway("red", rule="vsf"), guidance_scale=0.0)[1]
+    assert report.plugins[0][1] == {"rule": "vsf", "scale": 0.5, "scale_from": f"{used['scale_from']} without guidance"}
 
 
 # -- rows of its own ----------------------------------------------------------------------------------------
