@@ -212,7 +212,7 @@ def test_every_effect_runs_on_the_transformer_edition(flowing, tmp_path, monkeyp
     removal = redirection_effect.Bench(flowing, tmp_path / "redirection.jsonl", steps=2)
     assert len(removal.measure(redirection_effect.PUBLISHED, "brush", 1, 1)) == 1
     by_block = redirection_effect.blocks(flowing)
-    assert [*by_block][6:] == [f"{name}.attention alone" for name in ("noise_refiner.0", "layers.0", "layers.1")]
+    assert [*by_block][7:] == [f"{name}.attention alone" for name in ("noise_refiner.0", "layers.0", "layers.1")]
     assert len(removal.measure("layers.1.attention alone", "exact", 1, 1)) == 1
     scenes = two_objects(1)
     assert segregation_effect.draw(flowing, scenes, 0, guided(scenes, 0), once).shape == (1, 3, 128, 128)

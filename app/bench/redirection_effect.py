@@ -123,7 +123,7 @@ def blocks(pipe: Any) -> dict[str, dict[str, Any]]:
     return {
         "no layer": noised | {"scale": 0.0}, "all layers": noised, "the first half": noised | {"layers": "early"},
         "the last half": noised | {"layers": "late"}, "all layers, the hole from fresh noise": few | {"strength": 1.0},
-        "all layers, from a clean start": few, **alone,
+        "all layers, from a clean start": few, "the last half, from a clean start": few | {"layers": "late"}, **alone,
     }  # fmt: skip
 
 
