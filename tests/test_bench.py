@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -100,6 +101,15 @@ def test_model_card(pipe, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(model_card, "draw", None)  # nothing is drawn again
     model_card.table(pipe, *made)
     assert capsys.readouterr().out == first
+
+
+@pytest.mark.parametrize("words", [["--rows", "99"], ["--model", "no/such/folder"]])
+def test_what_is_mistyped_ends_in_one_sentence(words, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["model_card", *words])
+    with pytest.raises(SystemExit):
+        model_card.main()
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("model_card: error: ") and words[1] in last
 
 
 def test_redirection_effect(pipe, tmp_path, capsys, monkeypatch):

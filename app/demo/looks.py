@@ -109,7 +109,7 @@ CSS = f"""
 .gradio-container footer .divider { display: none; }
 .gradio-container :disabled:is(input, textarea) { opacity: .45 !important; cursor: not-allowed; }
 .gradio-container :is(.seed, .report) textarea:disabled { opacity: 1 !important; cursor: auto; }
-.gradio-container .pixi-target { width: round(down, 100%, 2px); }
+.gradio-container .image-container .pixi-target { width: round(down, 100%, 2px); }
 .dg-model input { text-overflow: ellipsis; }
 .gradio-container .dg-drop button { padding-top: 20px; }
 .gradio-container .cm-line span { color: inherit !important; }
