@@ -169,7 +169,8 @@ def test_style_choice(pipe, tmp_path, capsys):
     assert table["the true re-rendering"][-1].startswith("100.0%")
     assert len(table["against 0.5"]) == len(table["5 instead of 0"]) == len(style_choice.KINDS)
     assert table["5 instead of 0"][0] != "+0.000 (+0.000 to +0.000)"
-    assert len((tmp_path / "rows.jsonl").read_text().splitlines()) == 4
+    kept = (tmp_path / "rows.jsonl").read_text().splitlines()
+    assert [sum(f'"{kind}"' in row for row in kept) for kind in ("way", "given")] == [4, 4]
     style_choice.tables(pipe, ways, 1, 1, **how)
     assert capsys.readouterr().out == first
 
