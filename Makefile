@@ -9,7 +9,7 @@ BENCH := .venv/.bench
 INSTALL = $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check --constraint constraints.txt
 CHROMIUM := for name in chromium chromium-browser google-chrome; do command -v $$name && break; done
 PICTURE := outputs/picture.png
-PYTEST ?= -n 2 --dist loadfile --max-worker-restart 1
+PYTEST ?= -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 1
 
 help:  ## say what there is to make
 	@awk -F ':.*##' '/^[a-z-]+:.*##/ {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
