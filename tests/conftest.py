@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -12,12 +13,24 @@ import pytest
 import tiny
 import torch
 
+from diffgraft.pipelines.families.table import FAMILIES as DECLARED
+
 diffusers.utils.logging.set_verbosity_error()
 
 
 @pytest.fixture(autouse=True, scope="session")
 def _threads() -> None:
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _declarations() -> Iterator[None]:
+    """What a test (or a document's example) declares is not known to the next one, whatever order they run in."""
+    known = dict(DECLARED)
+    yield
+    if DECLARED != known:
+        DECLARED.clear()
+        DECLARED.update(known)
 
 
 FAMILIES = {"sd15": tiny.sd15, "sd2": tiny.sd2, "sdxl": tiny.sdxl}
