@@ -28,7 +28,7 @@ def _declarations() -> Iterator[None]:
     """What a test (or a document's example) declares is not known to the next one, whatever order they run in."""
     known = dict(DECLARED)
     yield
-    if DECLARED != known:
+    if known != DECLARED:
         DECLARED.clear()
         DECLARED.update(known)
 
