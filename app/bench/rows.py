@@ -39,7 +39,7 @@ class Rows:
         """
         name = json.dumps(key, sort_keys=True)
         if name not in self._known:
-            line = json.dumps({"key": key, "value": make()}, sort_keys=True)
+            line = json.dumps({"key": key, "value": make()})  # a value keeps its order: tables print in it
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a") as file:
                 file.write("\n" * self._cut + line + "\n")
