@@ -12,6 +12,8 @@ from diffgraft.plugins.negative_edits import pooled
 
 EXACT = {"rtol": 0, "atol": 1e-10}
 ROUNDING = {torch.float64: 2e-16, torch.float32: 1e-7, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+SUMS = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 1e-4, torch.bfloat16: 1e-4}
+"""Of a log-sum-exp: for half precision torch's kernel takes a rougher exponential on CPUs without AVX-512."""
 
 
 def normal(*shape, seed=0, dtype=torch.float64):
@@ -38,7 +40,7 @@ def test_attention_with_its_log_sum_exp(qkv, dtype):
     expected, sums = softmax(*(t.to(dtype).double() for t in (q, k, v)))
     assert out.dtype == dtype and lse.dtype == torch.promote_types(dtype, torch.float32)
     torch.testing.assert_close(out.double(), expected, rtol=0, atol=max(1e-10, 10 * ROUNDING[dtype]))
-    torch.testing.assert_close(lse.double(), sums, rtol=0, atol=1e-10 if dtype == torch.float64 else 1e-5)
+    torch.testing.assert_close(lse.double(), sums, rtol=0, atol=SUMS[dtype])
 
 
 def test_the_explicit_form_is_the_fused_one(qkv, monkeypatch):

@@ -728,7 +728,11 @@ def gradient_at(pipe, latents, step, steps, **settings):
     return (latents - look.seen[0]) / LARGE
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+LIKE = {torch.float16: 0.99, torch.bfloat16: 0.95}
+"""Cosine of the gradient to float32's, at least. A CPU without bfloat16 units reaches 0.966 at one of four steps."""
+
+
+@pytest.mark.parametrize("dtype", list(LIKE))
 def test_half_precision_gives_the_same_gradient_and_no_nan(book, dtype):
     """At the first four of ten steps, those that the default moves at."""
     call = {"guidance_scale": 1.0, "height": 128, "width": 128}
@@ -740,7 +744,7 @@ def test_half_precision_gives_the_same_gradient_and_no_nan(book, dtype):
             tiny.sample(book, CAPTION, num_inference_steps=10, **call)
         z = look.seen[0].to(dtype).float()
         exact, half = (gradient_at(model, z, step, 10) for model in (book, pipe))
-        assert torch.cosine_similarity(exact.flatten(), half.flatten(), 0) >= 0.99
+        assert torch.cosine_similarity(exact.flatten(), half.flatten(), 0) >= LIKE[dtype]
     with dg.graft(pipe, dg.AttentionSegregation(WORDS, end=1.0)) as g:
         out = tiny.sample(pipe, CAPTION, num_inference_steps=20, guidance_scale=1.0, height=64, width=64)
     assert torch.isfinite(out).all() and g.report().updates == 20
@@ -759,7 +763,7 @@ def test_the_route_of_values_is_steady_and_in_half_precision_too(book):
         found = {route: gradient_at(book, z, step, 10, route=route).flatten() for route in ("exact", "values")}
         of = ((pipe, z), (book, z + 0.03 * noise(book, 5)))
         half, beside = (gradient_at(*each, step, 10, route="values").flatten() for each in of)
-        assert torch.cosine_similarity(found["values"], half, 0) >= 0.99
+        assert torch.cosine_similarity(found["values"], half, 0) >= LIKE[torch.bfloat16]
         assert 0 < torch.cosine_similarity(found["values"], found["exact"], 0) < 0.999
         steady.append(torch.cosine_similarity(found["values"], beside, 0))
     assert torch.stack(steady).mean() >= 0.98 and min(steady) >= 0.95
