@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from unittest import mock
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -26,11 +27,8 @@ def _threads() -> None:
 @pytest.fixture(autouse=True)
 def _declarations() -> Iterator[None]:
     """What a test (or a document's example) declares is not known to the next one, whatever order they run in."""
-    known = dict(DECLARED)
-    yield
-    if known != DECLARED:
-        DECLARED.clear()
-        DECLARED.update(known)
+    with mock.patch.dict(DECLARED):
+        yield
 
 
 FAMILIES = {"sd15": tiny.sd15, "sd2": tiny.sd2, "sdxl": tiny.sdxl}

@@ -1,8 +1,16 @@
-"""Closing a served page while clients still listen to it."""
+"""Waiting for a served page, and closing it while clients still listen to it."""
 
 from __future__ import annotations
 
 import time
+
+
+def comes_true(what, seconds):
+    """Whether it does within so many seconds."""
+    deadline = time.monotonic() + seconds
+    while not what() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return what()
 
 
 def close(page):
@@ -14,7 +22,5 @@ def close(page):
     loop = getattr(stop, "_loop", None)
     if loop is not None:
         loop.call_soon_threadsafe(stop.set)
-        deadline = time.monotonic() + 5
-        while not stop.is_set() and time.monotonic() < deadline:
-            time.sleep(0.01)
+        comes_true(stop.is_set, 5)
     page.close()

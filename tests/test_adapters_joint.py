@@ -46,13 +46,7 @@ def sd3():
     denoiser.set_attn_processor({name: tt.lively(one) for name, one in made.items()})
     denoiser.image_proj = tt.lively(
         IPAdapterTimeImageProjection(
-            embed_dim=SEEN,
-            output_dim=width,
-            hidden_dim=16,
-            depth=1,
-            dim_head=8,
-            heads=2,
-            num_queries=4,
+            embed_dim=SEEN, output_dim=width, hidden_dim=16, depth=1, dim_head=8, heads=2, num_queries=4,
             timestep_in_dim=32,
         )  # fmt: skip
     )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import threading
-import time
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -127,17 +126,9 @@ def shot(page, name):
     page.screenshot(path=SHOTS / f"{name}-{page.name}.png", full_page=True)
 
 
-def comes_true(what):
-    """Whether it does, within what a busy machine may take."""
-    deadline = time.monotonic() + 60
-    while not what() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    return what()
-
-
 def comes_free(studio):
-    """Whether the model is given back."""
-    return comes_true(lambda: not studio._turn.locked() and not studio._stops)
+    """Whether the model is given back soon: within a call of the denoiser, and what a busy machine adds."""
+    return pages.comes_true(lambda: not studio._turn.locked() and not studio._stops, 15)
 
 
 def told_to_stop(studio):
@@ -348,7 +339,7 @@ def test_closing_the_tab_stops_its_run(chromium, address, studio, seen):
     press(leaving, "Paint")
     expect(leaving.get_by_text("picture 1 of 1").first).to_be_visible(timeout=PATIENCE)
     leaving.close()
-    assert comes_true(lambda: told_to_stop(studio))
+    assert pages.comes_true(lambda: told_to_stop(studio), 60)
     seen.set()
     assert comes_free(studio)
 

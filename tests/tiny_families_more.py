@@ -127,7 +127,6 @@ def cosmos(n: int, lengths: list[int], longest: int) -> dict[str, Any]:
 UNEVEN = ((7, 7), (12, 5), (4, 9))
 FILM = (4, 2, 8, 8)
 
-
 def ernie(spec: Tiny, texts: list[torch.Tensor], image: torch.Tensor) -> dict[str, Any]:
     longest = max(map(len, texts))
     rows = torch.stack([torch.nn.functional.pad(text, (0, 0, 0, longest - len(text))) for text in texts])

@@ -82,7 +82,9 @@ class Bench:
     ) -> list[Outcome]:
         pictures = self.draw([one.text for one in captions], seed, plugin, concept if way.own_negative else None, way)
         verdicts = look(self.judge, pictures)
-        return [(shown(v, concept), one.kept(v), v.style == "plain") for v, one in zip(verdicts, captions, strict=True)]
+        return [
+            (shown(v, concept), one.kept(v), v.style == "plain") for v, one in zip(verdicts, captions, strict=True)
+        ]
 
     def draw(
         self, texts: Sequence[str], seed: int, plugin: Plugin | None, negative: str | None = None, way: Way = PLAIN

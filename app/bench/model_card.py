@@ -34,7 +34,6 @@ from .world import FRESH, Scene, caption, scene
 ASSETS = Path(__file__).parents[2] / "assets"
 FIRST = FRESH + 1_000_000
 GUIDANCE = 2.5
-COLUMNS = ("all right", "kinds right", "background", "style")
 
 
 @dataclass(frozen=True)
@@ -80,8 +79,12 @@ def draw(
 def right(verdicts: Sequence[Verdict], scenes: Sequence[Scene]) -> dict[str, list[bool]]:
     """The four columns, picture by picture: all right (kinds and colours), kinds right, background, style."""
     pairs = list(zip(verdicts, scenes, strict=True))
-    found = [(v.exact(s), v.kinds(s), v.background == s.background, v.style == s.style) for v, s in pairs]
-    return dict(zip(COLUMNS, map(list, zip(*found, strict=True)), strict=True))
+    return {
+        "all right": [v.exact(s) for v, s in pairs],
+        "kinds right": [v.kinds(s) for v, s in pairs],
+        "background": [v.background == s.background for v, s in pairs],
+        "style": [v.style == s.style for v, s in pairs],
+    }
 
 
 def evaluate(
@@ -101,11 +104,11 @@ def table(
     judge, kept = load_judge(), Rows(path)
     how: dict[str, Any] = {"count": count, "steps": steps, "guidance": guidance}
     sys.stdout.write(f"{count} captions a row, {steps} steps, guidance {guidance:g}; in brackets 95% intervals\n\n")
-    sys.stdout.write(f"| | {' | '.join(COLUMNS)} |\n|{'---|' * (len(COLUMNS) + 1)}\n")
+    sys.stdout.write("| | all right | kinds right | background | style |\n|---|---|---|---|---|\n")
     for row in rows:
         key = fingerprint(pipe) | how | {"row": asdict(row)}
         found = kept.remember(key, partial(evaluate, pipe, judge, row, **how))
-        sys.stdout.write(f"| {row.name} | " + " | ".join(share(found[name]).percent() for name in COLUMNS) + " |\n")
+        sys.stdout.write(f"| {row.name} | " + " | ".join(share(v).percent() for v in found.values()) + " |\n")
         sys.stdout.flush()
 
 

@@ -82,7 +82,9 @@ def pixart(name: str, side: int, tokens: int) -> Shape:
     return Shape(name, make, inputs, tokens, 4096)
 
 
-def flux(name: str, side: int, tokens: int, later: float | None, *, guidance: bool, layers: int | None = None) -> Shape:
+def flux(
+    name: str, side: int, tokens: int, later: float | None, *, guidance: bool, layers: int | None = None
+) -> Shape:
     """FLUX.1 at `side` x `side` image tokens; with `layers` blocks of each kind, None for all."""
     fewer = {} if layers is None else {"num_layers": layers, "num_single_layers": layers}
 

@@ -115,7 +115,9 @@ def curve(losses: Sequence[float]) -> str:
     low, high = min(losses), max(losses)
     best, span = losses.index(low), (high - low) or 1.0
     across = (_WIDE - 2 * _EDGE) / max(1, len(losses) - 1)
-    points = [(_EDGE + i * across, _EDGE + (_HIGH - 2 * _EDGE) * (high - loss) / span) for i, loss in enumerate(losses)]
+    points = [
+        (_EDGE + i * across, _EDGE + (_HIGH - 2 * _EDGE) * (high - loss) / span) for i, loss in enumerate(losses)
+    ]
     line = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
     said = f"Loss {losses[0]:.3f} at the seed's own noise, {low:.3f} after {best} of {len(losses) - 1} updates"
     x, y = points[best]

@@ -89,12 +89,10 @@ HEADER = f"""
 """
 
 # pixi-target: in a canvas of an odd width the picture stands on half pixels, and white shows beside it.
-CSS = (
-    f"""
+CSS = f"""
 .dg-techniques li[aria-label$="{ABSENT}"] {{ opacity: .55; cursor: not-allowed; }}
 .dg-absent > button, .dg-absent > * > button {{ opacity: .55; }}
-"""
-    + """
+""" + """
 .gradio-container { max-width: 1180px !important; width: 100%; margin: 0 auto; }
 .gradio-container .grid-wrap { min-height: 0 !important; height: auto !important; padding-top: 44px !important; }
 .gradio-container .caption-label { font-size: .8rem; max-width: 96%; }
@@ -151,4 +149,3 @@ CSS = (
   .dg-head p { font-size: .9rem; line-height: 1.3; }
 }
 """
-)

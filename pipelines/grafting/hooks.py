@@ -16,7 +16,9 @@ After = Callable[[Any], Any]
 """after(output): what is returned instead; None leaves it. The output is None where the denoiser raised."""
 
 
-def hook_denoiser(denoiser: nn.Module, positional: Sequence[str], before: Before, after: After) -> Callable[[], None]:
+def hook_denoiser(
+    denoiser: nn.Module, positional: Sequence[str], before: Before, after: After
+) -> Callable[[], None]:
     """See and change the denoiser's inputs and outputs; returns the undo.
 
     torch's own hooks, because accelerate's offload drops anything patched on `forward`.
