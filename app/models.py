@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 from collections.abc import Mapping
 from pathlib import PurePath
@@ -9,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..attention.errors import SettingError
+from ..attention.errors import ModelLoadError, SettingError
 from ..attention.pictures import expanded
 from ..pipelines.load import check, load
 from ..pipelines.picturebook import FEW_STEPS as STUDENT
@@ -45,12 +46,14 @@ def open_model(
         revision: of a Hub id. variant: of the weights' files, such as "fp16".
 
     Raises:
-        ModelLoadError: the model cannot be loaded. SettingError: no such device or dtype.
+        ModelLoadError: the model cannot be loaded, or its name is nearly an embedded one's. SettingError: no such
+            device or dtype.
     """
     place = find_device(device)
     kind = find_dtype(dtype) or (torch.float32 if place.type == "cpu" else torch.float16)
     if name in EMBEDDED:
         return picturebook(one_step=name in STUDENTS, transformer=name in _FLOWS, dtype=kind, device=place)
+    _check_spelling(name)
     return load(name, dtype=kind, device=place, revision=revision, variant=variant)
 
 
@@ -58,10 +61,18 @@ def check_model(name: str, variant: str | None = None) -> None:
     """Raise what can be said about a model without opening it.
 
     Raises:
-        ModelLoadError: no such file or folder, a pickle, or no checkpoint.
+        ModelLoadError: no such file or folder, a pickle, no checkpoint, or nearly an embedded model's name.
     """
     if name not in EMBEDDED:
+        _check_spelling(name)
         check(name, variant)
+
+
+def _check_spelling(name: str) -> None:
+    """Nearly an embedded model's name is a slip, which the Hub would only call unknown."""
+    near = difflib.get_close_matches(name, EMBEDDED, n=1, cutoff=0.8)
+    if near and not expanded(name).exists():
+        raise ModelLoadError(f"there is no model {name!r}; did you mean {near[0]}? Embedded: {', '.join(embedded())}")
 
 
 def denoiser_of(name: str) -> str | None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 
-from ..attention.errors import ModelLoadError
+from ..attention.errors import ModelLoadError, SettingTypeError
 from .load import load
 
 if TYPE_CHECKING:
@@ -62,7 +62,11 @@ def picturebook(
 
     Raises:
         ModelLoadError: the asked-for weights are not part of this installation.
+        SettingTypeError: transformer= or one_step= is neither True nor False.
     """
+    for name, value in {"transformer": transformer, "one_step": one_step}.items():
+        if not isinstance(value, bool):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise SettingTypeError(f"{name}={value!r}: give True or False")
     pipe = _flow(one_step, dtype, device) if transformer else _stable(one_step, dtype, device)
     # A hook on the encoder, not on the tokenizer: whatever is encoded passes here, the pipeline's classes stay plain,
     # and torch carries a partial of a module-level function through deepcopy and pickle; save_pretrained skips it.

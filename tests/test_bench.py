@@ -274,4 +274,5 @@ def test_a_mistyped_model_is_one_sentence(monkeypatch, capsys):
     with pytest.raises(SystemExit) as ended:
         bench.main()
     told = capsys.readouterr().err
-    assert ended.value.code == 2 and "'picturbook' is not on this machine" in told and "Traceback" not in told
+    assert "there is no model 'picturbook'; did you mean picturebook?" in told
+    assert ended.value.code == 2 and "Traceback" not in told

@@ -15,6 +15,7 @@ import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 
 import diffgraft as dg
+from diffgraft.app.models import check_model, open_model
 
 
 @pytest.fixture(scope="module")
@@ -168,3 +169,20 @@ def test_an_installation_without_the_one_step_book_says_so(monkeypatch, tmp_path
     monkeypatch.setattr("diffgraft.pipelines.picturebook.ONE_STEP", tmp_path / "none")
     with pytest.raises(dg.ModelLoadError, match="one-step"):
         dg.picturebook(one_step=True)
+
+
+@pytest.mark.parametrize("opening", [check_model, open_model])
+@pytest.mark.parametrize("slip", ["picturebook-transformer-fewsteps", "picturebook_one_step", "Picturebook"])
+def test_a_mistyped_embedded_model_is_told_which_there_are(opening, slip, tmp_path, monkeypatch):
+    with pytest.raises(dg.ModelLoadError, match=f"no model '{slip}'; did you mean picturebook.*Embedded: .*few-steps"):
+        opening(slip)
+    monkeypatch.chdir(tmp_path)  # a folder of that name is meant where there is one
+    (tmp_path / slip).mkdir()
+    with pytest.raises(dg.ModelLoadError, match="is not a pipeline folder"):
+        opening(slip)
+
+
+@pytest.mark.parametrize("given", [{"transformer": "yes"}, {"one_step": 1}])
+def test_a_flag_of_the_picture_book_is_true_or_false(given):
+    with pytest.raises(dg.SettingTypeError, match="give True or False"):
+        dg.picturebook(**given)
