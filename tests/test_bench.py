@@ -108,6 +108,22 @@ def test_model_card(pipe, tmp_path, capsys, monkeypatch):
     assert [cell.split("%")[0] for cell in found] == ["0.0", "100.0", "0.0", "100.0"]
 
 
+def test_a_row_of_the_card_goes_on_where_it_was_cut(pipe, tmp_path, monkeypatch):
+    monkeypatch.setattr(model_card, "PART", 2)
+    judge, row, path, how = load_judge(), model_card.ROWS[0], tmp_path / "rows.jsonl", {"steps": 1, "guidance": 1.0}
+    begun = model_card.kept_row(pipe, judge, row, 2, Rows(path), {}, **how)
+    draw, drawn = model_card.draw, list[int]()
+
+    def watched(*given, seed, **settings):
+        drawn.append(seed)
+        return draw(*given, seed=seed, **settings)
+
+    monkeypatch.setattr(model_card, "draw", watched)
+    found = model_card.kept_row(pipe, judge, row, 3, Rows(path), {}, **how)
+    assert drawn == [2] and begun == {name: values[:2] for name, values in found.items()}
+    assert found == model_card.evaluate(pipe, judge, row, count=3, **how)
+
+
 @pytest.mark.parametrize("words", [["--rows", "99"], ["--model", "no/such/folder"]])
 def test_what_is_mistyped_ends_in_one_sentence(words, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["model_card", *words])
@@ -238,9 +254,10 @@ def test_every_effect_runs_on_the_transformer_edition(flowing, tmp_path, monkeyp
         assert len(style_effect.measure(studio, way, pair, 0).psnr) == 1
     scenes, key = two_objects(2), fingerprint(flowing)
     found = localisation.localisation(flowing, judge, scenes, rows, key, Pace(2, 2.5))
-    assert sorted(found) == [f"layers.{i}.attention at {step}" for i in range(2) for step in range(2)]
+    named = [f"layers.{i}.attention{word}" for i in range(2) for word in ("", ", colour")]
+    assert sorted(found) == [f"{layer} at {step}" for layer in named for step in range(2)]
     assert localisation.localisation(None, None, scenes, rows, key, Pace(2, 2.5)) == found
-    assert len(localisation.lines(found, 2)) == 4
+    assert len(localisation.lines(found, 2)) == 6
 
 
 def test_a_round_trip_that_is_solved_gives_the_picture_again(flowing, tmp_path, monkeypatch):

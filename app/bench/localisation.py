@@ -2,9 +2,10 @@
 
     python -m diffgraft.app.bench localisation --full
 
-Prints, for two plain things, the share of a noun's attention (mean over heads) that lies on its own thing and on the
-other one, as the judge's kind maps find them in the finished picture; the share of the area that the thing takes is
-the value of a blind map. Where text and image are one sequence, it is the attention of the image to the text alone.
+Prints, for two plain things, the share of a word's attention (mean over heads) that lies on its own thing and on the
+other one, as the judge's kind maps find them in the finished picture: of its noun and of its colour. The share of the
+area that the thing takes is the value of a blind map. Where text and image are one sequence, it is the attention of the
+image to the text alone.
 """
 
 from __future__ import annotations
@@ -34,16 +35,17 @@ from .world import Scene, caption
 
 USUAL, BATCH = Pace(25, 4.0), 16
 Shares = list[tuple[float, float, float]]
-"""Of each thing found: of its noun's attention what lies on itself and on the other thing, and its area."""
+"""Of each thing found: of its word's attention what lies on itself and on the other thing, and its area."""
+WORDS = {"": "kind", ", colour": "colour"}  # of a thing, by what is added to the layer's name
 
 
 class Watch(Plugin):
-    """Notes the map of each noun in every layer at some steps.
+    """Notes the maps of each thing's words in every layer at some steps.
 
     Args:
         steps: of the whole sampling.
     Attributes:
-        seen: by layer and step, of each scene, of each of its things: [16, 16], with a sum of 1.
+        seen: by layer (and word) and step, of each scene, of each of its things: [16, 16], with a sum of 1.
     """
 
     def __init__(self, scenes: Sequence[Scene], steps: int) -> None:
@@ -60,16 +62,22 @@ class Watch(Plugin):
         return self.captures
 
     def begin(self, session: Session, step: Step) -> None:
-        self.columns = [
-            [find_concept(session, caption(scene), thing.kind).columns for thing in scene.things]
-            for scene in self.scenes
-        ]
+        self.columns = {
+            suffix: [
+                [find_concept(session, caption(scene), getattr(thing, word)).columns for thing in scene.things]
+                for scene in self.scenes
+            ]
+            for suffix, word in WORDS.items()
+        }
 
     def combine(self, step: Step, prediction: torch.Tensor, rows: Rows) -> None:
         for capture in self.captures:
             for name, maps in capture.maps.items() if step.index in self.moments else ():
-                found = zip(maps, self.columns, strict=True)
-                self.seen[name, step.index] = [[cells(one[:, own].mean(1)) for own in things] for one, things in found]
+                for suffix, columns in self.columns.items():
+                    self.seen[name + suffix, step.index] = [
+                        [cells(one[:, own].mean(1)) for own in things]
+                        for one, things in zip(maps, columns, strict=True)
+                    ]
             capture.clear()
 
 
@@ -122,14 +130,14 @@ def localisation(
     for first in range(0, len(scenes), BATCH):
         part = scenes[first : first + BATCH]
         captions = [caption(scene) for scene in part]
-        label = {**key, "localisation": captions, "first": first, **at._asdict()}
+        label = {**key, "localisation": captions, "words": [*WORDS.values()], "first": first, **at._asdict()}
         for name, values in kept.remember(label, partial(watched, pipe, judge, part, first, at)).items():
             found.setdefault(name, []).extend(tuple(value) for value in values)
     return found
 
 
 def lines(found: Mapping[str, Shares], steps: int) -> list[str]:
-    """The table: a line a layer, own / other at five moments of the sampling."""
+    """The table: a line a layer and word, own / other at five moments of the sampling."""
     at = moments(steps)
     table = ["| layer | area | " + " | ".join(f"step {m}" for m in at) + " |", "|---" * (2 + len(at)) + "|"]
     for layer in dict.fromkeys(name.rsplit(" at ", 1)[0] for name in found):

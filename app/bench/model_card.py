@@ -34,6 +34,7 @@ from .world import FRESH, Scene, caption, scene
 ASSETS = Path(__file__).parents[2] / "assets"
 FIRST = FRESH + 1_000_000
 GUIDANCE = 2.5
+PART = 100  # captions drawn before they are kept
 
 
 @dataclass(frozen=True)
@@ -88,12 +89,25 @@ def right(verdicts: Sequence[Verdict], scenes: Sequence[Scene]) -> dict[str, lis
 
 
 def evaluate(
-    pipe: DiffusionPipeline, judge: Judge, row: Row, *, count: int, steps: int, guidance: float
+    pipe: DiffusionPipeline, judge: Judge, row: Row, *, count: int, steps: int, guidance: float, first: int = 0
 ) -> dict[str, list[bool]]:
-    """One row of the table; captions say everything, nothing is selected."""
-    scenes = row.scenes(count)
-    pictures = draw(pipe, [caption(s) for s in scenes], steps=steps, guidance=guidance, seed=0)
+    """`count` captions of a row from its number `first` on; they say everything, nothing is selected."""
+    scenes = row.scenes(first + count)[first:]
+    pictures = draw(pipe, [caption(s) for s in scenes], steps=steps, guidance=guidance, seed=first)
     return right(look(judge, pictures), scenes)
+
+
+def kept_row(
+    pipe: DiffusionPipeline, judge: Judge, row: Row, count: int, kept: Rows, key: Mapping[str, Any], **how: Any
+) -> dict[str, list[bool]]:
+    """One row of the table, drawn or remembered a hundred captions at a time."""
+    found: dict[str, list[bool]] = {}
+    for first in range(0, count, PART):
+        part = how | {"first": first, "count": min(PART, count - first)}
+        label = {**key, **part, "row": asdict(row)}
+        for column, values in kept.remember(label, partial(evaluate, pipe, judge, row, **part)).items():
+            found.setdefault(column, []).extend(values)
+    return found
 
 
 def table(
@@ -101,13 +115,11 @@ def table(
     path: Path = KEPT / "model_card.jsonl",
 ) -> None:  # fmt: skip
     """Prints the rows of a model, each as soon as it is known, and keeps them."""
-    judge, kept = load_judge(), Rows(path)
-    how: dict[str, Any] = {"count": count, "steps": steps, "guidance": guidance}
+    judge, kept, key = load_judge(), Rows(path), fingerprint(pipe)
     sys.stdout.write(f"{count} captions a row, {steps} steps, guidance {guidance:g}; in brackets 95% intervals\n\n")
     sys.stdout.write("| | all right | kinds right | background | style |\n|---|---|---|---|---|\n")
     for row in rows:
-        key = fingerprint(pipe) | how | {"row": asdict(row)}
-        found = kept.remember(key, partial(evaluate, pipe, judge, row, **how))
+        found = kept_row(pipe, judge, row, count, kept, key, steps=steps, guidance=guidance)
         sys.stdout.write(f"| {row.name} | " + " | ".join(share(v).percent() for v in found.values()) + " |\n")
         sys.stdout.flush()
 
