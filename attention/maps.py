@@ -17,6 +17,7 @@ from .call import AttentionCall
 from .edit import Edit, masked_scores
 from .errors import AttentionNotReachedError, ConceptError, SettingError, UnsupportedPipelineError
 from .layer import AttentionLayer, Kind
+from .partial import log_sum_exp
 from .seam import stop_probe
 from .step import Phase, Step
 
@@ -231,17 +232,23 @@ class ValuesOnly(Edit):
 def probabilities(call: AttentionCall) -> torch.Tensor:
     """Attention probabilities [B, H, Lq, Lk] of a call, from its queries and keys in at least float32.
 
-    In a joint sequence: of the image tokens over the text tokens alone, since a softmax over the image too would cost
-    its full map and divides all words by the same.
+    In a joint sequence: of the image tokens at the text tokens, as the layer has them, so that they sum to what the
+    image looks at text at all. A softmax over the text alone says of a token that hardly looks at text as much as of
+    one that does, and finds things less well (`app/bench`, table `localisation`).
     """
     dtype = torch.promote_types(call.q.dtype, torch.float32)
-    if call.text is not None:
-        image = [i for i in range(call.q.shape[-2]) if not call.text.start <= i < call.text.stop]
-        call.q, call.k = call.q[..., image, :], call.k[..., call.text, :]
-        if call.mask is not None:  # padding of a shorter prompt
-            call.mask = (call.mask if call.mask.shape[-2] == 1 else call.mask[..., image, :])[..., call.text]
     call.q, call.k = call.q.to(dtype), call.k.to(dtype)
-    return masked_scores(call).softmax(-1)
+    if call.text is None:
+        return masked_scores(call).softmax(-1)
+    image = [i for i in range(call.q.shape[-2]) if not call.text.start <= i < call.text.stop]
+    call.q = call.q[..., image, :]
+    if call.mask is not None and call.mask.shape[-2] > 1:
+        call.mask = call.mask[..., image, :]
+    total = log_sum_exp(call.q, call.k, call.mask, call.scale)
+    call.k = call.k[..., call.text, :]
+    if call.mask is not None:  # padding of a shorter prompt
+        call.mask = call.mask[..., call.text]
+    return (masked_scores(call) - total[..., None]).exp()
 
 
 # -- tokens to concepts --------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+from torch.utils.checkpoint import checkpoint
 
 _SCORES = 2**27
 
@@ -38,15 +39,42 @@ def attend_with_lse(
         q: [B, H, Lq, D]. k, v: [B, H, Lk, D]. mask: None, boolean (True attends) or additive, broadcastable to
             [B, H, Lq, Lk]. scale: factor of the logits.
     """
-    if mask is not None:
-        mask = mask.reshape((1,) * (4 - mask.ndim) + mask.shape)
-    if mask is not None and mask.dtype == torch.bool:
-        mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, -torch.inf)
+    mask = additive(mask, q.dtype)
     part = _fused(q, k, v, mask, scale) or _explicit(q, k, v, mask, scale)
     if mask is None:
         return part
     blind = (mask == -torch.inf).all(-1)  # kernels disagree on rows that see nothing
     return Partial(part.out.masked_fill(blind[..., None], 0.0), part.lse.masked_fill(blind, -torch.inf))
+
+
+def log_sum_exp(q: torch.Tensor, k: torch.Tensor, mask: torch.Tensor | None, scale: float) -> torch.Tensor:
+    """The log-sum-exp of the logits alone, [B, H, Lq]; arguments as in `attend_with_lse`.
+
+    Under gradients the scores are made again in the backward pass, some queries at a time, and never kept.
+    """
+    if not (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)):
+        return attend_with_lse(q, k, k, mask, scale).lse
+    mask = additive(mask, q.dtype)
+    block = max(1, _SCORES // (q.shape[0] * q.shape[1] * k.shape[-2]))
+    parts: list[torch.Tensor] = []
+    for start in range(0, q.shape[-2], block):
+        rows = slice(start, start + block)
+        bias = mask[:, :, rows] if mask is not None and mask.shape[-2] > 1 else mask
+        parts.append(checkpoint(_lse, q[:, :, rows], k, bias, scale, use_reentrant=False, preserve_rng_state=False))
+    return torch.cat(parts, -1)
+
+
+def _lse(q: torch.Tensor, k: torch.Tensor, mask: torch.Tensor | None, scale: float) -> torch.Tensor:
+    scores = (q @ k.transpose(-1, -2)).to(torch.promote_types(q.dtype, torch.float32)) * scale
+    return (scores if mask is None else scores + mask).logsumexp(-1)
+
+
+def additive(mask: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
+    """A mask as a summand of [B, H, Lq, Lk] logits: 0 where a boolean one is True, else -inf."""
+    if mask is None:
+        return None
+    mask = mask.reshape((1,) * (4 - mask.ndim) + mask.shape)
+    return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else mask
 
 
 def merge(parts: Sequence[Partial]) -> Partial:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -133,6 +134,29 @@ def test_recorded_maps_are_the_layers_own_probabilities(sd15):
     tiny.sample(sd15, num_inference_steps=1)
     expected = torch.stack(seen).mean(0).T.unflatten(1, watch.steps[0].shape[2:])
     assert torch.allclose(watch.steps[0][0], expected, atol=1e-6)
+
+
+def test_recorded_maps_of_joint_layers_are_what_the_image_looks_at_text(monkeypatch):
+    """Against the explicit softmax over text and image, in every layer of FLUX, where the text stands in front."""
+    pipe, watch, seen = tiny_transformers.flux(), Watch(), []
+    call = {"num_inference_steps": 1, "height": 32, "width": 48, "output_type": "latent"}
+    with dg.graft(pipe, watch):
+        pipe("a ball and a star", generator=torch.Generator().manual_seed(0), **call)
+    attend, text = F.scaled_dot_product_attention, watch.steps[0].shape[1]
+
+    def explicit(query, key, value, **kwargs):
+        if query.shape[-2] == key.shape[-2] > text and query.ndim == 4:  # not the text encoders' own
+            probs = (query @ key.mT / query.shape[-1] ** 0.5).softmax(-1)
+            seen.append(probs[0, :, text:, :text].mean(0))
+        return attend(query, key, value, **kwargs)
+
+    patch = partial(monkeypatch.setattr, F, "scaled_dot_product_attention", explicit)
+    pipe.transformer.register_forward_pre_hook(lambda module, args: patch())
+    pipe("a ball and a star", generator=torch.Generator().manual_seed(0), **call)
+    assert len(seen) == len(find_layers(pipe.transformer))
+    expected = torch.stack(seen).mean(0).T.unflatten(1, watch.steps[0].shape[2:])
+    assert torch.allclose(watch.steps[0][0], expected, atol=1e-6)
+    assert 0 < watch.steps[0].sum(1).max() < 1  # the rest is what the image looks at itself
 
 
 def test_nothing_recorded_is_an_error(sd15):

@@ -7,7 +7,7 @@ import tiny
 import torch
 
 from diffgraft.attention import partial
-from diffgraft.attention.partial import Partial, attend_with_lse, merge
+from diffgraft.attention.partial import Partial, attend_with_lse, log_sum_exp, merge
 from diffgraft.plugins.negative_away import nag, nasa, vsf
 from diffgraft.plugins.negative_edits import pooled
 
@@ -53,6 +53,26 @@ def test_the_explicit_form_is_the_fused_one(qkv, monkeypatch):
     explicit = attend_with_lse(q.clone().requires_grad_(), k, v, mask, 0.5)  # no fused kernel keeps a graph here
     torch.testing.assert_close(explicit.out, fused.out, **EXACT)
     torch.testing.assert_close(explicit.lse, fused.lse, **EXACT)
+
+
+@pytest.mark.parametrize("kind", ["none", "boolean", "additive"])
+def test_the_log_sum_exp_alone_keeps_no_scores_and_has_their_gradient(kind, monkeypatch):
+    generator = torch.Generator().manual_seed(4)
+    q, k = (torch.randn(2, 3, n, 8, dtype=torch.float64, generator=generator) for n in (9, 7))
+    seen = torch.rand(2, 1, 1, 7, generator=generator) > 0.3
+    seen[..., 0] = True
+    bias = torch.zeros(seen.shape, dtype=q.dtype).masked_fill(~seen, -torch.inf)
+    mask = {"none": None, "boolean": seen, "additive": bias}[kind]
+    q, k = q.requires_grad_(), k.requires_grad_()
+    expected = (q @ k.mT * 0.5 + (0 if mask is None else bias)).logsumexp(-1)
+    wanted = torch.autograd.grad(expected.square().sum(), (q, k))
+    monkeypatch.setattr(partial, "_SCORES", 2 * 3 * 7 * 4)  # four queries at a time
+    found = log_sum_exp(q, k, mask, 0.5)
+    gradients = torch.autograd.grad(found.square().sum(), (q, k))
+    assert torch.allclose(found, expected, atol=1e-12)
+    assert all(torch.allclose(a, b, atol=1e-12) for a, b in zip(gradients, wanted, strict=True))
+    with torch.no_grad():
+        assert torch.allclose(log_sum_exp(q, k, mask, 0.5), expected, atol=1e-12)
 
 
 def test_large_logits_stay_in_float16s_range():
