@@ -7,6 +7,7 @@ computations share (the image tokens of a joint sequence) has to be attended to 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -50,17 +51,16 @@ def attend_with_lse(
 def log_sum_exp(q: torch.Tensor, k: torch.Tensor, mask: torch.Tensor | None, scale: float) -> torch.Tensor:
     """The log-sum-exp of the logits alone, [B, H, Lq]; arguments as in `attend_with_lse`.
 
-    Under gradients the scores are made again in the backward pass, some queries at a time, and never kept.
+    Some queries at a time. Under gradients the scores are made again in the backward pass, and never kept.
     """
-    if not (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)):
-        return attend_with_lse(q, k, k, mask, scale).lse
-    mask = additive(mask, q.dtype)
-    block = max(1, _SCORES // (q.shape[0] * q.shape[1] * k.shape[-2]))
+    mask, block = additive(mask, q.dtype), max(1, _SCORES // (q.shape[0] * q.shape[1] * k.shape[-2]))
+    kept = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)
+    run = partial(checkpoint, _lse, use_reentrant=False, preserve_rng_state=False) if kept else _lse
     parts: list[torch.Tensor] = []
     for start in range(0, q.shape[-2], block):
         rows = slice(start, start + block)
         bias = mask[:, :, rows] if mask is not None and mask.shape[-2] > 1 else mask
-        parts.append(checkpoint(_lse, q[:, :, rows], k, bias, scale, use_reentrant=False, preserve_rng_state=False))
+        parts.append(run(q[:, :, rows], k, bias, scale))
     return torch.cat(parts, -1)
 
 

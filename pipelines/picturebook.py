@@ -65,7 +65,7 @@ def picturebook(
         SettingTypeError: transformer= or one_step= is neither True nor False.
     """
     for name, value in {"transformer": transformer, "one_step": one_step}.items():
-        if not isinstance(value, bool):  # pyright: ignore[reportUnnecessaryIsInstance]
+        if not isinstance(value, bool):
             raise SettingTypeError(f"{name}={value!r}: give True or False")
     pipe = _flow(one_step, dtype, device) if transformer else _stable(one_step, dtype, device)
     # A hook on the encoder, not on the tokenizer: whatever is encoded passes here, the pipeline's classes stay plain,
