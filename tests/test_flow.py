@@ -176,13 +176,13 @@ def test_a_half_copy_hands_over_and_follows():
     torch.manual_seed(3)
     module = torch.nn.Linear(3, 2)
     half = HalfCopy(module)
-    half.module(torch.ones(1, 3).bfloat16()).sum().backward()
+    half.module(torch.ones(1, 3).to(half.dtype)).sum().backward()
     half.hand_over()
     assert module.weight.grad.dtype == torch.float32 and torch.equal(module.weight.grad, torch.ones(2, 3))
     with torch.no_grad():
         module.weight += 1
     half.refresh()
-    assert torch.equal(half.module.weight, module.weight.bfloat16()) and half.module.weight.grad is None
+    assert torch.equal(half.module.weight, module.weight.to(half.dtype)) and half.module.weight.grad is None
 
 
 def test_the_fine_autoencoder_adopts_the_layers_of_the_coarse_one():

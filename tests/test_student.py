@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -11,12 +14,14 @@ from diffgraft.app.bench.student import (
     GUIDANCE,
     KEPT,
     STEPS,
+    Student,
     collect,
     distance,
     student_scheduler,
     teacher_scheduler,
     times,
 )
+from diffgraft.app.bench.training import autocast, narrow
 
 
 def test_collected_points_lie_on_the_teachers_trajectory() -> None:
@@ -56,3 +61,30 @@ def test_distance_is_squared_near_and_absolute_far() -> None:
     assert near == pytest.approx(0.001**2 / 0.2, rel=0.05)
     assert far == pytest.approx(9.9, rel=0.001)
     assert distance(one, one).item() == pytest.approx(0, abs=1e-6)
+
+
+def test_half_precision_is_taken_where_it_is_fast(monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": False})
+    assert narrow("cpu") is torch.float32 and narrow("cuda") is torch.bfloat16
+    with autocast("cpu"):
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype is torch.float32
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
+    with autocast("cpu"):
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype is torch.bfloat16
+
+
+def test_a_student_learns_and_says_how_far_it_lands_where_it_never_was(tmp_path: Path, caplog):
+    caplog.set_level(logging.INFO)
+    torch.manual_seed(0)
+    teacher = pipeline(build().eval(), build_unet().eval(), build_text_encoder().eval())
+    teacher.save_pretrained(tmp_path / "teacher")
+    teacher.scheduler = teacher_scheduler()
+    teacher.set_progress_bar_config(disable=True)
+    torch.save(collect(teacher, first=0, count=4, batch=4), tmp_path / "paths-0.pt")
+    student = Student(tmp_path, tmp_path / "teacher", "cpu")
+    before = [mean.clone() for mean in student.ema.average]
+    student.run(0.01, batch=2)
+    told = [line.getMessage() for line in caplog.records if "never seen" in line.getMessage()]
+    assert len(told) == 1 and "on 1 trajectories" in told[0] and 0 < float(told[0].split()[-1]) < 10
+    assert any(not torch.equal(a, b) for a, b in zip(before, student.ema.average, strict=True))
+    assert (tmp_path / "one-step" / "unet" / "config.json").is_file()

@@ -30,6 +30,7 @@ from .training import (
     SAVE_EVERY,
     TimeBox,
     arguments,
+    autocast,
     contact_sheet,
     load_checkpoint,
     log,
@@ -197,7 +198,7 @@ class Trainer:
         """One step; returns the loss and the PSNR of its crops in dB."""
         picture, objects = (part.to(self.device) for part in self.pool.batch(BATCH, CROP))
         picture = picture.contiguous(memory_format=torch.channels_last)
-        with torch.autocast(self.device, torch.bfloat16):
+        with autocast(self.device):
             with torch.set_grad_enabled(not self.decoder_only):
                 latent = self.vae.encode(picture).latent_dist.mean
             if float(torch.rand(())) < self.pooled:

@@ -25,7 +25,7 @@ from .student import distance
 from .train import SHOWN
 from .train_flow import GUIDANCE, SIDE
 from .trainer import BoxTrainer
-from .training import HalfCopy, TimeBox, arguments, contact_sheet, log, share_cores
+from .training import HalfCopy, TimeBox, arguments, contact_sheet, log, narrow, share_cores
 from .world import caption, scene
 
 FIRST_SEED, MOST = 4_000_000, 256  # the most that one file holds
@@ -73,7 +73,7 @@ def collect(pipe: ZImagePipeline, first: int, count: int, side: int = SIDE) -> d
 def collect_files(work: Path, teacher: Path, device: str, minutes: float, batch: int) -> None:
     """Adds trajectory files until the time is up."""
     pipe = ZImagePipeline.from_pretrained(teacher, dtype=torch.float32).to(device)
-    pipe.transformer.to(torch.bfloat16)  # the pipeline keeps its latents in float32
+    pipe.transformer.to(narrow(device))  # the pipeline keeps its latents in float32
     pipe.set_progress_bar_config(disable=True)
     box = TimeBox(minutes)
     while box.fraction < 1:
@@ -114,8 +114,8 @@ class FlowStudent(BoxTrainer):
         wanted = (end - start) / (self.levels[cut] - self.levels[cut + 1]).view(-1, 1, 1, 1)
         with torch.no_grad():
             words = encode_words(self.pipe.text_encoder, self.data["tokens"][rows].long().to(self.device))
-        words = [row.bfloat16() for row in words]
-        images = list(start.to(self.device).bfloat16().unsqueeze(2).unbind())
+        words = [row.to(self.half.dtype) for row in words]
+        images = list(start.to(self.device, self.half.dtype).unsqueeze(2).unbind())
         times = (1 - self.levels[cut]).to(self.device)
         found = torch.stack(self.half.module(images, times, words, return_dict=False)[0]).squeeze(2)
         return distance(found.float(), wanted.to(self.device)).mean()

@@ -17,7 +17,7 @@ import torch.nn.functional as F  # noqa: N812
 from diffusers import AutoencoderKL
 
 from .styles import STYLES
-from .training import log, to_tensor
+from .training import autocast, log, to_tensor
 from .vocabulary import LENGTH, tokenizer
 from .world import COUNT_WEIGHTS, Scene, caption, masks, render, scene
 
@@ -51,7 +51,7 @@ def encode(vae: AutoencoderKL, first: int, count: int, empty: bool = False) -> d
     for start in range(first, first + count, 64):
         scenes = [scene(seed) for seed in range(start, min(start + 64, first + count))]
         scenes = [drawn.empty() for drawn in scenes] if empty else scenes
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast("cpu"):
             latent = vae.encode(to_tensor([render(s) for s in scenes])).latent_dist.mean
         rows["latents"].append(latent.half())
         for drawn in scenes:

@@ -9,12 +9,16 @@ from collections.abc import Callable, Iterable
 
 import torch
 
+from .training import narrow
+
 
 def orthogonalize(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
-    """Brings the singular values of [N, rows, columns] near 1 by the quintic Newton-Schulz iteration, in bfloat16."""
+    """Brings the singular values of [N, rows, columns] near 1 by the quintic Newton-Schulz iteration, in bfloat16 where
+    that is fast.
+    """
     tall = matrices.shape[1] > matrices.shape[2]
-    x = (matrices.mT if tall else matrices).bfloat16().contiguous()
-    x = x / (x.float().norm(dim=(1, 2), keepdim=True) + 1e-7).bfloat16()
+    x = (matrices.mT if tall else matrices).to(narrow(matrices.device)).contiguous()
+    x = x / (x.float().norm(dim=(1, 2), keepdim=True) + 1e-7).to(x.dtype)
     for _ in range(steps):
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445)

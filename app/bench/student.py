@@ -3,7 +3,8 @@
     python -m diffgraft.app.bench.student --collect --minutes 40   # the teacher's deterministic trajectories
     python -m diffgraft.app.bench.student --minutes 60             # the student learns where their points end
 
-Collecting adds files `.train/paths-N.pt` (N: first seed) until its time is up; training reads all of them. The
+Collecting adds files `.train/paths-N.pt` (N: first seed) until its time is up; training reads them all but for one
+trajectory in 16, which tell how far the student lands where it never was: when that stops falling, collect more. The
 student's denoiser starts as a copy of the teacher's and learns the map from any kept point of a trajectory to its end:
 mostly from pure noise, where it will be used. Text encoder and autoencoder stay the teacher's.
 """
@@ -27,6 +28,7 @@ from .training import (
     Ema,
     TimeBox,
     arguments,
+    autocast,
     contact_sheet,
     load_checkpoint,
     log,
@@ -38,6 +40,7 @@ from .world import caption, scene
 FIRST_SEED, PART, STEPS, GUIDANCE = 3_000_000, 256, 10, 2.5
 KEPT = (0, 2, 4, 6)  # steps whose noisy latents are kept; the first is pure noise
 PEAK, BATCH, SHARE_OF_NOISE = 8e-4, 128, 0.75
+APART = 16  # one trajectory in so many is not trained on
 
 
 def student_scheduler() -> DDIMScheduler:
@@ -90,7 +93,7 @@ def collect_files(work: Path, teacher: Path, device: str, minutes: float, batch:
     pipe.scheduler = teacher_scheduler()
     pipe.set_progress_bar_config(disable=True)
     # The denoiser alone in half precision: the solver's numbers are float64, which autocast refuses.
-    pipe.unet.forward = torch.autocast(device, torch.bfloat16)(pipe.unet.forward)
+    pipe.unet.forward = autocast(device)(pipe.unet.forward)
     pipe.unet.register_forward_hook(lambda module, given, found: tuple(part.float() for part in found))
     box = TimeBox(minutes)
     while box.fraction < 1:
@@ -161,10 +164,25 @@ class Student:
         noisy = data["points"][rows, point].float().to(self.device).contiguous(memory_format=torch.channels_last)
         wanted, tokens = data["ends"][rows].float().to(self.device), data["tokens"][rows].long().to(self.device)
         time_of = self.times[point.to(self.device)]
-        with torch.autocast(self.device, torch.bfloat16):
+        with autocast(self.device):
             velocity = self.unet(noisy, time_of, encoder_hidden_states=self.text(tokens)[0]).sample
         found = end_of(velocity.float(), noisy, self.alphas[time_of].view(-1, 1, 1, 1))
         return distance(found, wanted).mean()
+
+    @torch.no_grad()
+    def held_out(self, data: dict[str, torch.Tensor]) -> float:
+        """How far the averaged weights land from the ends of trajectories, from pure noise."""
+        self.ema.swap()
+        found: list[torch.Tensor] = []
+        for rows in torch.arange(len(data["ends"])).split(64):
+            noise = data["points"][rows, 0].float().to(self.device)
+            with autocast(self.device):
+                words = self.text(data["tokens"][rows].long().to(self.device))[0]
+                velocity = self.unet(noise, self.times[0], encoder_hidden_states=words).sample
+            landed = end_of(velocity.float(), noise, self.alphas[self.times[0]])
+            found.append(distance(landed, data["ends"][rows].float().to(self.device)))
+        self.ema.swap()
+        return torch.cat(found).mean().item()
 
     def run(self, minutes: float, batch: int = BATCH) -> None:
         """Trains to the end of the time box."""
@@ -173,6 +191,8 @@ class Student:
             raise FileNotFoundError(f"no trajectories in {self.work}: run this with --collect first")
         parts = [torch.load(file, weights_only=True) for file in files]
         data = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        unseen = {name: values[::APART] for name, values in data.items()}
+        data = {name: values[torch.arange(len(values)) % APART > 0] for name, values in data.items()}
         box, saved, mean = TimeBox(minutes, self.spent), time.monotonic(), None
         while box.fraction < 1:
             share_cores()
@@ -187,6 +207,7 @@ class Student:
             if time.monotonic() - saved > SAVE_EVERY or box.fraction >= 1:
                 saved = time.monotonic()
                 self.save(box.spent)
+                log.info("distance on %d trajectories never seen: %.4f", len(unseen["ends"]), self.held_out(unseen))
         self.show()
 
     @torch.no_grad()

@@ -29,7 +29,7 @@ from .denoiser import (
 )
 from .muon import Pair
 from .trainer import BoxTrainer
-from .training import arguments, contact_sheet, log
+from .training import arguments, autocast, contact_sheet, log
 
 PEAK, BATCH, GROUNDING = 2e-3, 128, 0.1
 SHOWN = [
@@ -80,7 +80,7 @@ class Trainer(BoxTrainer):
         clean, noise = batch["latent"], batch["noise"]
         noisy = alpha.sqrt() * clean + (1 - alpha).sqrt() * noise
         velocity = alpha.sqrt() * noise - (1 - alpha).sqrt() * clean
-        with torch.autocast(self.device, torch.bfloat16):
+        with autocast(self.device):
             words = self.text(batch["tokens"])[0]
             noisy = noisy.contiguous(memory_format=torch.channels_last)
             guess = self.unet(noisy, batch["time"], encoder_hidden_states=words).sample

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from .judge import KINDS, MANNERS, PAINTS, PLACES, WEIGHTS, Judge, look
 from .latents import grid_masks
 from .muon import Pair
-from .training import TimeBox, arguments, log, share_cores, to_tensor
+from .training import TimeBox, arguments, autocast, log, share_cores, to_tensor
 from .world import FRESH, Scene, render, scene
 
 TRAINING_SEEDS = 5_000_000
@@ -39,7 +39,7 @@ def through_autoencoder(vae: AutoencoderKL, pictures: Sequence[Image.Image]) -> 
     """The pictures as the pipeline would show them: encoded, decoded, in 8 bits; uint8 [N, 3, 128, 128]."""
     decoded = []
     for i in range(0, len(pictures), 32):
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast("cpu"):
             back = vae.decode(vae.encode(to_tensor(pictures[i : i + 32])).latent_dist.mean).sample
         decoded.append(((back.float().clamp(-1, 1) + 1) * 127.5).round().byte())
     return torch.cat(decoded)
@@ -120,7 +120,7 @@ def train(minutes: float, work: Path, count: int) -> None:
         rows = torch.randint(len(pictures), (BATCH,))
         owner, *answers = (part[rows] for part in truth)
         batch, owner = moved(pictures[rows].float() / 127.5 - 1, owner)
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast("cpu"):
             scores = judge(jitter(batch))
         loss = judge_loss(scores, (owner, *answers))
         loss.backward()
