@@ -147,7 +147,8 @@ def attention_maps(
     """Draw a picture and keep where each word looked, at every step.
 
     Args:
-        pipe: a text-to-image pipeline with cross-attention.
+        pipe: a text-to-image pipeline. Where text and image are one sequence, the maps are what the image looks at the
+            text, so that they sum to less than 1.
         prompt: one prompt.
         words: words or phrases of it, or token columns, whose maps are named by their list: `maps["[3]"]`.
         plugins: techniques to watch at work.
