@@ -4,8 +4,8 @@
 
 Prints, for two plain things, the share of a word's attention (mean over heads) that lies on its own thing and on the
 other one, as the judge's kind maps find them in the finished picture: of its noun and of its colour. The share of the
-area that the thing takes is the value of a blind map. Where text and image are one sequence, it is the attention of the
-image to the text alone.
+area that the thing takes is the value of a blind map. Where text and image are one sequence, it is what the image looks
+at the text beside itself.
 """
 
 from __future__ import annotations

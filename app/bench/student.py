@@ -164,10 +164,13 @@ class Student:
         noisy = data["points"][rows, point].float().to(self.device).contiguous(memory_format=torch.channels_last)
         wanted, tokens = data["ends"][rows].float().to(self.device), data["tokens"][rows].long().to(self.device)
         time_of = self.times[point.to(self.device)]
+        return distance(self.landing(noisy, time_of, tokens), wanted).mean()
+
+    def landing(self, noisy: torch.Tensor, time_of: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        """Where the student lands from noisy latents at their times."""
         with autocast(self.device):
             velocity = self.unet(noisy, time_of, encoder_hidden_states=self.text(tokens)[0]).sample
-        found = end_of(velocity.float(), noisy, self.alphas[time_of].view(-1, 1, 1, 1))
-        return distance(found, wanted).mean()
+        return end_of(velocity.float(), noisy, self.alphas[time_of].view(-1, 1, 1, 1))
 
     @torch.no_grad()
     def held_out(self, data: dict[str, torch.Tensor]) -> float:
@@ -176,10 +179,7 @@ class Student:
         found: list[torch.Tensor] = []
         for rows in torch.arange(len(data["ends"])).split(64):
             noise = data["points"][rows, 0].float().to(self.device)
-            with autocast(self.device):
-                words = self.text(data["tokens"][rows].long().to(self.device))[0]
-                velocity = self.unet(noise, self.times[0], encoder_hidden_states=words).sample
-            landed = end_of(velocity.float(), noise, self.alphas[self.times[0]])
+            landed = self.landing(noise, self.times[0], data["tokens"][rows].long().to(self.device))
             found.append(distance(landed, data["ends"][rows].float().to(self.device)))
         self.ema.swap()
         return torch.cat(found).mean().item()

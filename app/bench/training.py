@@ -123,8 +123,7 @@ def narrow(device: str | torch.device) -> torch.dtype:
 
 def autocast(device: str | torch.device) -> torch.autocast:
     """Autocast to `narrow`; nothing where that is float32."""
-    dtype = narrow(device)
-    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=dtype is torch.bfloat16)
+    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=narrow(device) is torch.bfloat16)
 
 
 def share_cores() -> None:
