@@ -59,14 +59,22 @@ def log_sum_exp(q: torch.Tensor, k: torch.Tensor, mask: torch.Tensor | None, sca
     parts: list[torch.Tensor] = []
     for start in range(0, q.shape[-2], block):
         rows = slice(start, start + block)
-        bias = mask[:, :, rows] if mask is not None and mask.shape[-2] > 1 else mask
-        parts.append(run(q[:, :, rows], k, bias, scale))
+        parts.append(run(q[:, :, rows], k, _of(mask, rows), scale))
     return torch.cat(parts, -1)
 
 
 def _lse(q: torch.Tensor, k: torch.Tensor, mask: torch.Tensor | None, scale: float) -> torch.Tensor:
+    return _logits(q, k, mask, scale).logsumexp(-1)
+
+
+def _logits(q: torch.Tensor, k: torch.Tensor, mask: torch.Tensor | None, scale: float) -> torch.Tensor:
     scores = (q @ k.transpose(-1, -2)).to(torch.promote_types(q.dtype, torch.float32)) * scale
-    return (scores if mask is None else scores + mask).logsumexp(-1)
+    return scores if mask is None else scores + mask
+
+
+def _of(mask: torch.Tensor | None, rows: slice) -> torch.Tensor | None:
+    """The mask of some queries."""
+    return mask[:, :, rows] if mask is not None and mask.shape[-2] > 1 else mask
 
 
 def additive(mask: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
@@ -118,9 +126,7 @@ def _explicit(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Ten
         q, scale = q * scale, 1.0
     for start in range(0, q.shape[-2], block):
         rows = slice(start, start + block)
-        scores = (q[:, :, rows] @ k.transpose(-1, -2)).to(torch.promote_types(q.dtype, torch.float32)) * scale
-        if mask is not None:
-            scores = scores + (mask[:, :, rows] if mask.shape[-2] > 1 else mask)
+        scores = _logits(q[:, :, rows], k, _of(mask, rows), scale)
         lse = scores.logsumexp(-1)
         parts.append(Partial((scores - lse[..., None]).exp().to(v.dtype) @ v, lse))
     return Partial(torch.cat([part.out for part in parts], -2), torch.cat([part.lse for part in parts], -1))
