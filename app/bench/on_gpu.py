@@ -85,7 +85,7 @@ def main() -> None:
     box, common = TimeBox(args.minutes), ("--device", args.device, "--batch", args.batch)
     if args.unet:
         args.work.mkdir(parents=True, exist_ok=True)
-        collect_and_train("student", args.work, common, box, 0.95)
+        finish(start("matching", "--minutes", 0.95 * args.minutes, "--work", args.work, *common))
         shutil.copytree(args.work / "one-step", args.out / "picturebook" / "one-step", dirs_exist_ok=True)
         return
     written = args.out / "picturebook-transformer"

@@ -6,7 +6,8 @@
 Collecting adds files `.train/paths-N.pt` (N: first seed) until its time is up; training reads them all but for one
 trajectory in 16, which tell how far the student lands where it never was: when that stops falling, collect more. The
 student's denoiser starts as a copy of the teacher's and learns the map from any kept point of a trajectory to its end:
-mostly from pure noise, where it will be used. Text encoder and autoencoder stay the teacher's.
+mostly from pure noise, where it will be used. Text encoder and autoencoder stay the teacher's. `matching` goes on from
+here.
 """
 
 from __future__ import annotations
@@ -210,18 +211,23 @@ class Student:
                 log.info("distance on %d trajectories never seen: %.4f", len(unseen["ends"]), self.held_out(unseen))
         self.show()
 
-    @torch.no_grad()
     def show(self) -> None:
-        """Saves the averaged weights in float16 with the scheduler that one step needs, and a contact sheet."""
+        """Saves the averaged weights."""
         self.ema.swap()
         self.unet.set_attn_processor(AttnProcessor2_0())
-        self.pipe.set_progress_bar_config(disable=True)
-        generator = torch.Generator().manual_seed(3)
-        pictures = self.pipe(SHOWN, num_inference_steps=1, guidance_scale=0.0, generator=generator).images
-        contact_sheet(pictures, 6).save(self.work / "one-step.png")
-        self.pipe.scheduler.save_pretrained(self.work / "one-step" / "scheduler")
-        self.unet.register_to_config(_name_or_path="picturebook/one-step")
-        self.unet.half().save_pretrained(self.work / "one-step" / "unet", max_shard_size="15MB")
+        distilled(self.pipe, self.work)
+
+
+@torch.no_grad()
+def distilled(pipe: StableDiffusionPipeline, work: Path) -> None:
+    """Saves a trained student's denoiser in float16 with the scheduler that one step needs, and a contact sheet."""
+    pipe.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(3)
+    pictures = pipe(SHOWN, num_inference_steps=1, guidance_scale=0.0, generator=generator).images
+    contact_sheet(pictures, 6).save(work / "one-step.png")
+    pipe.scheduler.save_pretrained(work / "one-step" / "scheduler")
+    pipe.unet.register_to_config(_name_or_path="picturebook/one-step")
+    pipe.unet.half().save_pretrained(work / "one-step" / "unet", max_shard_size="15MB")
 
 
 if __name__ == "__main__":
