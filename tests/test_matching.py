@@ -10,7 +10,10 @@ import torch
 from diffgraft.app.bench import matching
 from diffgraft.app.bench.autoencoder import build
 from diffgraft.app.bench.denoiser import build_text_encoder, build_unet, pipeline
-from diffgraft.app.bench.matching import Matching, captions, moved
+from diffgraft.app.bench.flow_student import STEPS
+from diffgraft.app.bench.matching import EARLIEST, LATEST, Matching, OneStep, captions, moved
+from diffgraft.app.bench.matching_flow import FewSteps
+from diffgraft.app.bench.model_card import ASSETS
 
 
 def posterior(noisy: torch.Tensor, alpha: float, mean: float) -> torch.Tensor:
@@ -54,38 +57,96 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_the_students_gradient_is_the_disagreement(tmp_path: Path, teacher: Path) -> None:
-    run = Matching(tmp_path, teacher, teacher / "one-step", "cpu")
-    words, blank = run.words(2).chunk(2)
-    drawn = torch.randn(2, 4, 16, 16, requires_grad=True)
+def one_step(tmp_path: Path, teacher: Path) -> OneStep:
+    return OneStep(tmp_path, teacher, teacher / "one-step", "cpu")
+
+
+def few_steps(tmp_path: Path, cells: int = 32) -> FewSteps:
+    """The transformer edition with small latents."""
+    folder = ASSETS / "picturebook-transformer"
+    return FewSteps(tmp_path, folder, folder / "few-steps", "cpu", cells)
+
+
+def pulls(run: Matching, size: int) -> None:
+    """The gradient of the student's loss is the disagreement of the guided teacher and the critic."""
+    words, blank = run.encode(captions(0, 2)), run.encode([""] * 2)
+    drawn = torch.randn(2, 4, size, size, requires_grad=True)
     torch.manual_seed(5)
     run.student_loss(drawn, words, blank).backward()
     torch.manual_seed(5)
     with torch.no_grad():
-        noisy, times, _ = run.noised(drawn.detach(), matching.EARLIEST, matching.LATEST)
+        times = EARLIEST + (LATEST - EARLIEST) * torch.rand(2)
+        noisy, _ = run.noised(drawn.detach(), times)
         plain, guided, fake = (
-            run.clean(network, noisy, times, text)
-            for network, text in ((run.teacher, blank), (run.teacher, words), (run.critic, words))
+            run.clean(name, noisy, times, text)
+            for name, text in (("teacher", blank), ("teacher", words), ("critic", words))
         )
     real = plain + matching.GUIDANCE * (guided - plain)
     unit = (drawn.detach() - real).abs().mean((1, 2, 3), keepdim=True)
     assert drawn.grad is not None
     assert torch.allclose(drawn.grad * drawn.numel(), (fake - real) / unit, atol=1e-4)
-    assert all(p.grad is None for p in (*run.teacher.parameters(), *run.critic.parameters()))
+    assert all(p.grad is None for network in run.networks.values() for p in network.parameters())
+
+
+def test_the_students_gradient_is_the_disagreement(tmp_path: Path, teacher: Path) -> None:
+    pulls(one_step(tmp_path, teacher), 16)
+
+
+def test_the_same_on_the_transformer(tmp_path: Path) -> None:
+    pulls(few_steps(tmp_path, 8), 8)
+
+
+def test_what_the_critic_should_say_leads_back_to_the_drawing(tmp_path: Path, teacher: Path, monkeypatch) -> None:
+    clean, times = torch.randn(3, 4, 16, 16), torch.tensor([0.1, 0.5, 0.9])
+    for run in (one_step(tmp_path, teacher), few_steps(tmp_path, 16)):
+        noisy, noise = run.noised(clean, times)
+        answer = run.wanted(clean, noise, times)
+        monkeypatch.setattr(run, "velocity", lambda *given, answer=answer: answer)
+        assert torch.allclose(run.clean("critic", noisy, times, []), clean, atol=1e-5)
+
+
+def test_drawings_are_the_pipelines_own(tmp_path: Path, teacher: Path) -> None:
+    texts = ["a red ball , sky", "a blue star and a green fish , night"]
+    unet, flow = one_step(tmp_path, teacher), few_steps(tmp_path, 16)
+    unet.networks["student"].load_state_dict(unet.networks["teacher"].state_dict())
+    flow.pipe.transformer = flow.networks["student"]
+    for run in (unet, flow):
+        run.pipe.set_progress_bar_config(disable=True)
+    how = {"output_type": "latent", "guidance_scale": 0.0}
+    with torch.no_grad():
+        torch.manual_seed(3)
+        found = unet.drawn(unet.encode(texts))
+        torch.manual_seed(3)
+        wanted = unet.pipe(texts, latents=torch.randn(2, 4, 16, 16), num_inference_steps=1, **how).images
+        assert torch.allclose(found, wanted, atol=1e-4)
+        noise = torch.randn(2, 4, 16, 16)
+        found = flow.seen(noise, flow.encode(texts), STEPS - 1)
+        wanted = flow.pipe(texts, latents=noise, height=64, width=64, num_inference_steps=STEPS, **how).images
+    assert torch.allclose(found, wanted, atol=1e-4)
 
 
 def test_a_run_trains_both_and_goes_on_where_it_stopped(
     tmp_path: Path, teacher: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(matching, "WARM", 1)
-    run = Matching(tmp_path, teacher, teacher / "one-step", "cpu")
-    student, critic = (next(network.parameters()).clone() for network in (run.student, run.critic))
+    run = one_step(tmp_path, teacher)
+    student, critic = (next(run.networks[name].parameters()).clone() for name in ("student", "critic"))
     lost, _ = run.advance(2, 1.0)
-    assert lost == 0 and torch.equal(student, next(run.student.parameters())), "the critic learns alone at first"
-    assert not torch.equal(critic, next(run.critic.parameters()))
+    assert lost == 0 and torch.equal(student, next(run.networks["student"].parameters())), "the critic learns alone"
+    assert not torch.equal(critic, next(run.networks["critic"].parameters()))
     run.run(0.001, batch=2)
-    assert not torch.equal(student, next(run.student.parameters()))
+    assert not torch.equal(student, next(run.networks["student"].parameters()))
     assert (tmp_path / "one-step" / "unet" / "config.json").is_file()
-    again = Matching(tmp_path, teacher, teacher / "one-step", "cpu")
+    again = one_step(tmp_path, teacher)
     assert again.step == run.step > 1
     assert torch.equal(again.ema.average[0], torch.load(tmp_path / "matching.pt", weights_only=True)["ema"][0])
+
+
+def test_the_transformers_student_is_trained_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(matching, "WARM", 0)
+    run = few_steps(tmp_path, 8)
+    before = [p.clone() for p in run.networks["student"].parameters()]
+    run.run(0.0001, batch=2)
+    changed = [not torch.equal(a, b) for a, b in zip(before, run.networks["student"].parameters(), strict=True)]
+    assert run.step == 1 and sum(changed) > len(changed) / 2
+    assert (tmp_path / "few-steps" / "config.json").is_file() and (tmp_path / "few-steps.png").is_file()

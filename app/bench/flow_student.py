@@ -133,20 +133,24 @@ class FlowStudent(BoxTrainer):
         self.step += 1
         return torch.stack([loss.detach().cpu(), torch.zeros(())])
 
-    @torch.no_grad()
     def show(self) -> None:
-        """Saves the averaged weights in float16, and a contact sheet."""
+        """Saves the averaged weights."""
         self.ema.swap()
-        self.pipe.set_progress_bar_config(disable=True)
-        settings: dict[str, Any] = {"num_inference_steps": STEPS, "guidance_scale": 0.0}
-        generator = torch.Generator().manual_seed(3)
-        pictures = self.pipe(list(SHOWN), height=SIDE, width=SIDE, generator=generator, **settings).images
-        contact_sheet(pictures, 6).save(self.work / "few-steps.png")
-        network = self.pipe.transformer
-        network.register_to_config(_name_or_path="picturebook-transformer/few-steps")
-        network.half().save_pretrained(self.work / "few-steps", max_shard_size="15MB")
-        network.float()
+        distilled(self.pipe, self.work)
+        self.pipe.transformer.float()
         self.ema.swap()
+
+
+@torch.no_grad()
+def distilled(pipe: ZImagePipeline, work: Path) -> None:
+    """Saves a trained student's transformer in float16, which it stays in, and a contact sheet."""
+    pipe.set_progress_bar_config(disable=True)
+    settings: dict[str, Any] = {"num_inference_steps": STEPS, "guidance_scale": 0.0}
+    generator = torch.Generator().manual_seed(3)
+    pictures = pipe(list(SHOWN), height=SIDE, width=SIDE, generator=generator, **settings).images
+    contact_sheet(pictures, 6).save(work / "few-steps.png")
+    pipe.transformer.register_to_config(_name_or_path="picturebook-transformer/few-steps")
+    pipe.transformer.half().save_pretrained(work / "few-steps", max_shard_size="15MB")
 
 
 if __name__ == "__main__":
