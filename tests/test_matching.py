@@ -142,6 +142,27 @@ def test_a_run_trains_both_and_goes_on_where_it_stopped(
     assert torch.equal(again.ema.average[0], torch.load(tmp_path / "matching.pt", weights_only=True)["ema"][0])
 
 
+def test_gradients_are_the_mean_of_all_processes(
+    tmp_path: Path, teacher: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = one_step(tmp_path, teacher)
+    parameters = list(run.networks["student"].parameters())
+    other = [torch.randn_like(p) for p in parameters]
+
+    def all_reduce(flat: torch.Tensor) -> None:
+        """What a second process adds, in the order of the parameters."""
+        flat += torch.cat([gradient.flatten() for gradient in other])
+
+    seen: list[torch.Tensor] = []
+    monkeypatch.setattr(matching.dist, "all_reduce", all_reduce)
+    keep = lambda given, most: seen.extend(p.grad.clone() for p in given)  # noqa: E731 what is clipped is the mean
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", keep)
+    run.world = 2
+    run.descend("student", sum((p * p).sum() for p in parameters), 0.0)
+    for p, gradient, mean in zip(parameters, other, seen, strict=True):
+        assert torch.allclose(mean, (2 * p.detach() + gradient) / 2, atol=1e-5)
+
+
 def test_the_transformers_student_is_trained_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(matching, "WARM", 0)
     run = few_steps(tmp_path, 8)
