@@ -80,7 +80,12 @@ class Matching:
         self.ema = Ema(self.networks["student"].parameters(), decay=0.997)
         self.step, self.spent = 0, 0.0
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        self.blank = self.encode([""])
         self.resume()
+
+    def tokens(self, texts: list[str]) -> torch.Tensor:
+        """Token ids, [n, 20]."""
+        return self.pipe.tokenizer(texts, padding="max_length", return_tensors="pt").input_ids.to(self.device)
 
     def encode(self, texts: list[str]) -> Words:
         """Text features."""
@@ -167,7 +172,7 @@ class Matching:
     def advance(self, size: int, rate: float) -> tuple[float, float]:
         """One step of both on `size` captions; the two losses."""
         first = FIRST_SEED + (self.step * self.world + self.rank) * size
-        words, blank = self.encode(captions(first, size)), self.encode([""] * size)
+        words, blank = self.encode(captions(first, size)), self.blank * size
         alone, loss = self.step < WARM, torch.zeros(())
         with torch.set_grad_enabled(not alone):
             drawn = self.drawn(words)
@@ -212,15 +217,18 @@ class OneStep(Matching):
         super().__init__(work / "matching.pt", pipe, pipe.unet.to(memory_format=torch.channels_last), begun, device)
 
     def encode(self, texts: list[str]) -> Words:
-        tokens = self.pipe.tokenizer(texts, padding="max_length", return_tensors="pt").input_ids
-        return list(self.text(tokens.to(self.device))[0])
+        return list(self.text(self.tokens(texts))[0])
+
+    def alpha(self, times: torch.Tensor) -> torch.Tensor:
+        """Squared share of the picture, [B, 1, 1, 1]."""
+        return self.alphas[self.counted(times)].view(-1, 1, 1, 1)
 
     def counted(self, times: torch.Tensor) -> torch.Tensor:
         """Training times 0 ... 999."""
         return (times * len(self.alphas)).long().clamp(max=len(self.alphas) - 1)
 
     def shares(self, times: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        alpha = self.alphas[self.counted(times)].view(-1, 1, 1, 1)
+        alpha = self.alpha(times)
         return alpha.sqrt(), (1 - alpha).sqrt()
 
     def velocity(self, name: str, noisy: torch.Tensor, times: torch.Tensor, words: Words) -> torch.Tensor:
@@ -230,8 +238,7 @@ class OneStep(Matching):
         return found.sample.float()
 
     def clean(self, name: str, noisy: torch.Tensor, times: torch.Tensor, words: Words) -> torch.Tensor:
-        alpha = self.alphas[self.counted(times)].view(-1, 1, 1, 1)
-        return end_of(self.velocity(name, noisy, times, words), noisy, alpha)
+        return end_of(self.velocity(name, noisy, times, words), noisy, self.alpha(times))
 
     def wanted(self, clean: torch.Tensor, noise: torch.Tensor, times: torch.Tensor) -> torch.Tensor:
         ours, theirs = self.shares(times)

@@ -30,8 +30,7 @@ class FewSteps(Matching):
         super().__init__(work / "matching-flow.pt", pipe, pipe.transformer, begun, device)
 
     def encode(self, texts: list[str]) -> Words:
-        tokens = self.pipe.tokenizer(texts, padding="max_length", return_tensors="pt").input_ids
-        return encode_words(self.text, tokens.to(self.device))
+        return encode_words(self.text, self.tokens(texts))
 
     def shares(self, times: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         noise = times.view(-1, 1, 1, 1)
