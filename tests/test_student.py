@@ -83,6 +83,7 @@ def test_a_student_learns_and_says_how_far_it_lands_where_it_never_was(tmp_path:
     torch.save(collect(teacher, first=0, count=4, batch=4), tmp_path / "paths-0.pt")
     student = Student(tmp_path, tmp_path / "teacher", "cpu")
     before = [mean.clone() for mean in student.ema.average]
+    student.load_data()
     student.run(0.01, batch=2)
     told = [line.getMessage() for line in caplog.records if "never seen" in line.getMessage()]
     assert len(told) == 1 and "on 1 trajectories" in told[0] and 0 < float(told[0].split()[-1]) < 10

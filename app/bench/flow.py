@@ -6,6 +6,8 @@ output is the velocity towards the picture, and its time runs from 0 (noise) to 
 
 from __future__ import annotations
 
+import shutil
+
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, ZImagePipeline, ZImageTransformer2DModel
 from diffusers.models.attention_processor import Attention
@@ -114,6 +116,12 @@ def processors(transformer: ZImageTransformer2DModel, processor: object) -> None
     for module in transformer.modules():
         if isinstance(module, Attention):
             module.set_processor(processor)
+
+
+def compile_blocks(transformer: ZImageTransformer2DModel, device: str) -> None:
+    """A fifth faster on a CPU: products apart, what a block does is small and fuses. Needs a C++ compiler there."""
+    if shutil.which("c++") or device != "cpu":
+        transformer.compile_repeated_blocks()
 
 
 def rotate(x: torch.Tensor, turn: torch.Tensor) -> torch.Tensor:

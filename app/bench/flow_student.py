@@ -21,7 +21,7 @@ from diffusers import ZImagePipeline
 
 from .flow import OUTSIDE, TrainingAttention, build_scheduler, encode_words, processors
 from .muon import Pair
-from .student import distance
+from .student import distance, read_paths
 from .train import SHOWN
 from .train_flow import GUIDANCE, SIDE
 from .trainer import BoxTrainer
@@ -95,11 +95,7 @@ class FlowStudent(BoxTrainer):
 
     def load_data(self) -> None:
         """Reads the trajectories; their captions are encoded by the batch."""
-        files = sorted(self.work.glob("flow-paths-*.pt"))
-        if not files:
-            raise FileNotFoundError(f"no trajectories in {self.work}: run this with --collect first")
-        parts = [torch.load(file, weights_only=True) for file in files]
-        self.data = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        self.data = read_paths(self.work.glob("flow-paths-*.pt"), self.work)
 
     def resume(self, fresh_box: bool) -> None:
         """As the parent; the half copy follows."""

@@ -30,7 +30,7 @@ from .training import SAVE_EVERY, Ema, TimeBox, arguments, autocast, load_checkp
 from .world import caption, scene
 
 FIRST_SEED, BATCH = 5_000_000, 32
-RATE, CRITIC_RATE, WARM = 1e-4, 2e-4, 150  # AdamW; steps that the critic learns alone
+RATE, CRITIC_RATE, WARM = 1e-4, 2e-4, 80  # AdamW; steps that the critic learns alone
 EARLIEST, LATEST = 0.02, 0.98  # shares of the noise's times at which the two are asked
 COUNTS = {1: 0.36, 2: 0.5, 3: 0.14}  # things a caption; training's scenes seldom have three
 Words = list[torch.Tensor]

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from diffusers import ZImagePipeline, ZImageTransformer2DModel
 
-from .flow import encode_words
+from .flow import compile_blocks, encode_words
 from .flow_student import STEPS, distilled, levels
 from .matching import BATCH, Matching, Words, processes
 from .training import arguments
@@ -73,4 +73,7 @@ if __name__ == "__main__":
     parser.add_argument("--batch", type=int, default=BATCH, help="drawings a step, of all processes; 512 on a GPU")
     args = parser.parse_args()
     processes()
-    FewSteps(args.work, args.teacher, args.start, args.device).run(args.minutes, args.batch)
+    training = FewSteps(args.work, args.teacher, args.start, args.device)
+    for network in training.networks.values():
+        compile_blocks(network, args.device)
+    training.run(args.minutes, args.batch)

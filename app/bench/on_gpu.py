@@ -4,9 +4,10 @@
     python -m diffgraft.app.bench.on_gpu --minutes 9 --out $OUT --unet       # the UNet's one-step student
     python -m diffgraft.app.bench.on_gpu --minutes 9 --out $OUT --students   # the transformer's student alone
 
-Scenes are drawn and encoded on all cores first (nothing of `.train/` has to be there). Whatever is written is float16,
-no file above 16 MB, in the form that `assets/` holds it: copy it over. Every part is a run of its own trainer; a part
-that fails ends the call with what the parts before it wrote.
+Scenes are drawn and encoded on all cores first (nothing of `.train/` has to be there). Students go on by distribution
+matching, which needs no trajectories. Whatever is written is float16, no file above 16 MB, in the form that `assets/`
+holds it: copy it over. Every part is a run of its own trainer; a part that fails ends the call with what the parts
+before it wrote.
 """
 
 from __future__ import annotations
@@ -54,17 +55,23 @@ def encode(work: Path, teacher: Path, scenes: int, workers: int) -> None:
         finish(*(start("latents", *job, "--work", work, threads=1) for job in jobs))
 
 
-def collect_and_train(module: str, work: Path, common: Sequence[object], box: TimeBox, share: float) -> None:
-    """A student: a third of `share` of the box for its teacher's trajectories, the rest for itself.
+def teach(work: Path, written: Path, common: Sequence[object], minutes: float, begun: Sequence[object]) -> None:
+    """The transformer on scenes that are drawn for it in `work`, to the end of a time box; saved as a pipeline."""
+    finish(start("train_flow", "--minutes", minutes, *begun, "--work", work, *common))
+    finish(start("train_flow", "--export", written, "--work", work))
+
+
+def match(module: str, name: str, work: Path, written: Path, minutes: float, *words: object) -> None:
+    """A student by distribution matching, from the committed one on; its folder `name` is copied to `written`.
 
     Raises:
-        RuntimeError: the box is over.
+        RuntimeError: no time is left for it, or it failed.
     """
-    if share <= 0:
+    if minutes <= 0:
         raise RuntimeError("no time is left for the student: take more --minutes or fewer --scenes")
-    minutes = share * box.total / 60
-    finish(start(module, "--collect", "--minutes", minutes / 3, "--work", work, *common))
-    finish(start(module, "--minutes", minutes * 2 / 3, "--work", work, *common))
+    work.mkdir(parents=True, exist_ok=True)
+    finish(start(module, "--minutes", minutes, "--work", work, *words))
+    shutil.copytree(work / name, written / name, dirs_exist_ok=True)
 
 
 def main() -> None:
@@ -84,20 +91,16 @@ def main() -> None:
     args = parser.parse_args()
     box, common = TimeBox(args.minutes), ("--device", args.device, "--batch", args.batch)
     if args.unet:
-        args.work.mkdir(parents=True, exist_ok=True)
-        finish(start("matching", "--minutes", 0.95 * args.minutes, "--work", args.work, *common))
-        shutil.copytree(args.work / "one-step", args.out / "picturebook" / "one-step", dirs_exist_ok=True)
+        match("matching", "one-step", args.work, args.out / "picturebook", 0.95 * args.minutes, *common)
         return
-    written = args.out / "picturebook-transformer"
+    written, teacher = args.out / "picturebook-transformer", args.teacher
     if not args.students:
         encode(args.work, args.teacher, args.scenes, args.workers)
-        left = 0.6 * (1 - box.fraction) * args.minutes
         begun = ("--from", args.teacher) if (args.teacher / "model_index.json").is_file() else ()
-        finish(start("train_flow", "--minutes", left, *begun, "--work", args.work, *common))
-        finish(start("train_flow", "--export", written, "--work", args.work))
-    taught = (*common, "--teacher", args.teacher if args.students else written)
-    collect_and_train("flow_student", args.work, taught, box, 0.9 * (1 - box.fraction))
-    shutil.copytree(args.work / "few-steps", written / "few-steps", dirs_exist_ok=True)
+        teach(args.work, written, common, 0.6 * (1 - box.fraction) * args.minutes, begun)
+        teacher = written
+    left = 0.9 * (1 - box.fraction) * args.minutes
+    match("matching_flow", "few-steps", args.work, written, left, *common, "--teacher", teacher)
 
 
 if __name__ == "__main__":

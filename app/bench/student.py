@@ -13,7 +13,7 @@ here.
 from __future__ import annotations
 
 import random
-import time
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 
@@ -24,18 +24,8 @@ from diffusers.models.attention_processor import AttnProcessor2_0
 from .denoiser import build_scheduler, watch_decoder
 from .muon import Pair
 from .train import SHOWN
-from .training import (
-    SAVE_EVERY,
-    Ema,
-    TimeBox,
-    arguments,
-    autocast,
-    contact_sheet,
-    load_checkpoint,
-    log,
-    save_checkpoint,
-    share_cores,
-)
+from .trainer import BoxTrainer
+from .training import TimeBox, arguments, autocast, contact_sheet, log, share_cores
 from .world import caption, scene
 
 FIRST_SEED, PART, STEPS, GUIDANCE = 3_000_000, 256, 10, 2.5
@@ -123,43 +113,46 @@ def distance(found: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
     return ((found - wanted).square().mean(1) + c * c).sqrt().mean((1, 2)) - c
 
 
-class Student:
+def read_paths(files: Iterable[Path], work: Path) -> dict[str, torch.Tensor]:
+    """The trajectories of all files.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    parts = [torch.load(file, weights_only=True) for file in sorted(files)]
+    if not parts:
+        raise FileNotFoundError(f"no trajectories in {work}: run this with --collect first")
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+class Student(BoxTrainer):
     """The one-step network in training."""
 
     def __init__(self, work: Path, teacher: Path, device: str) -> None:
-        self.work, self.device = work, device
+        self.work = work
         self.pipe = StableDiffusionPipeline.from_pretrained(teacher, torch_dtype=torch.float32).to(device)
         self.pipe.scheduler = student_scheduler()
         self.text = self.pipe.text_encoder.eval().requires_grad_(False)
         self.unet = self.pipe.unet.to(memory_format=torch.channels_last).train()
         watch_decoder(self.unet)
-        self.optimizer = Pair([self.unet], PEAK)
-        self.ema = Ema(self.optimizer.parameters)
+        super().__init__(work / "student.pt", {"unet": self.unet}, Pair([self.unet], PEAK), device)
         self.times, self.alphas = times().to(device), build_scheduler().alphas_cumprod.to(device)
-        self.step, self.spent = 0, 0.0
-        state = load_checkpoint(work / "student.pt")
-        if state:
-            self.unet.load_state_dict(state["unet"])
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.ema.average, self.ema.steps = [mean.to(device) for mean in state["ema"]], state["ema_steps"]
-            self.step, self.spent = state["step"], state["spent"]
+
+    def load_data(self) -> None:
+        """Reads the trajectories; one in 16 is kept apart."""
+        data = read_paths(self.work.glob("paths-*.pt"), self.work)
+        apart = torch.arange(len(data["ends"])) % APART == 0
+        self.unseen = {name: values[apart] for name, values in data.items()}
+        self.data = {name: values[~apart] for name, values in data.items()}
 
     def save(self, spent: float) -> None:
-        """Writes the checkpoint."""
-        save_checkpoint(
-            self.work / "student.pt",
-            {
-                "unet": self.unet.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
-                "ema": self.ema.average,
-                "ema_steps": self.ema.steps,
-                "step": self.step,
-                "spent": spent,
-            },
-        )
+        """Writes the checkpoint and tells how far the student lands where it never was."""
+        super().save(spent)
+        log.info("distance on %d trajectories never seen: %.4f", len(self.unseen["ends"]), self.held_out(self.unseen))
 
-    def loss(self, data: dict[str, torch.Tensor], size: int) -> torch.Tensor:
+    def loss(self, size: int) -> torch.Tensor:
         """Distance between where the student lands and where the teacher's trajectory ended, on `size` points."""
+        data = self.data
         rows = torch.randint(len(data["ends"]), (size,))
         point = torch.where(torch.rand(size) < SHARE_OF_NOISE, 0, torch.randint(1, len(KEPT), (size,)))
         noisy = data["points"][rows, point].float().to(self.device).contiguous(memory_format=torch.channels_last)
@@ -185,37 +178,23 @@ class Student:
         self.ema.swap()
         return torch.cat(found).mean().item()
 
-    def run(self, minutes: float, batch: int = BATCH) -> None:
-        """Trains to the end of the time box."""
-        files = sorted(self.work.glob("paths-*.pt"))
-        if not files:
-            raise FileNotFoundError(f"no trajectories in {self.work}: run this with --collect first")
-        parts = [torch.load(file, weights_only=True) for file in files]
-        data = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-        unseen = {name: values[::APART] for name, values in data.items()}
-        data = {name: values[torch.arange(len(values)) % APART > 0] for name, values in data.items()}
-        box, saved, mean = TimeBox(minutes, self.spent), time.monotonic(), None
-        while box.fraction < 1:
-            share_cores()
-            loss = self.loss(data, batch)
-            loss.backward()
-            self.optimizer.step(box.rate(self.step))
-            self.ema.update()
-            self.step += 1
-            mean = loss.item() if mean is None else 0.97 * mean + 0.03 * loss.item()
-            if self.step % 20 == 0:
-                log.info("step %d, %.0f s, loss %.4f", self.step, box.spent, mean)
-            if time.monotonic() - saved > SAVE_EVERY or box.fraction >= 1:
-                saved = time.monotonic()
-                self.save(box.spent)
-                log.info("distance on %d trajectories never seen: %.4f", len(unseen["ends"]), self.held_out(unseen))
-        self.show()
+    def advance(self, size: int, easy: float, rate: float) -> torch.Tensor:
+        """One step; returns the distance, and 0 for a second loss that it has not."""
+        loss = self.loss(size)
+        loss.backward()
+        self.optimizer.step(rate)
+        self.ema.update()
+        self.step += 1
+        return torch.stack([loss.detach().cpu(), torch.zeros(())])
 
     def show(self) -> None:
         """Saves the averaged weights."""
         self.ema.swap()
         self.unet.set_attn_processor(AttnProcessor2_0())
         distilled(self.pipe, self.work)
+        self.unet.float()
+        watch_decoder(self.unet)
+        self.ema.swap()
 
 
 @torch.no_grad()
@@ -234,9 +213,14 @@ if __name__ == "__main__":
     parser = arguments(__doc__ or "", minutes=60)
     parser.add_argument("--collect", action="store_true", help="let the teacher draw, instead of training")
     parser.add_argument("--teacher", type=Path, default=Path("assets/picturebook"))
+    parser.add_argument("--resume", action="store_true", help="go on in the time box that was cut")
     parser.add_argument("--batch", type=int, default=BATCH, help="points a step; 512 on a GPU")
     args = parser.parse_args()
     if args.collect:
         collect_files(args.work, args.teacher, args.device, args.minutes, max(1, min(args.batch, PART) // 4))
     else:
-        Student(args.work, args.teacher, args.device).run(args.minutes, args.batch)
+        student = Student(args.work, args.teacher, args.device)
+        if args.resume:
+            student.resume(fresh_box=False)
+        student.load_data()
+        student.run(args.minutes, args.batch)

@@ -17,7 +17,6 @@ weights in float16.
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +32,7 @@ from .flow import (
     TrainingAttention,
     build_text_encoder,
     build_transformer,
+    compile_blocks,
     draw_noise_levels,
     encode_words,
     label_loss,
@@ -73,11 +73,6 @@ class FlowTrainer(BoxTrainer):
 
     def _keep(self, module: torch.nn.Module, given: Any, found: torch.Tensor) -> None:
         self.middle = found
-
-    def compile(self) -> None:
-        """A fifth faster on a CPU: products apart, what a block does is small and fuses. Needs a C++ compiler there."""
-        if shutil.which("c++") or self.device != "cpu":
-            self.half.module["transformer"].compile_repeated_blocks()
 
     def batch(self, size: int, easy: float) -> dict[str, torch.Tensor]:
         """Random scenes (see `Scenes.batch`) with a share of noise each."""
@@ -170,7 +165,7 @@ def main() -> None:
     trainer.singles = args.singles
     if args.resume or args.fresh_box:
         trainer.resume(args.fresh_box)
-    trainer.compile()
+    compile_blocks(trainer.half.module["transformer"], args.device)
     trainer.load_data()
     trainer.run(args.minutes, args.batch)
 
