@@ -28,6 +28,15 @@ def judge():
     return load_judge()
 
 
+def draws_what_it_is_told(pipe, judge, steps: int, guidance: float) -> None:
+    """Asserts that at least three of four captions come out right, all on the right background."""
+    pipe.set_progress_bar_config(disable=True)
+    generators = [torch.Generator().manual_seed(i) for i in range(len(CAPTIONS))]
+    verdicts = look(judge, pipe(CAPTIONS, generator=generators, **drawing(pipe, steps, guidance)).images)
+    assert sum(v.colours == wanted for v, wanted in zip(verdicts, WANTED, strict=True)) >= 3, verdicts
+    assert [v.background for v in verdicts] == ["sky", "snow", "desert", "sea"]
+
+
 @pytest.mark.parametrize(
     ("name", "options"),
     [
@@ -40,20 +49,11 @@ def judge():
 def test_draws_what_was_asked_for_under_every_common_scheduler(judge, name, options):
     pipe = dg.picturebook()
     pipe.scheduler = getattr(diffusers, name).from_config(pipe.scheduler.config, **options)
-    pipe.set_progress_bar_config(disable=True)
-    generators = [torch.Generator().manual_seed(i) for i in range(len(CAPTIONS))]
-    made = pipe(CAPTIONS, num_inference_steps=25, guidance_scale=4.0, generator=generators).images
-    verdicts = look(judge, made)
-    assert sum(v.colours == wanted for v, wanted in zip(verdicts, WANTED, strict=True)) >= 3, verdicts
-    assert [v.background for v in verdicts] == ["sky", "snow", "desert", "sea"]
+    draws_what_it_is_told(pipe, judge, 25, 4.0)
 
 
 def test_the_student_draws_in_one_step(judge):
-    pipe = dg.picturebook(one_step=True)
-    pipe.set_progress_bar_config(disable=True)
-    generators = [torch.Generator().manual_seed(i) for i in range(len(CAPTIONS))]
-    made = pipe(CAPTIONS, num_inference_steps=1, guidance_scale=0.0, generator=generators).images
-    assert sum(v.colours == wanted for v, wanted in zip(look(judge, made), WANTED, strict=True)) >= 3
+    draws_what_it_is_told(dg.picturebook(one_step=True), judge, 1, 0.0)
 
 
 def size(*files: Path) -> int:
@@ -92,12 +92,11 @@ def test_the_transformer_edition_is_a_plain_z_image_pipeline_that_draws_what_it_
     assert pipe.vae.config.shift_factor == 0  # the pipeline adds it
     found = measure(pipe.vae, 2)
     assert found["all"] > 30.5 and found["hue kept"] == 1
-    pipe.set_progress_bar_config(disable=True)
-    generators = [torch.Generator().manual_seed(i) for i in range(len(CAPTIONS))]
-    made = pipe(CAPTIONS, generator=generators, **drawing(pipe, 25, 2.5)).images
-    verdicts = look(judge, made)
-    assert sum(v.colours == wanted for v, wanted in zip(verdicts, WANTED, strict=True)) >= 3, verdicts
-    assert [v.background for v in verdicts] == ["sky", "snow", "desert", "sea"]
+    draws_what_it_is_told(pipe, judge, 25, 2.5)
+
+
+def test_the_transformers_student_draws_what_it_is_told_in_four_steps(judge):
+    draws_what_it_is_told(dg.picturebook(transformer=True, one_step=True), judge, 4, 0.0)
 
 
 @pytest.fixture
