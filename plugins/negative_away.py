@@ -122,7 +122,8 @@ class NegativeAway(Plugin):
         offset: VSF's beta.
         joint: what NASA subtracts in a joint sequence. "text": the negative words' share of the attention over
             [negative text, image]. "full": the whole of it, image included, which shrinks the image by 1 - scale.
-            The paper does not say; measured on the transformer picture book, "full" costs more of what was asked for.
+            The paper does not say; on the transformer picture book's four-step student "full" costs more of what was
+            asked for, at 20 steps the two are not told apart.
         layers: a place ("down", "mid", "up", "block"), name or index of the text-attention layers to steer in, or a
             list of these; None is all, [] is neutral.
         mask: for embeddings, [n, L] boolean, True where the token is not padding.

@@ -95,12 +95,7 @@ class FlowStudent(BoxTrainer):
 
     def load_data(self) -> None:
         """Reads the trajectories; their captions are encoded by the batch."""
-        self.data = read_paths(self.work.glob("flow-paths-*.pt"), self.work)
-
-    def resume(self, fresh_box: bool) -> None:
-        """As the parent; the half copy follows."""
-        super().resume(fresh_box)
-        self.half.refresh()
+        self.data = read_paths(self.work, "flow-paths-*.pt")
 
     def loss(self, rows: torch.Tensor, cut: torch.Tensor) -> torch.Tensor:
         """Distance between the student's velocity at cut `cut` of trajectory `rows` and the straight way to the next
@@ -117,17 +112,12 @@ class FlowStudent(BoxTrainer):
         return distance(found.float(), wanted.to(self.device)).mean()
 
     def advance(self, size: int, easy: float, rate: float) -> torch.Tensor:
-        """One step; returns the distance, and 0 for a second loss that it has not."""
+        """One step; returns the distance."""
         rows = torch.randint(len(self.data["points"]), (size,))
         cut = torch.where(torch.rand(size) < 0.5, 0, torch.randint(1, STEPS, (size,)))
         loss = self.loss(rows, cut)
-        loss.backward()
-        self.half.hand_over()
-        self.optimizer.step(rate)
-        self.half.refresh()
-        self.ema.update()
-        self.step += 1
-        return torch.stack([loss.detach().cpu(), torch.zeros(())])
+        self.descend(loss, rate)
+        return loss.detach().cpu()[None]
 
     def show(self) -> None:
         """Saves the averaged weights."""

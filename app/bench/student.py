@@ -13,7 +13,6 @@ here.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 
@@ -113,13 +112,13 @@ def distance(found: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
     return ((found - wanted).square().mean(1) + c * c).sqrt().mean((1, 2)) - c
 
 
-def read_paths(files: Iterable[Path], work: Path) -> dict[str, torch.Tensor]:
-    """The trajectories of all files.
+def read_paths(work: Path, pattern: str) -> dict[str, torch.Tensor]:
+    """The trajectories of all files of a name in `work`.
 
     Raises:
         FileNotFoundError: there is none.
     """
-    parts = [torch.load(file, weights_only=True) for file in sorted(files)]
+    parts = [torch.load(file, weights_only=True) for file in sorted(work.glob(pattern))]
     if not parts:
         raise FileNotFoundError(f"no trajectories in {work}: run this with --collect first")
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
@@ -140,7 +139,7 @@ class Student(BoxTrainer):
 
     def load_data(self) -> None:
         """Reads the trajectories; one in 16 is kept apart."""
-        data = read_paths(self.work.glob("paths-*.pt"), self.work)
+        data = read_paths(self.work, "paths-*.pt")
         apart = torch.arange(len(data["ends"])) % APART == 0
         self.unseen = {name: values[apart] for name, values in data.items()}
         self.data = {name: values[~apart] for name, values in data.items()}
@@ -179,13 +178,10 @@ class Student(BoxTrainer):
         return torch.cat(found).mean().item()
 
     def advance(self, size: int, easy: float, rate: float) -> torch.Tensor:
-        """One step; returns the distance, and 0 for a second loss that it has not."""
+        """One step; returns the distance."""
         loss = self.loss(size)
-        loss.backward()
-        self.optimizer.step(rate)
-        self.ema.update()
-        self.step += 1
-        return torch.stack([loss.detach().cpu(), torch.zeros(())])
+        self.descend(loss, rate)
+        return loss.detach().cpu()[None]
 
     def show(self) -> None:
         """Saves the averaged weights."""

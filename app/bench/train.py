@@ -92,10 +92,7 @@ class Trainer(BoxTrainer):
     def advance(self, size: int, easy: float, rate: float) -> torch.Tensor:
         """One step; returns the denoising error and the share of attention outside."""
         losses = torch.stack(self.losses(self.batch(size, easy)))
-        (losses[0] + GROUNDING * losses[1]).backward()
-        self.optimizer.step(rate)
-        self.ema.update()
-        self.step += 1
+        self.descend(losses[0] + GROUNDING * losses[1], rate)
         return losses.detach().cpu()
 
     @torch.no_grad()

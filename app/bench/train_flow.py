@@ -100,18 +100,8 @@ class FlowTrainer(BoxTrainer):
     def advance(self, size: int, easy: float, rate: float) -> torch.Tensor:
         """One step; returns the velocity's error and the names'."""
         losses = torch.stack(self.losses(self.batch(size, easy)))
-        (losses[0] + NAMING * losses[1]).backward()
-        self.half.hand_over()
-        self.optimizer.step(rate)
-        self.half.refresh()
-        self.ema.update()
-        self.step += 1
+        self.descend(losses[0] + NAMING * losses[1], rate)
         return losses.detach().cpu()
-
-    def resume(self, fresh_box: bool) -> None:
-        """As the parent; the half copy follows."""
-        super().resume(fresh_box)
-        self.half.refresh()
 
     def save_average(self) -> ZImagePipeline:
         """Writes the averaged weights as a pipeline, float32; returns that pipeline, on the averages until the next

@@ -11,7 +11,7 @@ import torch
 
 from .muon import Pair
 from .scenes import Scenes
-from .training import SAVE_EVERY, Ema, TimeBox, load_checkpoint, log, save_checkpoint, share_cores
+from .training import SAVE_EVERY, Ema, HalfCopy, TimeBox, load_checkpoint, log, save_checkpoint, share_cores
 
 SHEET_EVERY = 900.0
 
@@ -22,6 +22,7 @@ class BoxTrainer:
     def __init__(self, checkpoint: Path, networks: Mapping[str, torch.nn.Module], optimizer: Pair, device: str) -> None:
         self.checkpoint, self.networks, self.optimizer, self.device = checkpoint, networks, optimizer, device
         self.ema = Ema(optimizer.parameters)
+        self.half: HalfCopy | None = None  # a child that computes on one sets it
         self.step, self.first, self.spent, self.singles = 0, 0, 0.0, 0.0  # first: the step that the time box began at
 
     def resume(self, fresh_box: bool) -> None:
@@ -41,6 +42,8 @@ class BoxTrainer:
         else:
             self.optimizer.load_state_dict(state["optimizer"])
             self.ema.steps, self.spent, self.first = state["ema_steps"], state["spent"], state["first"]
+        if self.half:
+            self.half.refresh()
 
     def save(self, spent: float) -> None:
         """Writes the checkpoint: everything that the next step depends on."""
@@ -61,9 +64,20 @@ class BoxTrainer:
 
     def advance(self, size: int, easy: float, rate: float) -> torch.Tensor:
         """One step on `size` scenes, a share `easy` of them single plain things, at a share `rate` of the peak learning
-        rate; returns the two losses.
+        rate; returns its losses.
         """
         raise NotImplementedError
+
+    def descend(self, loss: torch.Tensor, rate: float) -> None:
+        """Moves the weights, their average and the half copy along the gradient of a loss."""
+        loss.backward()
+        if self.half:
+            self.half.hand_over()
+        self.optimizer.step(rate)
+        if self.half:
+            self.half.refresh()
+        self.ema.update()
+        self.step += 1
 
     def show(self) -> None:
         """Saves the averaged weights as a pipeline, and a contact sheet drawn with them."""
@@ -80,8 +94,8 @@ class BoxTrainer:
             means = losses if means is None else means.lerp(losses, 0.03)
             if self.step % 20 == 0:
                 speed = (self.step - resumed) * batch / (time.monotonic() - began)
-                text = "step %d, %.0f s, losses %.4f and %.3f, %.1f samples/s"
-                log.info(text, self.step, box.spent, *means.tolist(), speed)
+                told = " and ".join(f"{mean:.4f}" for mean in means.tolist())
+                log.info("step %d, %.0f s, losses %s, %.1f samples/s", self.step, box.spent, told, speed)
             if time.monotonic() - saved > SAVE_EVERY or box.fraction >= 1:
                 saved = time.monotonic()
                 self.save(box.spent)
