@@ -20,7 +20,16 @@ from diffgraft.app.bench.denoiser import (
 from diffgraft.app.bench.muon import Muon, orthogonalize
 from diffgraft.app.bench.student import end_of
 from diffgraft.app.bench.train import Trainer
-from diffgraft.app.bench.training import Ema, TimeBox, load_checkpoint, save_checkpoint, to_images, to_tensor
+from diffgraft.app.bench.training import (
+    Ema,
+    TimeBox,
+    arguments,
+    folder,
+    load_checkpoint,
+    save_checkpoint,
+    to_images,
+    to_tensor,
+)
 from diffgraft.app.bench.world import caption, render, scene
 
 
@@ -195,3 +204,12 @@ def test_where_a_velocity_points() -> None:
     noisy = alpha.sqrt() * clean + (1 - alpha).sqrt() * noise
     velocity = alpha.sqrt() * noise - (1 - alpha).sqrt() * clean
     assert torch.allclose(end_of(velocity, noisy, alpha), clean)
+
+
+def test_a_folder_that_is_not_there_is_said(tmp_path, capsys):
+    parser = arguments("", minutes=1)
+    parser.add_argument("--teacher", type=folder)
+    assert parser.parse_args(["--teacher", str(tmp_path)]).teacher == tmp_path
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--teacher", str(tmp_path / "nowhere")])
+    assert f"there is no folder {tmp_path / 'nowhere'}" in capsys.readouterr().err

@@ -25,7 +25,7 @@ from .student import distance, read_paths
 from .train import SHOWN
 from .train_flow import GUIDANCE, SIDE
 from .trainer import BoxTrainer
-from .training import HalfCopy, TimeBox, arguments, contact_sheet, log, narrow, share_cores
+from .training import HalfCopy, TimeBox, arguments, contact_sheet, folder, log, narrow, share_cores
 from .world import caption, scene
 
 FIRST_SEED, MOST = 4_000_000, 256  # the most that one file holds
@@ -143,7 +143,7 @@ if __name__ == "__main__":
     parser = arguments(__doc__ or "", minutes=60)
     parser.set_defaults(work=Path(".train/transformer"))
     parser.add_argument("--collect", action="store_true", help="let the teacher draw, instead of training")
-    parser.add_argument("--teacher", type=Path, default=Path("assets/picturebook-transformer"))
+    parser.add_argument("--teacher", type=folder, default=Path("assets/picturebook-transformer"))
     parser.add_argument("--resume", action="store_true", help="go on in the time box that was cut")
     parser.add_argument("--batch", type=int, default=BATCH, help="trajectories a step; 512 on a GPU")
     args = parser.parse_args()

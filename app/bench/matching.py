@@ -26,7 +26,7 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 
 from .denoiser import build_scheduler
 from .student import GUIDANCE, distilled, end_of, student_scheduler
-from .training import SAVE_EVERY, Ema, TimeBox, arguments, autocast, load_checkpoint, log, save_checkpoint
+from .training import SAVE_EVERY, Ema, TimeBox, arguments, autocast, folder, load_checkpoint, log, save_checkpoint
 from .world import caption, scene
 
 FIRST_SEED, BATCH = 5_000_000, 32
@@ -262,8 +262,8 @@ def processes() -> None:
 
 if __name__ == "__main__":
     parser = arguments(__doc__ or "", minutes=60)
-    parser.add_argument("--teacher", type=Path, default=Path("assets/picturebook"))
-    parser.add_argument("--from", dest="start", type=Path, default=Path("assets/picturebook/one-step"))
+    parser.add_argument("--teacher", type=folder, default=Path("assets/picturebook"))
+    parser.add_argument("--from", dest="start", type=folder, default=Path("assets/picturebook/one-step"))
     parser.add_argument("--batch", type=int, default=BATCH, help="drawings a step, of all processes; 512 on a GPU")
     args = parser.parse_args()
     processes()

@@ -17,7 +17,7 @@ from diffusers import ZImagePipeline, ZImageTransformer2DModel
 from .flow import compile_blocks, encode_words
 from .flow_student import STEPS, distilled, levels
 from .matching import BATCH, Matching, Words, processes
-from .training import arguments
+from .training import arguments, folder
 
 
 class FewSteps(Matching):
@@ -65,11 +65,11 @@ class FewSteps(Matching):
 
 
 if __name__ == "__main__":
-    folder = Path("assets/picturebook-transformer")
+    committed = Path("assets/picturebook-transformer")
     parser = arguments(__doc__ or "", minutes=60)
     parser.set_defaults(work=Path(".train/transformer"))
-    parser.add_argument("--teacher", type=Path, default=folder)
-    parser.add_argument("--from", dest="start", type=Path, default=folder / "few-steps")
+    parser.add_argument("--teacher", type=folder, default=committed)
+    parser.add_argument("--from", dest="start", type=folder, default=committed / "few-steps")
     parser.add_argument("--batch", type=int, default=BATCH, help="drawings a step, of all processes; 512 on a GPU")
     args = parser.parse_args()
     processes()

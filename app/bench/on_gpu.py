@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from .training import TimeBox
+from .training import TimeBox, folder
 
 TEACHER = Path(__file__).parents[2] / "assets" / "picturebook-transformer"
 
@@ -81,7 +81,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--batch", type=int, default=512)
-    parser.add_argument("--teacher", type=Path, default=TEACHER, help="to go on from; its vae at least")
+    parser.add_argument("--teacher", type=folder, default=TEACHER, help="to go on from; its vae at least")
     parser.add_argument("--scenes", type=int, default=24_000)
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--work", type=Path, default=Path(".train/gpu"))

@@ -24,7 +24,7 @@ from .denoiser import build_scheduler, watch_decoder
 from .muon import Pair
 from .train import SHOWN
 from .trainer import BoxTrainer
-from .training import TimeBox, arguments, autocast, contact_sheet, log, share_cores
+from .training import TimeBox, arguments, autocast, contact_sheet, folder, log, share_cores
 from .world import caption, scene
 
 FIRST_SEED, PART, STEPS, GUIDANCE = 3_000_000, 256, 10, 2.5
@@ -208,7 +208,7 @@ def distilled(pipe: StableDiffusionPipeline, work: Path) -> None:
 if __name__ == "__main__":
     parser = arguments(__doc__ or "", minutes=60)
     parser.add_argument("--collect", action="store_true", help="let the teacher draw, instead of training")
-    parser.add_argument("--teacher", type=Path, default=Path("assets/picturebook"))
+    parser.add_argument("--teacher", type=folder, default=Path("assets/picturebook"))
     parser.add_argument("--resume", action="store_true", help="go on in the time box that was cut")
     parser.add_argument("--batch", type=int, default=BATCH, help="points a step; 512 on a GPU")
     args = parser.parse_args()

@@ -29,7 +29,7 @@ from .denoiser import (
 )
 from .muon import Pair
 from .trainer import BoxTrainer
-from .training import arguments, autocast, contact_sheet, log
+from .training import arguments, autocast, contact_sheet, folder, log
 
 PEAK, BATCH, GROUNDING = 2e-3, 128, 0.1
 SHOWN = [
@@ -123,7 +123,7 @@ if __name__ == "__main__":
     parser.add_argument(
         "--fresh-box", action="store_true", help="go on from the checkpoint's weights in a new time box"
     )
-    parser.add_argument("--from", dest="source", type=Path, help="a pipeline to go on from, instead of the checkpoint")
+    parser.add_argument("--from", dest="source", type=folder, help="a pipeline to go on from, not the checkpoint")
     parser.add_argument("--batch", type=int, default=BATCH, help="scenes a step; 512 on a GPU")
     parser.add_argument("--keep-text", action="store_true", help="train the denoiser alone")
     parser.add_argument("--peak", type=float, default=PEAK, help="learning rate; half of it for weights that are good")

@@ -42,7 +42,7 @@ from .flow import (
 from .muon import Pair
 from .train import SHOWN
 from .trainer import BoxTrainer
-from .training import HalfCopy, arguments, contact_sheet, log
+from .training import HalfCopy, arguments, contact_sheet, folder, log
 
 PEAK, BATCH, NAMING, NAMED_LAYER = 2e-3, 32, 0.1, 2
 CENTRE, CENTRE_POOLED = 0.5, 0.0  # of the noise levels' logits: twice the cells a side hide a thing half as well
@@ -141,7 +141,7 @@ def main() -> None:
     group = parser.add_mutually_exclusive_group()
     group.add_argument("--resume", action="store_true", help="go on in the time box that was cut")
     group.add_argument("--fresh-box", action="store_true", help="a new time box from the checkpoint's averaged weights")
-    group.add_argument("--from", dest="source", type=Path, help="a new time box from a pipeline's folder")
+    group.add_argument("--from", dest="source", type=folder, help="a new time box from a pipeline's folder")
     parser.add_argument("--batch", type=int, default=BATCH, help="scenes a step; 512 on a GPU")
     parser.add_argument("--pooled", action="store_true", help="on latents of half the side")
     parser.add_argument("--peak", type=float, default=PEAK, help="learning rate; half of it for weights that are good")

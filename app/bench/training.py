@@ -144,6 +144,17 @@ def arguments(description: str, minutes: float) -> argparse.ArgumentParser:
     return parser
 
 
+def folder(name: str) -> Path:
+    """An argument that must be a folder.
+
+    Raises:
+        argparse.ArgumentTypeError: there is none.
+    """
+    if not Path(name).is_dir():
+        raise argparse.ArgumentTypeError(f"there is no folder {name}")
+    return Path(name)
+
+
 def to_tensor(images: Sequence[Image.Image] | NDArray[np.uint8]) -> torch.Tensor:
     """Pictures as float32 [B, 3, H, W] in -1 ... 1."""
     pixels = torch.from_numpy(np.stack([np.asarray(image) for image in images]))
